@@ -68,8 +68,8 @@ class TrialConfig:
 
     `batch_size` counts sequences a micro-batch and `gradient_accumulation_steps` micro-batches an optimiser step; the
     effective batch is their product and the loss is the mean over all its target tokens. `epochs` may be fractional;
-    `max_steps`, when given, takes its place. `max_length` is in tokens. `lora_plus_ratio` is the learning rate of B over
-    that of A (LoRA+, arXiv 2402.12354). `max_grad_norm` 0 means no clipping. `layers` None means every layer.
+    `max_steps`, when given, takes its place. `max_length` is in tokens. `lora_plus_ratio` is the learning rate of B
+    over that of A (LoRA+, arXiv 2402.12354). `max_grad_norm` 0 means no clipping. `layers` None means every layer.
     """
 
     lora_rank: int = 16
@@ -221,7 +221,7 @@ class EarlyExit:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """When validation loss is measured: `count` times, at equal fractions of each trial's own steps, the last included."""
+    """When validation loss is measured: `count` times, at equal fractions of each trial's own steps, the last too."""
 
     count: int = 20
     max_examples: int | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing wrong with a request. `field` is its path as the caller wrote it; `cure` says what would be accepted."""
+    """One thing wrong with a request: `field` is its path as the caller wrote it, `cure` what would be accepted."""
 
     field: str
     value: object
