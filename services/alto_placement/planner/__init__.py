@@ -1,0 +1,71 @@
+"""The planner: a pure function from a snapshot of the cluster to a plan. No gRPC, no SQL, no torch, no clock of its own.
+
+from alto_placement.planner import Snapshot, plan
+answer = plan(Snapshot(now_s=..., nodes=[...], waiting=[...]), budget_s=0.05)
+"""
+
+from alto_placement.planner.engine import plan
+from alto_placement.planner.errors import (
+    DuplicateRow,
+    GpuConflict,
+    InvalidRow,
+    ReservationConflict,
+    SnapshotError,
+    TaskNeverFits,
+    UnknownNode,
+)
+from alto_placement.planner.fitting import check_can_ever_fit
+from alto_placement.planner.model import (
+    Change,
+    ChangeKind,
+    Choice,
+    Duration,
+    Explanation,
+    Node,
+    NodeState,
+    Objective,
+    Part,
+    Placement,
+    Plan,
+    Preemption,
+    PreemptionReason,
+    Reservation,
+    RunningTask,
+    Sharing,
+    Snapshot,
+    Tenant,
+    WaitingTask,
+    WaitReason,
+)
+
+__all__ = [
+    "Change",
+    "ChangeKind",
+    "Choice",
+    "Duration",
+    "DuplicateRow",
+    "Explanation",
+    "GpuConflict",
+    "InvalidRow",
+    "Node",
+    "NodeState",
+    "Objective",
+    "Part",
+    "Placement",
+    "Plan",
+    "Preemption",
+    "PreemptionReason",
+    "Reservation",
+    "ReservationConflict",
+    "RunningTask",
+    "Sharing",
+    "Snapshot",
+    "SnapshotError",
+    "TaskNeverFits",
+    "Tenant",
+    "UnknownNode",
+    "WaitReason",
+    "WaitingTask",
+    "check_can_ever_fit",
+    "plan",
+]

@@ -1,0 +1,39 @@
+"""What can be wrong with a snapshot. Each error names the row at fault; the caller keeps its last good plan."""
+
+from __future__ import annotations
+
+
+class SnapshotError(ValueError):
+    """A snapshot contradicts itself. `subject` is the id of the row at fault."""
+
+    def __init__(self, subject: str, message: str) -> None:
+        super().__init__(f"{subject}: {message}")
+        self.subject = subject
+
+
+class DuplicateRow(SnapshotError):
+    """The same id appears twice."""
+
+
+class UnknownNode(SnapshotError):
+    """A running task or a reservation names a node, or a GPU of a node, that is not in the snapshot."""
+
+
+class InvalidRow(SnapshotError):
+    """A value is outside its range: no GPUs, a negative or infinite duration, more than 64 GPUs on a node."""
+
+
+class GpuConflict(SnapshotError):
+    """Two running tasks hold the same GPU."""
+
+
+class ReservationConflict(SnapshotError):
+    """Two reservations keep the same GPU at the same time."""
+
+
+class TaskNeverFits(SnapshotError):
+    """No node of the cluster can ever hold the task. `largest_fit_gpus` is the widest choice that would fit."""
+
+    def __init__(self, subject: str, message: str, largest_fit_gpus: int) -> None:
+        super().__init__(subject, message)
+        self.largest_fit_gpus = largest_fit_gpus
