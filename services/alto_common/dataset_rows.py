@@ -1,0 +1,262 @@
+"""Reading dataset files: JSONL or Parquet rows as typed values, and what is wrong with a file, line by line.
+
+JSONL is one JSON object a line in UTF-8; Parquet is one row an example. Every row of a file has the same one of the
+formats of `alto_common.dataset_formats`. Pure Python: needs no torch, and pyarrow only to read Parquet. Files come from
+tenants, so everything about them is bounded by `DatasetLimits` before it is held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alto_common.dataset_formats import (
+    FORMATS_IN_WORDS,
+    SHOWN_CHARACTERS,
+    AlpacaRow,
+    Message,
+    MessagesRow,
+    PreferenceRow,
+    PromptCompletionRow,
+    Row,
+    RowFormat,
+    TextRow,
+    check_objective,
+    detect,
+    shown,
+    typed,
+)
+from alto_common.violations import Violation
+
+__all__ = [
+    "AlpacaRow",
+    "DatasetError",
+    "DatasetFacts",
+    "DatasetLimits",
+    "Message",
+    "MessagesRow",
+    "PreferenceRow",
+    "PromptCompletionRow",
+    "Row",
+    "RowFormat",
+    "TextRow",
+    "check_objective",
+    "read_rows",
+    "scan",
+]
+
+
+@dataclass(frozen=True)
+class DatasetLimits:
+    """What a file may cost. `max_bytes` also bounds what a Parquet file unpacks to; `max_row_characters` counts a row
+    as it is written; `max_json_depth` counts nested brackets; at most `max_violations` are reported.
+    """
+
+    max_bytes: int = 1 << 30
+    max_rows: int = 1_000_000
+    max_row_characters: int = 400_000
+    max_json_depth: int = 16
+    max_violations: int = 20
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a sound dataset file is: `duplicates` counts rows that repeat an earlier one."""
+
+    rows: int
+    format: RowFormat
+    bytes: int
+    sha256: str
+    duplicates: int
+    longest_row_characters: int
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used; `violations` name the lines, at most `DatasetLimits.max_violations` of them."""
+
+    def __init__(self, violations: list[Violation]) -> None:
+        """Keep the violations, in the order of the file."""
+        self.violations = tuple(violations)
+        super().__init__("; ".join(str(violation) for violation in violations))
+
+
+def read_rows(path: Path, limits: DatasetLimits | None = None) -> Iterator[tuple[int, Row]]:
+    """Yield each row of `path` with its line number (1-based; blank lines are skipped; row number in Parquet).
+
+    Raises `DatasetError` at the first row that is not sound.
+    """
+    reader = _Reader(path, limits or DatasetLimits())
+    for line, outcome, _ in reader.outcomes():
+        if isinstance(outcome, list):
+            raise DatasetError(outcome)
+        yield line, outcome
+
+
+def scan(path: Path, limits: DatasetLimits | None = None) -> DatasetFacts:
+    """Read all of `path` and return its facts; raise `DatasetError` with the first violations otherwise."""
+    limits = limits or DatasetLimits()
+    reader = _Reader(path, limits)
+    violations: list[Violation] = []
+    digests: set[bytes] = set()
+    rows = longest = 0
+    for _, outcome, characters in reader.outcomes():
+        if isinstance(outcome, list):
+            violations.extend(outcome)
+            if len(violations) >= limits.max_violations:
+                break
+            continue
+        rows += 1
+        longest = max(longest, characters)
+        digests.add(hashlib.blake2b(repr(outcome).encode(), digest_size=16).digest())
+    if violations:
+        raise DatasetError(violations[: limits.max_violations])
+    if reader.format is None:
+        raise DatasetError([Violation("dataset", path.name, f"it holds no rows: give at least one {FORMATS_IN_WORDS}")])
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return DatasetFacts(rows, reader.format, path.stat().st_size, sha256, rows - len(digests), longest)
+
+
+class _Reader:
+    """One pass over one file. `format` is that of the first sound row; every later row must have it too."""
+
+    def __init__(self, path: Path, limits: DatasetLimits) -> None:
+        self.path = path
+        self.limits = limits
+        self.format: RowFormat | None = None
+        self.format_line = 0
+
+    def outcomes(self) -> Iterator[tuple[int, Row | list[Violation], int]]:
+        """Yield (line number, row or what is wrong with it, characters as written)."""
+        try:
+            size = self.path.stat().st_size
+            with self.path.open("rb") as stream:
+                is_parquet = stream.read(4) == b"PAR1"
+        except OSError as error:
+            yield 0, [Violation("dataset", str(self.path), f"give a readable file ({error.strerror})")], 0
+            return
+        if size > self.limits.max_bytes:
+            cure = f"give a file of at most {self.limits.max_bytes:,} bytes, or split it"
+            yield 0, [Violation("dataset", f"{size:,} bytes", cure)], 0
+            return
+        values = self._parquet_values() if is_parquet else self._json_values()
+        for index, (line, value, characters) in enumerate(values):
+            if index == self.limits.max_rows:
+                cure = f"give at most {self.limits.max_rows:,} rows, or split the file"
+                yield line, [Violation(f"line[{line}]", f"row {index + 1:,}", cure)], characters
+                return
+            yield line, value if isinstance(value, list) else self._row(line, value), characters
+
+    def _row(self, line: int, value: dict[str, Any]) -> Row | list[Violation]:
+        where = f"line[{line}]"
+        row_format = detect(where, value)
+        if isinstance(row_format, list):
+            return row_format
+        if self.format is None:
+            self.format, self.format_line = row_format, line
+        if row_format is not self.format:
+            cure = f"line {self.format_line} has the {self.format} format: give every row of a file the same one"
+            return [Violation(where, str(row_format), cure)]
+        return typed(where, row_format, value)
+
+    def _json_values(self) -> Iterator[tuple[int, dict[str, Any] | list[Violation], int]]:
+        with self.path.open("rb") as stream:
+            # A character takes at most 4 bytes of UTF-8: a longer line is too long before it is decoded.
+            most_bytes = 4 * self.limits.max_row_characters + 2
+            line = 0
+            while raw := stream.readline(most_bytes + 1):
+                line += 1
+                cut = len(raw) > most_bytes
+                while cut and not raw.endswith(b"\n") and (more := stream.readline(1 << 20)):
+                    raw = more
+                if cut:
+                    yield line, [self._too_long(line, f"over {most_bytes:,} bytes")], most_bytes
+                elif raw.strip():
+                    yield line, *self._parse(line, raw)
+
+    def _too_long(self, line: int, size: str) -> Violation:
+        cure = f"give rows of at most {self.limits.max_row_characters:,} characters: shorten or split this one"
+        return Violation(f"line[{line}]", size, cure)
+
+    def _parse(self, line: int, raw: bytes) -> tuple[dict[str, Any] | list[Violation], int]:
+        """Return the object that one line holds, or why it holds none, with the line's length in characters."""
+        where = f"line[{line}]"
+        try:
+            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip()
+        except UnicodeDecodeError as error:
+            cure = f"save the file as UTF-8 (byte {error.start + 1} of this line is not)"
+            return [Violation(where, shown(raw[max(0, error.start - 8) : error.start + 8]), cure)], len(raw)
+        if len(text) > self.limits.max_row_characters:
+            return [self._too_long(line, f"{len(text):,} characters")], len(text)
+        if _depth(text, self.limits.max_json_depth) > self.limits.max_json_depth:
+            cure = f"nest brackets at most {self.limits.max_json_depth} deep"
+            return [Violation(where, shown(text), cure)], len(text)
+        try:
+            value = json.loads(text, object_pairs_hook=_object_without_repeats)
+        except ValueError as error:
+            cure = f"write one whole JSON object a line ({str(error).split(': line 1')[0]})"
+            return [Violation(where, shown(text), cure)], len(text)
+        if not isinstance(value, dict):
+            cure = "write one JSON object a line, neither an array around the rows nor a bare value"
+            return [Violation(where, shown(text), cure)], len(text)
+        return value, len(text)
+
+    def _parquet_values(self) -> Iterator[tuple[int, dict[str, Any] | list[Violation], int]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        line = unpacked = 0
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                # Few rows at a time: a repeated value is one entry in the file, but one copy a row once unpacked.
+                for batch in file.iter_batches(batch_size=32):
+                    unpacked += batch.nbytes
+                    if unpacked > self.limits.max_bytes:
+                        cure = f"the rows unpack to over {self.limits.max_bytes:,} bytes: split the file"
+                        yield line + 1, [Violation("dataset", self.path.name, cure)], 0
+                        return
+                    for value in batch.to_pylist():
+                        line += 1
+                        present = {name: item for name, item in value.items() if item is not None}
+                        characters = len(str(present))
+                        if characters > self.limits.max_row_characters:
+                            yield line, [self._too_long(line, f"{characters:,} characters")], characters
+                        else:
+                            yield line, present, characters
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            cure = f"write the Parquet file again ({str(error)[:SHOWN_CHARACTERS]})"
+            yield line + 1, [Violation(f"line[{line + 1}]", self.path.name, cure)], 0
+
+
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a field is given twice")
+    return value
+
+
+_BRACKETS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+
+
+def _depth(text: str, enough: int) -> int:
+    """Return how deep brackets nest outside strings (a quick upper bound when that is no more than `enough`)."""
+    bound = text.count("[") + text.count("{")
+    if bound <= enough:
+        return bound
+    depth = deepest = 0
+    in_string = False
+    for match in _BRACKETS.finditer(text):
+        token = match.group()
+        if token == '"':
+            in_string = not in_string
+        elif not in_string and token in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif not in_string and token in "]}":
+            depth -= 1
+    return deepest
