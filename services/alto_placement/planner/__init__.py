@@ -1,4 +1,4 @@
-"""The planner: a pure function from a snapshot of the cluster to a plan. No gRPC, no SQL, no torch, no clock of its own.
+"""The planner: a pure function from a snapshot of the cluster to a plan. No gRPC, SQL, torch or clock of its own.
 
 from alto_placement.planner import Snapshot, plan
 answer = plan(Snapshot(now_s=..., nodes=[...], waiting=[...]), budget_s=0.05)
@@ -6,13 +6,13 @@ answer = plan(Snapshot(now_s=..., nodes=[...], waiting=[...]), budget_s=0.05)
 
 from alto_placement.planner.engine import plan
 from alto_placement.planner.errors import (
-    DuplicateRow,
-    GpuConflict,
-    InvalidRow,
-    ReservationConflict,
+    DuplicateRowError,
+    GpuConflictError,
+    InvalidRowError,
+    ReservationConflictError,
     SnapshotError,
-    TaskNeverFits,
-    UnknownNode,
+    TaskNeverFitsError,
+    UnknownNodeError,
 )
 from alto_placement.planner.fitting import check_can_ever_fit
 from alto_placement.planner.model import (
@@ -42,11 +42,11 @@ __all__ = [
     "Change",
     "ChangeKind",
     "Choice",
+    "DuplicateRowError",
     "Duration",
-    "DuplicateRow",
     "Explanation",
-    "GpuConflict",
-    "InvalidRow",
+    "GpuConflictError",
+    "InvalidRowError",
     "Node",
     "NodeState",
     "Objective",
@@ -56,14 +56,14 @@ __all__ = [
     "Preemption",
     "PreemptionReason",
     "Reservation",
-    "ReservationConflict",
+    "ReservationConflictError",
     "RunningTask",
     "Sharing",
     "Snapshot",
     "SnapshotError",
-    "TaskNeverFits",
+    "TaskNeverFitsError",
     "Tenant",
-    "UnknownNode",
+    "UnknownNodeError",
     "WaitReason",
     "WaitingTask",
     "check_can_ever_fit",

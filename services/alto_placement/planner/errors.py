@@ -11,27 +11,27 @@ class SnapshotError(ValueError):
         self.subject = subject
 
 
-class DuplicateRow(SnapshotError):
+class DuplicateRowError(SnapshotError):
     """The same id appears twice."""
 
 
-class UnknownNode(SnapshotError):
+class UnknownNodeError(SnapshotError):
     """A running task or a reservation names a node, or a GPU of a node, that is not in the snapshot."""
 
 
-class InvalidRow(SnapshotError):
+class InvalidRowError(SnapshotError):
     """A value is outside its range: no GPUs, a negative or infinite duration, more than 64 GPUs on a node."""
 
 
-class GpuConflict(SnapshotError):
+class GpuConflictError(SnapshotError):
     """Two running tasks hold the same GPU."""
 
 
-class ReservationConflict(SnapshotError):
+class ReservationConflictError(SnapshotError):
     """Two reservations keep the same GPU at the same time."""
 
 
-class TaskNeverFits(SnapshotError):
+class TaskNeverFitsError(SnapshotError):
     """No node of the cluster can ever hold the task. `largest_fit_gpus` is the widest choice that would fit."""
 
     def __init__(self, subject: str, message: str, largest_fit_gpus: int) -> None:

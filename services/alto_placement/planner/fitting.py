@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from alto_placement.planner.errors import TaskNeverFits
+from alto_placement.planner.errors import TaskNeverFitsError
 from alto_placement.planner.model import Choice, Node, NodeState, WaitingTask
 
 
@@ -24,11 +24,11 @@ def widest_fit(choice: Choice, nodes: Iterable[Node]) -> int:
 
 
 def check_can_ever_fit(task: WaitingTask, nodes: Iterable[Node]) -> None:
-    """Raise TaskNeverFits when no choice of `task` fits an otherwise empty cluster. Call it at admission."""
+    """Raise TaskNeverFitsError when no choice of `task` fits an otherwise empty cluster. Call it at admission."""
     known = tuple(nodes)
     widest = max((widest_fit(choice, known) for choice in task.choices), default=0)
     if not any(choice.gpus <= widest_fit(choice, known) for choice in task.choices):
         kinds = sorted({choice.gpu_kind or "any kind" for choice in task.choices})
         asked = min((choice.gpus for choice in task.choices), default=0)
         message = f"asks for at least {asked} GPUs of {', '.join(kinds)}; the most that fits is {widest}"
-        raise TaskNeverFits(task.task_id, message, widest)
+        raise TaskNeverFitsError(task.task_id, message, widest)
