@@ -63,7 +63,9 @@ def write_python(target: Path, dependencies: Path) -> None:
     for stub in target.glob("alto/v1/*_pb2_grpc.py*"):
         if not any(line.startswith("service ") for line in (PROTO_ROOT / proto_of(stub)).read_text().splitlines()):
             stub.unlink()
-    (target / "alto" / "v1" / "__init__.py").write_text('"""Generated from proto/alto/v1 by `make proto`. Do not edit."""\n')
+    (target / "alto" / "v1" / "__init__.py").write_text(
+        '"""Generated from proto/alto/v1 by `make proto`. Do not edit."""\n'
+    )
 
 
 def proto_of(stub: Path) -> str:

@@ -1,0 +1,137 @@
+"""What happens around every call, in this order: log context, credential, scope, validation, the call, its errors."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import protovalidate
+import structlog
+from alto.v1 import error_pb2
+from google.protobuf.message import Message
+from grpc_status import rpc_status
+
+from alto_common.errors import DomainError, invalid_fields
+from alto_common.rpc.authentication import (
+    OPEN_SERVICES,
+    Authenticator,
+    Scope,
+    bearer_credential,
+    current_caller,
+    require_scope,
+)
+from alto_common.rpc.status import status_of
+from alto_common.violations import Violation
+
+log = structlog.get_logger("alto.rpc")
+
+
+def validate(message: Message) -> None:
+    """Raise INVALID_FIELD naming each field that breaks a rule of the contract."""
+    violations = [
+        Violation(field_path(found.proto.field), found.field_value, found.proto.message)
+        for found in protovalidate.collect_violations(message)
+    ]
+    if violations:
+        raise invalid_fields(violations)
+
+
+def field_path(path: Any) -> str:
+    """Return a protovalidate FieldPath as callers write it: spec.search_space.base.lora_rank, configs[3], labels["a"]."""
+    text = ""
+    for element in path.elements if path else ():
+        text += f".{element.field_name}" if text else element.field_name
+        subscript = element.subscript
+        if subscript is not None:
+            text += f"[{subscript.value}]" if subscript.field == "index" else f'["{subscript.value}"]'
+    return text
+
+
+async def checked(requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
+    """Yield a stream's messages, each validated."""
+    async for request in requests:
+        validate(request)
+        yield request
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of a server. `scopes` maps each method to the scope that it needs; a method that is missing is denied."""
+
+    def __init__(self, authenticator: Authenticator, scopes: Mapping[str, Scope]) -> None:
+        self._authenticator = authenticator
+        self._scopes = scopes
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Return the method's handler with everything around it."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(OPEN_SERVICES):
+            return handler
+        return self._wrapped(method, handler)
+
+    @asynccontextmanager
+    async def _around(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        """Authenticate, authorise, and turn what is raised inside into a status."""
+        metadata = dict(context.invocation_metadata() or ())
+        call_id = secrets.token_hex(6)
+        with structlog.contextvars.bound_contextvars(method=method.rpartition("/")[2], call_id=call_id):
+            try:
+                caller = await self._authenticator.authenticate(bearer_credential(metadata))
+                require_scope(method, caller, self._scopes)
+                current_caller.set(caller)
+                with structlog.contextvars.bound_contextvars(tenant=caller.tenant):
+                    yield
+            except DomainError as error:
+                await context.abort_with_status(rpc_status.to_status(status_of(error)))
+            except (grpc.aio.AbortError, grpc.aio.UsageError):
+                raise
+            except Exception:
+                log.exception("call failed")
+                error = DomainError(
+                    error_pb2.ERROR_REASON_INTERNAL,
+                    f"an error inside ALTO; look for call {call_id} in its logs",
+                    metadata={"call_id": call_id},
+                )
+                await context.abort_with_status(rpc_status.to_status(status_of(error)))
+
+    def _wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        async def unary_unary(request: Message, context: grpc.aio.ServicerContext) -> Any:
+            async with self._around(method, context):
+                validate(request)
+                return await handler.unary_unary(request, context)
+
+        async def unary_stream(request: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async with self._around(method, context):
+                validate(request)
+                async for response in handler.unary_stream(request, context):
+                    yield response
+
+        async def stream_unary(requests: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> Any:
+            async with self._around(method, context):
+                return await handler.stream_unary(checked(requests), context)
+
+        async def stream_stream(
+            requests: AsyncIterator[Message], context: grpc.aio.ServicerContext
+        ) -> AsyncIterator[Any]:
+            async with self._around(method, context):
+                async for response in handler.stream_stream(checked(requests), context):
+                    yield response
+
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.request_streaming and handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream_stream, **codec)
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(stream_unary, **codec)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(unary_stream, **codec)
+        return grpc.unary_unary_rpc_method_handler(unary_unary, **codec)

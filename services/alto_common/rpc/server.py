@@ -1,0 +1,82 @@
+"""Starting and stopping a gRPC server: the options all services share, health, reflection, and a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from alto_common.rpc.authentication import Authenticator, Scope
+from alto_common.rpc.interceptor import CallInterceptor
+
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+SERVER_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 15_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # Two servers on one port would share calls unseen: refuse instead.
+    ("grpc.so_reuseport", 0),
+]
+
+log = structlog.get_logger("alto.server")
+
+
+class Server:
+    """One listening port with its services. `stop` says NOT_SERVING first, then lets calls finish for `grace_s` seconds."""
+
+    def __init__(
+        self,
+        listen: str,
+        authenticator: Authenticator,
+        scopes: Mapping[str, Scope],
+        service_names: Sequence[str],
+    ) -> None:
+        self.listen = listen
+        self.port = 0
+        self.grpc = grpc.aio.server(interceptors=[CallInterceptor(authenticator, scopes)], options=SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.grpc)
+        self._service_names = tuple(service_names)
+
+    async def start(self) -> None:
+        """Bind the port and serve. Health is NOT_SERVING until `set_serving`. Raises RuntimeError when the port is taken."""
+        await self.set_serving(False)
+        self.port = self.grpc.add_insecure_port(self.listen)
+        await self.grpc.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health checks whether the service can do its work."""
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._service_names):
+            await self._health.set(name, state)
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop serving."""
+        await self.set_serving(False)
+        await self.grpc.stop(grace_s)
+
+
+async def run_until_signal(
+    start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]], name: str
+) -> None:
+    """Start a service, wait for SIGTERM or SIGINT, and stop it."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    await start()
+    log.info("serving", service=name)
+    await stopping.wait()
+    log.info("stopping", service=name)
+    await stop()
