@@ -2,10 +2,10 @@
 
     python proto/generate.py            write clients/python/{alto/v1,buf/validate}
     python proto/generate.py --check    fail if what is there differs from what would be written
-    python proto/generate.py --image F  write a FileDescriptorSet with comments, for buf and for clients of other languages
+    python proto/generate.py --image F  write a FileDescriptorSet with comments, for buf and for other languages
 
-The rules of protovalidate come from the installed wheel: it ships the descriptor of buf/validate/validate.proto, not its
-source, so the compiler is given descriptors.
+The rules of protovalidate come from the installed wheel: it ships the descriptor of buf/validate/validate.proto, not
+its source, so the compiler is given descriptors.
 """
 
 from __future__ import annotations

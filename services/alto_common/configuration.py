@@ -1,10 +1,10 @@
-"""Settings of a service: from environment variables, unknown ones refused, each with a default that works on one machine."""
+"""Settings of a service: from environment variables, unknown ones refused, with defaults that work on one machine."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -28,10 +28,10 @@ class ServiceSettings(BaseSettings):
         cls.model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix=cls.prefix)
 
     @classmethod
-    def load(cls) -> ServiceSettings:
+    def load(cls) -> Self:
         """Read the environment. Raises ValueError for a variable with the prefix that no setting has."""
         known = {f"{cls.prefix}{name}".upper() for name in cls.model_fields}
         unknown = sorted(name for name in os.environ if name.startswith(cls.prefix) and name not in known)
         if unknown:
             raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls()
+        return cls.model_validate({})

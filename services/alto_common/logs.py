@@ -1,4 +1,4 @@
-"""Structured logs: JSON lines in services, a readable form for people. Bind tenant, task and trial where they are known."""
+"""Structured logs: JSON lines in services, a readable form for people. Bind tenant, task and trial where known."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import protovalidate
@@ -40,7 +40,7 @@ def validate(message: Message) -> None:
 
 
 def field_path(path: Any) -> str:
-    """Return a protovalidate FieldPath as callers write it: spec.search_space.base.lora_rank, configs[3], labels["a"]."""
+    """Return a protovalidate FieldPath as callers write it: spec.search_space.base.lora_rank, configs[3]."""
     text = ""
     for element in path.elements if path else ():
         text += f".{element.field_name}" if text else element.field_name
@@ -57,8 +57,13 @@ async def checked(requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
         yield request
 
 
+if TYPE_CHECKING:  # generic in the type stubs only
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any]
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler of a server. `scopes` maps each method to the scope that it needs; a method that is missing is denied."""
+    """Wraps every handler of a server. `scopes` maps each method to the scope it needs; a missing method is denied."""
 
     def __init__(self, authenticator: Authenticator, scopes: Mapping[str, Scope]) -> None:
         self._authenticator = authenticator
@@ -66,9 +71,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Handler | None:
         """Return the method's handler with everything around it."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
@@ -77,7 +82,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._wrapped(method, handler)
 
     @asynccontextmanager
-    async def _around(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
         """Authenticate, authorise, and turn what is raised inside into a status."""
         metadata = dict(context.invocation_metadata() or ())
         call_id = secrets.token_hex(6)
@@ -94,34 +99,35 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 raise
             except Exception:
                 log.exception("call failed")
-                error = DomainError(
+                internal = DomainError(
                     error_pb2.ERROR_REASON_INTERNAL,
                     f"an error inside ALTO; look for call {call_id} in its logs",
                     metadata={"call_id": call_id},
                 )
-                await context.abort_with_status(rpc_status.to_status(status_of(error)))
+                await context.abort_with_status(rpc_status.to_status(status_of(internal)))
 
-    def _wrapped(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        async def unary_unary(request: Message, context: grpc.aio.ServicerContext) -> Any:
+    def _wrapped(self, method: str, handler: Handler) -> Handler:
+        # One of the four is the handler's own; the type stubs describe the synchronous server.
+        behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+        async def unary_unary(request: Message, context: Context) -> Any:
             async with self._around(method, context):
                 validate(request)
-                return await handler.unary_unary(request, context)
+                return await behaviour(request, context)
 
-        async def unary_stream(request: Message, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async def unary_stream(request: Message, context: Context) -> AsyncIterator[Any]:
             async with self._around(method, context):
                 validate(request)
-                async for response in handler.unary_stream(request, context):
+                async for response in behaviour(request, context):
                     yield response
 
-        async def stream_unary(requests: AsyncIterator[Message], context: grpc.aio.ServicerContext) -> Any:
+        async def stream_unary(requests: AsyncIterator[Message], context: Context) -> Any:
             async with self._around(method, context):
-                return await handler.stream_unary(checked(requests), context)
+                return await behaviour(checked(requests), context)
 
-        async def stream_stream(
-            requests: AsyncIterator[Message], context: grpc.aio.ServicerContext
-        ) -> AsyncIterator[Any]:
+        async def stream_stream(requests: AsyncIterator[Message], context: Context) -> AsyncIterator[Any]:
             async with self._around(method, context):
-                async for response in handler.stream_stream(checked(requests), context):
+                async for response in behaviour(checked(requests), context):
                     yield response
 
         codec = {

@@ -31,7 +31,7 @@ log = structlog.get_logger("alto.server")
 
 
 class Server:
-    """One listening port with its services. `stop` says NOT_SERVING first, then lets calls finish for `grace_s` seconds."""
+    """One listening port with its services. `stop` says NOT_SERVING first, then gives calls `grace_s` seconds."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Server:
         self._service_names = tuple(service_names)
 
     async def start(self) -> None:
-        """Bind the port and serve. Health is NOT_SERVING until `set_serving`. Raises RuntimeError when the port is taken."""
+        """Bind the port and serve, NOT_SERVING until `set_serving`. Raises RuntimeError when the port is taken."""
         await self.set_serving(False)
         self.port = self.grpc.add_insecure_port(self.listen)
         await self.grpc.start()

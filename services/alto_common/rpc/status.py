@@ -84,5 +84,5 @@ def reason_in(error: grpc.RpcError) -> str | None:
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
-            return info.reason
+            return str(info.reason)
     return None
