@@ -1,0 +1,79 @@
+"""The database edge, on both engines: migrations, transactions, and what SQLite promises after a power cut."""
+
+import asyncio
+import textwrap
+
+import pytest
+import sqlalchemy as sa
+from alto_common.database import Database
+
+ENVIRONMENT = """
+from alembic import context
+context.configure(connection=context.config.attributes["connection"], target_metadata=None)
+with context.begin_transaction():
+    context.run_migrations()
+"""
+REVISION = """
+import sqlalchemy as sa
+from alembic import op
+revision = "0001"
+down_revision = None
+def upgrade():
+    op.create_table("counter", sa.Column("name", sa.String, primary_key=True), sa.Column("value", sa.Integer))
+"""
+
+counter = sa.table("counter", sa.column("name"), sa.column("value"))
+
+
+@pytest.fixture
+async def database(database_url, tmp_path):
+    migrations = tmp_path / "migrations"
+    (migrations / "versions").mkdir(parents=True)
+    (migrations / "env.py").write_text(textwrap.dedent(ENVIRONMENT))
+    (migrations / "versions" / "0001_begin.py").write_text(textwrap.dedent(REVISION))
+    opened = Database(database_url, migrations)
+    yield opened
+    await opened.close()
+
+
+async def test_a_fresh_database_is_not_current_until_migrated(database):
+    assert not await database.is_current()
+    await database.migrate()
+    assert await database.is_current()
+    await database.migrate()
+    assert await database.is_current()
+
+
+async def test_a_transaction_that_raises_leaves_nothing(database):
+    await database.migrate()
+    with pytest.raises(RuntimeError, match="in the middle"):
+        async with database.transaction() as connection:
+            await connection.execute(counter.insert().values(name="a", value=1))
+            raise RuntimeError("in the middle")
+    async with database.snapshot() as connection:
+        assert (await connection.execute(sa.select(counter))).all() == []
+
+
+async def test_writers_queue_and_lose_no_update(database):
+    await database.migrate()
+    async with database.transaction() as connection:
+        await connection.execute(counter.insert().values(name="a", value=0))
+
+    async def increment():
+        async with database.transaction() as connection:
+            row = sa.select(counter.c.value).where(counter.c.name == "a").with_for_update()
+            value = (await connection.execute(row)).scalar_one()
+            await connection.execute(counter.update().values(value=value + 1))
+
+    await asyncio.gather(*(increment() for _ in range(20)))
+    async with database.snapshot() as connection:
+        assert (await connection.execute(sa.select(counter.c.value))).scalar_one() == 20
+
+
+async def test_sqlite_keeps_what_it_acknowledged(tmp_path):
+    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'alto.db'}", tmp_path)
+    async with database.snapshot() as connection:
+        assert (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar_one() == "wal"
+        assert (await connection.exec_driver_sql("PRAGMA synchronous")).scalar_one() == 2
+        assert (await connection.exec_driver_sql("PRAGMA foreign_keys")).scalar_one() == 1
+    await database.close()

