@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailableError(RuntimeError):
     """A back end was asked for that is not compiled in, or that has no device here."""
 
 
@@ -21,15 +21,15 @@ def compiled_module() -> ModuleType | None:
 
 
 def require_compiled() -> ModuleType:
-    """Return `alto_kernels._kernels`; raise `BackendUnavailable` where the extension was not built."""
+    """Return `alto_kernels._kernels`; raise `BackendUnavailableError` where the extension was not built."""
     module = compiled_module()
     if module is None:
-        raise BackendUnavailable("alto_kernels._kernels is not built; install the package, or use back end 'reference'")
+        raise BackendUnavailableError("alto_kernels._kernels is not built: install alto-tuning, or take 'reference'")
     return module
 
 
 def cuda_available() -> bool:
-    """True when the CUDA kernels are compiled in and a GPU that they were built for (compute capability 9.0) is there."""
+    """True when the CUDA kernels are compiled in and a GPU of compute capability 9.0, their target, is there."""
     module = compiled_module()
     if module is None or not module.has_cuda or not torch.cuda.is_available():
         return False
@@ -52,5 +52,5 @@ def choose(device: torch.device, name: str | None) -> str:
     if name is None:
         return usable[-1]
     if name not in usable:
-        raise BackendUnavailable(f"backend={name!r} is not usable on {device.type}; usable: {', '.join(usable)}")
+        raise BackendUnavailableError(f"backend={name!r} is not usable on {device.type}; usable: {', '.join(usable)}")
     return name

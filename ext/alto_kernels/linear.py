@@ -33,7 +33,7 @@ def lora_linears(
     module_indices: Sequence[int],
     biases_N: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """Return `lora_linear` for several projections of the same x (q, k, v; gate, up), which is then read fewer times."""
+    """Return `lora_linear` for several projections of one x (q, k, v; gate, up), which is then read fewer times."""
     biases = [None] * len(weights_NK) if biases_N is None else list(biases_N)
     if not len(weights_NK) == len(module_indices) == len(biases):
         raise ValueError("weights_NK, module_indices, biases_N: must have the same length")

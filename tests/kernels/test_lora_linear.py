@@ -9,7 +9,8 @@ import torch
 from alto_kernels import TickPlan, lora_linear, lora_linears, low_rank_backward, low_rank_forward
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_cases import Case, Outcome, float64_oracle, relative_error
+
+from .lora_cases import Case, Outcome, float64_oracle, relative_error
 
 BACKENDS = ("reference", "cpu")
 SHAPES = [(70, 50), (70, 33)]
