@@ -229,10 +229,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration under its name within a task."""
+    """One configuration under its name within a task; `initial_adapter_path` is a PEFT folder to start from."""
 
     trial_id: str
     config: TrialConfig
+    initial_adapter_path: str | None = None
 
 
 @dataclass(frozen=True)

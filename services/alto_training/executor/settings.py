@@ -32,6 +32,7 @@ class ExecutorSettings:
     None lets the memory model choose. `slots` None means one for every trial that memory allows. `recompute` trades
     time for memory: activations of a layer are computed again in the backward pass. `cache_dir` holds tokenised
     datasets; None puts them under the work folder. `checkpoint_every_ticks`, when given, is used besides the interval.
+    The state of the last `revivable_trials` that a policy stopped is kept, so that their user can revive them.
     """
 
     device: str = "cpu"
@@ -45,5 +46,6 @@ class ExecutorSettings:
     checkpoint_interval_s: float = 60.0
     checkpoint_every_ticks: int | None = None
     progress_interval_s: float = 1.0
+    revivable_trials: int = 8
     memory_limit_bytes: int | None = None
     cache_dir: Path | None = None

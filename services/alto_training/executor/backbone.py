@@ -1,0 +1,233 @@
+"""The frozen base model, held once: loaded, its linear layers made ready for adapters, and checked for packing."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from alto_common.base_models import select_modules
+from alto_common.tuning import ALL_LINEAR, TrialConfig
+from torch import nn
+
+from alto_training.executor import attention
+from alto_training.executor.adapter import AdaptedModule
+from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
+from alto_training.executor.frozen_linear import dense_linear
+from alto_training.executor.lora_linear import LoraBackend, MultiLoraLinear, ReferenceBackend
+from alto_training.executor.losses import OutputHead
+from alto_training.executor.tick import CurrentTick, Item, PackedSequence, Share, Tick, build_tick
+
+_PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+@dataclass
+class Backbone:
+    """A frozen decoder whose linear layers take adapters, and its output head.
+
+    `fingerprint` names the weights; `fan_in_fan_out` says that they lie as [K, N] (GPT-2), which PEFT must be told.
+    """
+
+    decoder: nn.Module
+    head: OutputHead
+    layers: tuple[MultiLoraLinear, ...]
+    module_prefix: str
+    context_length: int
+    fingerprint: str
+    fan_in_fan_out: bool
+    name_or_path: str
+    current: CurrentTick
+    device: torch.device
+    dtype: torch.dtype
+    parameters: int
+
+    def use_backend(self, backend: LoraBackend) -> None:
+        """Let `backend` multiply the low-rank part of every layer."""
+        for layer in self.layers:
+            layer.backend = backend
+
+    def hidden_states(self, tick: Tick) -> torch.Tensor:
+        """Run the decoder over the tick and return the hidden states of its target rows, [R, H]."""
+        self.current.tick = tick
+        try:
+            output = self.decoder(input_ids=tick.input_ids_1T, position_ids=tick.position_ids_1T, use_cache=False)
+        finally:
+            if not tick.training:
+                self.current.tick = None
+        hidden_TH: torch.Tensor = output.last_hidden_state[0]
+        return hidden_TH.index_select(0, tick.rows_R)
+
+    def end_tick(self) -> None:
+        """Forget the tick: after its backward pass, which may run layers again (recomputation)."""
+        self.current.tick = None
+
+    def recompute_activations(self) -> None:
+        """Keep only the input of each decoder layer; compute the rest again in the backward pass."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        for module in self.decoder.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                # The flag of the layer alone: its children stay in evaluation mode, without the backbone's dropout.
+                module.training = True
+
+    def adapted_modules(self, config: TrialConfig) -> tuple[AdaptedModule, ...]:
+        """Return the layers that a trial adapts, in the model's order; raise `TargetModulesError` if there are none."""
+        selected = set(select_modules([layer.path for layer in self.layers], config.target_modules, config.layers))
+        chosen = [layer for layer in self.layers if layer.path in selected]
+        if not chosen:
+            names = sorted({layer.path.rsplit(".", 1)[-1] for layer in self.layers})
+            raise TargetModulesError(
+                f"target_modules {list(config.target_modules)} with layers {config.layers} match no linear layer",
+                f"choose among {', '.join(names)} or {ALL_LINEAR}",
+            )
+        return tuple(
+            AdaptedModule(layer.index, layer.path, layer.frozen.in_features, layer.frozen.out_features)
+            for layer in chosen
+        )
+
+    def check_length(self, config: TrialConfig) -> None:
+        """Refuse sequences longer than the context: positions there were never trained."""
+        if config.max_length > self.context_length:
+            raise ContextLengthError(
+                f"max_length {config.max_length} is more than the {self.context_length} tokens of {self.name_or_path}",
+                f"give a max_length of at most {self.context_length}",
+            )
+
+
+def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backbone:
+    """Load a causal language model by folder or hub name, freeze it, and make it take adapters.
+
+    Raises `UnsupportedBackboneError` for an architecture whose attention cannot be told where sequences end.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
+    )
+    return prepare_backbone(model, name_or_path, torch.device(device))
+
+
+def prepare_backbone(model: Any, name_or_path: str, device: torch.device) -> Backbone:
+    """Make a loaded causal language model (a transformers PreTrainedModel) a backbone; it is changed in place."""
+    config = model.config
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__} does not go through transformers' attention interface",
+            "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model",
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in {"dynamic", "longrope"}:
+        raise UnsupportedBackboneError(
+            f"rope_type {rope['rope_type']} makes positions depend on the longest sequence of a batch",
+            "choose a model with another rope_type",
+        )
+    attention.register()
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    model.requires_grad_(False).eval().to(device)
+    probe_ids = torch.randint(0, config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    fingerprint = _fingerprint(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    decoder = model.base_model
+    current = CurrentTick()
+    attention.attach(model, current)
+    backbone = Backbone(
+        decoder=decoder,
+        head=_output_head(model),
+        layers=(),
+        module_prefix=f"{model.base_model_prefix}.",
+        context_length=int(config.max_position_embeddings),
+        fingerprint=fingerprint,
+        fan_in_fan_out=False,
+        name_or_path=name_or_path,
+        current=current,
+        device=device,
+        dtype=model.dtype,
+        parameters=parameters,
+    )
+    expected_SV = _own_logits(model, backbone, probe_ids)
+    backbone.fan_in_fan_out = any(type(module).__name__ == "Conv1D" for module in decoder.modules())
+    backbone.layers = _install_layers(decoder, backbone.module_prefix, ReferenceBackend(), current)
+    _verify_packing(backbone, probe_ids, expected_SV)
+    return backbone
+
+
+def layer_number(path: str) -> int | None:
+    """Return the number of the decoder layer that a module path lies in, None outside of all."""
+    match = re.search(r"\.(\d+)\.", path)
+    return int(match.group(1)) if match else None
+
+
+def _install_layers(
+    decoder: nn.Module, prefix: str, backend: LoraBackend, current: CurrentTick
+) -> tuple[MultiLoraLinear, ...]:
+    layers: list[MultiLoraLinear] = []
+    for name, module in list(decoder.named_modules()):
+        frozen = dense_linear(module)
+        if frozen is None:
+            continue
+        parent_name, _, child = name.rpartition(".")
+        layer = MultiLoraLinear(frozen, len(layers), prefix + name, backend, current)
+        setattr(decoder.get_submodule(parent_name), child, layer)
+        layers.append(layer)
+    return tuple(layers)
+
+
+def _output_head(model: Any) -> OutputHead:
+    projection = model.get_output_embeddings()
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return OutputHead(
+        weight_VH=projection.weight.data,
+        bias_V=None if getattr(projection, "bias", None) is None else projection.bias.data,
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _probe_tick(probe_ids: torch.Tensor, rows: Sequence[int], device: torch.device) -> Tick:
+    items = []
+    for row in rows:
+        ids = probe_ids[row, : probe_ids.shape[1] - row * 5].numpy().astype("int32")  # ragged: 12 and 7 tokens
+        items.append(Item((PackedSequence(ids, ids >= 0),), denominator=1))
+    return build_tick([Share(None, items)], training=False, device=device)
+
+
+@torch.no_grad()
+def _own_logits(model: Any, backbone: Backbone, probe_ids: torch.Tensor) -> torch.Tensor:
+    """Return the untouched model's logits for the probe sequences, each run alone, rows stacked."""
+    rows = []
+    for row in range(probe_ids.shape[0]):
+        tick = _probe_tick(probe_ids, [row], backbone.device)
+        backbone.current.tick = tick
+        rows.append(model(input_ids=tick.input_ids_1T, use_cache=False).logits[0, :-1].float())
+    backbone.current.tick = None
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def _verify_packing(backbone: Backbone, probe_ids: torch.Tensor, expected_SV: torch.Tensor) -> None:
+    """Refuse a model that gives other logits for sequences packed together than for each alone."""
+    tick = _probe_tick(probe_ids, range(probe_ids.shape[0]), backbone.device)
+    packed_SV = backbone.head.logits(backbone.hidden_states(tick))
+    error = float((packed_SV - expected_SV).abs().max() / expected_SV.abs().max().clamp_min(1e-6))
+    if not error <= _PACKING_TOLERANCE.get(backbone.dtype, 0.1):
+        raise UnsupportedBackboneError(
+            f"{type(backbone.decoder).__name__} gives other logits for packed sequences (relative error {error:.2g})",
+            "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model",
+        )
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Return a sha256 over each parameter's name, shape and about 64 of its values: cheap, and tells models apart."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()

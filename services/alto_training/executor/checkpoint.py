@@ -1,0 +1,148 @@
+"""Checkpoints on disk: tensors in safetensors files, the rest in one JSON manifest, written last.
+
+A tensor file is named by what it holds and its version and is never written twice, so what has not changed since the
+last checkpoint costs nothing. The manifest names each file with its sha256 and size. Two generations are kept; a
+reader takes the newest whose every file checks out, and nothing is overwritten when none does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alto_training.executor.durable_files import write_file
+from alto_training.executor.errors import CheckpointError
+
+_FORMAT = 1
+_GENERATIONS = 2
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors that are written to one file; the same name and version always mean the same content."""
+
+    name: str
+    version: int
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def file_name(self) -> str:
+        """The name of its file."""
+        return f"{self.name}-v{self.version}.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back: its JSON state, and its tensors by group name."""
+
+    tick: int
+    state: dict[str, Any]
+    groups: dict[str, dict[str, torch.Tensor]]
+
+
+class CheckpointStore:
+    """The checkpoints of one work folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, dict[str, Any]] = {}  # file name -> sha256 and size, of files known to be good
+
+    def write(self, tick: int, state: Mapping[str, Any], groups: list[TensorGroup]) -> tuple[Path, int]:
+        """Make a checkpoint durable; return its manifest's path and the bytes written."""
+        from safetensors.torch import save
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        written = 0
+        files: dict[str, dict[str, Any]] = {}
+        for group in groups:
+            name = group.file_name
+            if name not in self._known:
+                content = save({key: tensor.detach().cpu() for key, tensor in group.tensors.items()})
+                write_file(self._folder / name, content)
+                self._known[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+                written += len(content)
+            files[group.name] = {"file": name, **self._known[name]}
+        payload = json.dumps({"format": _FORMAT, "tick": tick, "files": files, "state": state}, sort_keys=True)
+        manifest = {"sha256": hashlib.sha256(payload.encode()).hexdigest(), "payload": payload}
+        path = self._folder / f"manifest-{tick:012d}.json"
+        content = json.dumps(manifest).encode()
+        write_file(path, content)
+        self._discard_old()
+        return path, written + len(content)
+
+    def read(self) -> Checkpoint | None:
+        """Return the newest good checkpoint, None if none was ever written.
+
+        Raises `CheckpointError` when there are checkpoints and none is good: the damage of the newest is named.
+        """
+        damage: str | None = None
+        damaged: list[Path] = []
+        for path in self._manifests():
+            try:
+                checkpoint = self._read(path)
+            except _DamageError as error:
+                damage = damage or str(error)
+                damaged.append(path)
+                continue
+            for bad in damaged:
+                # Kept for whoever wants to look, but no generation any more.
+                bad.rename(bad.with_suffix(".damaged"))
+            return checkpoint
+        if damage is None:
+            return None
+        raise CheckpointError(
+            f"no checkpoint in {self._folder} is whole: {damage}",
+            "restore the files, or start over in an empty work folder",
+        )
+
+    def _read(self, path: Path) -> Checkpoint:
+        from safetensors.torch import load
+
+        try:
+            manifest = json.loads(path.read_bytes())
+            payload = manifest["payload"]
+            good = hashlib.sha256(payload.encode()).hexdigest() == manifest["sha256"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _DamageError(f"{path.name} cannot be read ({error})") from error
+        if not good:
+            raise _DamageError(f"{path.name} was altered")
+        content = json.loads(payload)
+        if content["format"] != _FORMAT:
+            raise _DamageError(f"{path.name} has format {content['format']}, not {_FORMAT}")
+        groups = {}
+        for name, entry in content["files"].items():
+            try:
+                raw = (self._folder / entry["file"]).read_bytes()
+            except OSError as error:
+                raise _DamageError(f"{entry['file']} is missing") from error
+            if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+                raise _DamageError(f"{entry['file']} was altered or cut short")
+            groups[name] = load(raw)
+            self._known[entry["file"]] = {"sha256": entry["sha256"], "size": entry["size"]}
+        return Checkpoint(content["tick"], content["state"], groups)
+
+    def _manifests(self) -> list[Path]:
+        return sorted(self._folder.glob("manifest-*.json"), reverse=True)
+
+    def _discard_old(self) -> None:
+        kept = self._manifests()[:_GENERATIONS]
+        for path in self._manifests()[_GENERATIONS:]:
+            path.unlink()
+        needed = set()
+        for path in kept:
+            payload = json.loads(json.loads(path.read_bytes())["payload"])
+            needed |= {entry["file"] for entry in payload["files"].values()}
+        for path in self._folder.glob("*.safetensors"):
+            if path.name not in needed:
+                path.unlink()
+                self._known.pop(path.name, None)
+
+
+class _DamageError(Exception):
+    """One generation cannot be trusted."""

@@ -1,0 +1,105 @@
+"""The passes of the backbone: one training tick, and losses without gradients for evaluation and references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from alto_training.executor.backbone import Backbone
+from alto_training.executor.losses import token_nll
+from alto_training.executor.tick import Item, Share, Tick, build_tick
+
+
+class TickTooLargeError(Exception):
+    """Memory ran out within a pass; gradients of the shares in it are in an unknown state."""
+
+
+def train_tick(backbone: Backbone, shares: Sequence[Share]) -> list[float]:
+    """Run one forward and backward pass; gradients are added to the adapters' buffers.
+
+    Returns each share's part of the mean loss over its effective batch (the parts of the micro-batches add up to it).
+    Raises `TickTooLargeError` when memory runs out.
+    """
+    tick = build_tick(shares, training=True, device=backbone.device)
+    try:
+        loss_I = _item_losses(backbone, tick)
+        loss_G = torch.zeros(len(shares), dtype=loss_I.dtype, device=loss_I.device)
+        loss_G = loss_G.index_add(0, tick.share_of_item_I, loss_I * tick.weight_I)
+        # A vector of ones, not a sum: no share's loss meets another's, finite or not.
+        loss_G.backward(torch.ones_like(loss_G))  # type: ignore[no-untyped-call]
+        losses: list[float] = loss_G.tolist()
+        return losses
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TickTooLargeError(str(error)) from error
+    finally:
+        backbone.end_tick()
+
+
+@torch.no_grad()
+def item_losses(backbone: Backbone, shares: Sequence[Share], tokens_per_tick: int) -> list[list[float]]:
+    """Return the loss of each item of each share, without gradients, in ticks of at most `tokens_per_tick` tokens."""
+    losses: list[list[float]] = [[] for _ in shares]
+    for piece in _pieces(shares, tokens_per_tick):
+        tick = build_tick([share for _, share in piece], training=False, device=backbone.device)
+        for owner, loss in zip(tick.share_of_item_I.tolist(), _item_losses(backbone, tick).tolist(), strict=True):
+            losses[piece[owner][0]].append(loss)
+    return losses
+
+
+@torch.no_grad()
+def reference_sums(backbone: Backbone, items: Sequence[Item], tokens_per_tick: int) -> list[tuple[float, ...]]:
+    """Return, for each item, the frozen backbone's summed token losses of its sequences."""
+    sums: list[float] = []
+    for piece in _pieces([Share(None, items)], tokens_per_tick):
+        tick = build_tick([share for _, share in piece], training=False, device=backbone.device)
+        sums.extend(_sequence_sums(backbone, tick).tolist())
+    answers, start = [], 0
+    for item in items:
+        answers.append(tuple(sums[start : start + len(item.sequences)]))
+        start += len(item.sequences)
+    return answers
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether torch (on either device) or Python says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def _sequence_sums(backbone: Backbone, tick: Tick) -> torch.Tensor:
+    """Return the summed token losses of each sequence, [S]."""
+    nll_R = token_nll(backbone.hidden_states(tick), tick.targets_R, backbone.head)
+    nll_S = torch.zeros(len(tick.sequence_lengths), dtype=nll_R.dtype, device=nll_R.device)
+    return nll_S.index_add(0, tick.sequence_of_row_R, nll_R)
+
+
+def _item_losses(backbone: Backbone, tick: Tick) -> torch.Tensor:
+    """Return the loss of each item, [I], unweighed."""
+    nll_S = _sequence_sums(backbone, tick)
+    parts = [item_loss(nll_S[start:end], tick.reference_nll_S[start:end]) for item_loss, start, end in tick.item_losses]
+    return torch.cat(parts)
+
+
+def _pieces(shares: Sequence[Share], tokens_per_tick: int) -> Iterator[list[tuple[int, Share]]]:
+    """Cut shares into runs of whole items that fit a tick, each with the index of the share it comes from."""
+    piece: list[tuple[int, Share]] = []
+    left = tokens_per_tick
+    for index, share in enumerate(shares):
+        taken: list[Item] = []
+        for item in share.items:
+            if item.tokens > left and (piece or taken):
+                if taken:
+                    piece.append((index, replace(share, items=taken)))
+                yield piece
+                piece, taken, left = [], [], tokens_per_tick
+            taken.append(item)
+            left -= item.tokens
+        if taken:
+            piece.append((index, replace(share, items=taken)))
+    if piece:
+        yield piece

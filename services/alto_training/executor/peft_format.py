@@ -1,0 +1,149 @@
+"""The one home of the PEFT adapter format: safetensors and adapter_config.json, written atomically, read back checked.
+
+A folder holds adapter_model.safetensors, adapter_config.json (both as peft 0.21 writes them, so that
+PeftModel.from_pretrained and vLLM load it) and alto.json: sha256 and where the adapter comes from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from alto_common.tuning import TrialConfig
+
+from alto_training.executor.adapter import Adapter
+from alto_training.executor.backbone import Backbone, layer_number
+from alto_training.executor.durable_files import replace_folder, sha256_of, write_file
+from alto_training.executor.errors import AdapterFormatError, WrongBaseModelError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+MANIFEST_NAME = "alto.json"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class WrittenAdapter:
+    """Where an adapter was written, and the sha256 of its weights file."""
+
+    path: Path
+    sha256: str
+
+
+def write_adapter(
+    folder: Path,
+    adapter: Adapter,
+    param_P: torch.Tensor,
+    config: TrialConfig,
+    backbone: Backbone,
+    provenance: Mapping[str, Any],
+) -> WrittenAdapter:
+    """Write `param_P` (laid out as `adapter`'s weights) to `folder`, replacing it whole or not at all.
+
+    `provenance` is added to the manifest: task, trial, step, validation loss.
+    """
+    from safetensors.torch import save
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path, (a_RK, b_NR) in adapter.matrices(param_P.cpu()).items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = a_RK.contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = b_NR.contiguous()
+    with replace_folder(folder) as aside:
+        write_file(aside / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+        sha256 = sha256_of(aside / WEIGHTS_NAME)
+        write_file(aside / CONFIG_NAME, _json(peft_config(adapter, config, backbone)))
+        manifest = {"weights_sha256": sha256, "backbone_fingerprint": backbone.fingerprint, **provenance}
+        write_file(aside / MANIFEST_NAME, _json(manifest))
+    return WrittenAdapter(folder, sha256)
+
+
+def peft_config(adapter: Adapter, config: TrialConfig, backbone: Backbone) -> dict[str, Any]:
+    """Return what peft.LoraConfig.from_pretrained reads. Module names are cut to suffixes where those say the same."""
+    paths = [module.path for module in adapter.modules]
+    suffixes = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    layers: list[int] | None = None
+    if config.layers is not None:
+        layers = sorted({number for path in paths if (number := layer_number(path)) is not None})
+    selected = {
+        layer.path
+        for layer in backbone.layers
+        if layer.path.rsplit(".", 1)[-1] in suffixes and (layers is None or layer_number(layer.path) in layers)
+    }
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": backbone.name_or_path,
+        "inference_mode": True,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": suffixes if selected == set(paths) else paths,
+        "layers_to_transform": layers if selected == set(paths) else None,
+        "fan_in_fan_out": backbone.fan_in_fan_out,
+        "bias": "none",
+        "init_lora_weights": True,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def read_adapter(folder: Path, adapter: Adapter, config: TrialConfig, backbone: Backbone) -> None:
+    """Load the weights of a PEFT adapter into `adapter`, to start training from.
+
+    Raises `AdapterFormatError` when the folder is no LoRA adapter or has another rank, scaling or other modules, and
+    `WrongBaseModelError` when its manifest names another backbone.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        described = json.loads((folder / CONFIG_NAME).read_text())
+        tensors = load_file(folder / WEIGHTS_NAME)
+    except (OSError, ValueError) as error:
+        raise AdapterFormatError(f"{folder} is no PEFT adapter ({error})", "name a folder that PEFT wrote") from error
+    except Exception as error:
+        raise AdapterFormatError(f"{folder / WEIGHTS_NAME} is damaged ({error})", "fetch the adapter again") from error
+    _check_backbone(folder, backbone)
+    if described.get("peft_type") != "LORA" or described.get("use_dora"):
+        raise AdapterFormatError(f"{folder} is no plain LoRA adapter", "start from a LoRA adapter without DoRA")
+    for name, asked in (("r", config.lora_rank), ("use_rslora", config.use_rslora)):
+        if described.get(name, asked) != asked:
+            raise AdapterFormatError(
+                f"{folder} has {name} {described[name]}, the trial {asked}", f"give the trial {name} {described[name]}"
+            )
+    expected = adapter.matrices(adapter.param)
+    found = {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    if found != set(expected):
+        odd = sorted(found ^ set(expected))[0]
+        raise AdapterFormatError(
+            f"{folder} and the trial adapt other modules, such as {odd}", "give the trial the adapter's target_modules"
+        )
+    for path, matrices in expected.items():
+        for matrix, letter in zip(matrices, "AB", strict=True):
+            stored = tensors[f"{_PREFIX}{path}.lora_{letter}.weight"]
+            if stored.shape != matrix.shape:
+                raise WrongBaseModelError(
+                    f"{folder} has {path}.lora_{letter} of shape {tuple(stored.shape)}, not {tuple(matrix.shape)}",
+                    "start from an adapter of this base model and lora_rank",
+                )
+            matrix.copy_(stored)
+
+
+def _check_backbone(folder: Path, backbone: Backbone) -> None:
+    manifest_path = folder / MANIFEST_NAME
+    if not manifest_path.is_file():
+        return
+    fingerprint = json.loads(manifest_path.read_text()).get("backbone_fingerprint")
+    if fingerprint != backbone.fingerprint:
+        raise WrongBaseModelError(
+            f"{folder} was trained over another backbone than {backbone.name_or_path}",
+            "start from an adapter of this base model",
+        )
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,193 @@
+"""One trial while it trains: its place in its data, its effective batch, its adapter, its best weights so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from alto_common.tuning import Evaluation, Trial
+
+from alto_training.executor.adapter import Adapter
+from alto_training.executor.data_source import DataSource
+from alto_training.executor.objectives import TrainingObjective
+from alto_training.executor.optimizer import adamw_step, gradient_norm
+from alto_training.executor.randomness import DataOrder
+from alto_training.executor.tick import Item, Share
+
+# Gives items of the training data, by row and length, the backbone's own sums (DPO); others are returned as they are.
+References = Callable[[Sequence[int], Sequence[Item], int], list[Item]]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step was: the loss of its effective batch before it, and the gradient's norm before the clip.
+
+    `finite` False means that the step was not taken.
+    """
+
+    train_loss: float
+    learning_rate: float
+    gradient_norm: float
+    finite: bool
+
+
+class TrialRun:
+    """The training state of one trial. An effective batch is read at once and trained in as many ticks as it takes."""
+
+    def __init__(
+        self,
+        trial: Trial,
+        data: DataSource,
+        objective: TrainingObjective,
+        adapter: Adapter,
+        evaluation: Evaluation,
+        smoothing: float,
+        references: References,
+    ) -> None:
+        self.trial_id = trial.trial_id
+        self.config = trial.config
+        self.adapter = adapter
+        self.total_steps = trial.config.total_steps(len(data))
+        if trial.config.max_steps is None:
+            self.total_items = max(1, math.ceil(len(data) * trial.config.epochs))
+        else:
+            self.total_items = trial.config.max_steps * trial.config.effective_batch_size
+        self._data = data
+        self._objective = objective
+        self._order = DataOrder(len(data), trial.config.seed)
+        self._smoothing = smoothing
+        self._references = references
+        self._evaluation_steps = frozenset(
+            math.ceil(self.total_steps * part / evaluation.count) for part in range(1, evaluation.count + 1)
+        )
+        self.step = 0
+        self.items_done = 0  # of the current effective batch
+        self.train_loss_smoothed = math.nan
+        self.tokens_trained = 0
+        self.samples_trained = 0
+        self.best_step: int | None = None
+        self.best_validation_loss: float | None = None
+        self.best_param: torch.Tensor | None = None
+        self.version = 0  # grows with every change of the buffers: a checkpoint writes only what changed
+        self._batch: list[Item] = []
+        self._batch_step = -1
+        self._batch_loss = 0.0
+
+    @property
+    def batch(self) -> list[Item]:
+        """The items of the current effective batch, in stream order."""
+        if self._batch_step != self.step:
+            self._batch = self._read_batch()
+            self._batch_step = self.step
+        return self._batch
+
+    @property
+    def waiting_tokens(self) -> list[int]:
+        """Token counts of the items of the effective batch that have not been trained yet."""
+        return [item.tokens for item in self.batch[self.items_done :]]
+
+    def share(self, items: int) -> Share:
+        """Return the next `items` items of the effective batch, as this trial's share of a tick."""
+        denominator = sum(item.denominator for item in self.batch)
+        return Share(
+            adapter=self.adapter,
+            items=self.batch[self.items_done : self.items_done + items],
+            item_loss=self._objective.item_loss,
+            batch_denominator=float(max(1, denominator)),
+            dropout=self.config.lora_dropout,
+            seed=self.config.seed,
+        )
+
+    def count(self, items: int, loss: float) -> bool:
+        """Note that the next `items` items were trained, with their part of the loss; say if the batch is complete."""
+        trained = self.batch[self.items_done : self.items_done + items]
+        self.tokens_trained += sum(item.tokens for item in trained)
+        self.samples_trained += len(trained)
+        self.items_done += items
+        self._batch_loss += loss
+        self.version += 1
+        return self.items_done == len(self.batch)
+
+    def restart_batch(self) -> None:
+        """Go back to the start of the effective batch: after memory ran out in the middle of a backward pass."""
+        undone = self.batch[: self.items_done]
+        self.tokens_trained -= sum(item.tokens for item in undone)
+        self.samples_trained -= len(undone)
+        self.items_done, self._batch_loss = 0, 0.0
+        self.adapter.grad.zero_()
+        self.version += 1
+
+    def finish_batch(self) -> StepReport:
+        """Take the optimiser step of a complete effective batch, unless its loss or gradient is not finite."""
+        loss = self._batch_loss
+        learning_rate = self.config.learning_rate * self.config.schedule.multiplier(self.step, self.total_steps)
+        norm = gradient_norm(self.adapter)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return StepReport(loss, learning_rate, norm, finite=False)
+        adamw_step(self.adapter, self.config, self.step, learning_rate, norm)
+        first = math.isnan(self.train_loss_smoothed)
+        keep = 0.0 if first else 1.0 - self._smoothing
+        self.train_loss_smoothed = loss if first else keep * self.train_loss_smoothed + self._smoothing * loss
+        self.step += 1
+        self.items_done, self._batch_loss = 0, 0.0
+        self.version += 1
+        return StepReport(loss, learning_rate, norm, finite=True)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the last optimiser step was one after which validation loss is measured."""
+        return self.step in self._evaluation_steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether all optimiser steps have been taken."""
+        return self.step >= self.total_steps
+
+    def note_validation(self, loss: float) -> bool:
+        """Note the validation loss of the current weights; keep a copy of them if it is the lowest so far."""
+        best = self.best_validation_loss is None or loss < self.best_validation_loss
+        if best:
+            self.best_step, self.best_validation_loss = self.step, loss
+            self.best_param = self.adapter.param.to("cpu", copy=True)
+        return best
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a checkpoint needs besides the buffers, as JSON."""
+        return {
+            "step": self.step,
+            "items_done": self.items_done,
+            "batch_loss": self._batch_loss,
+            "train_loss_smoothed": self.train_loss_smoothed,
+            "tokens_trained": self.tokens_trained,
+            "samples_trained": self.samples_trained,
+            "best_step": self.best_step,
+            "best_validation_loss": self.best_validation_loss,
+            "version": self.version,
+        }
+
+    def load_state(self, state: dict[str, Any], buffers: dict[str, torch.Tensor], best: torch.Tensor | None) -> None:
+        """Take up where `state` was written; `buffers` are the adapter's, `best` the best weights."""
+        self.step = state["step"]
+        self.items_done = state["items_done"]
+        self._batch_loss = state["batch_loss"]
+        self.train_loss_smoothed = state["train_loss_smoothed"]
+        self.tokens_trained = state["tokens_trained"]
+        self.samples_trained = state["samples_trained"]
+        self.best_step = state["best_step"]
+        self.best_validation_loss = state["best_validation_loss"]
+        self.version = state["version"]
+        self.best_param = best
+        self.adapter.load(buffers)
+
+    def _read_batch(self) -> list[Item]:
+        size = self.config.effective_batch_size
+        positions = range(self.step * size, min((self.step + 1) * size, self.total_items))
+        rows = [self._order.row(position) for position in positions]
+        items = [
+            self._objective.item(self._data, row, self.config.max_length, position)
+            for row, position in zip(rows, positions, strict=True)
+        ]
+        return self._references(rows, items, self.config.max_length)
