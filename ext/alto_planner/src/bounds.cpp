@@ -1,0 +1,191 @@
+#include "bounds.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <numeric>
+#include <set>
+
+namespace alto {
+namespace {
+
+constexpr int kSteps = 28;          // halvings of the interval in which the bound is sought
+constexpr int kFractions = 12;      // Fekete-Schepers functions u(1) .. u(12)
+constexpr double kSlack = 1e-9;     // relative; a sum must exceed the capacity by more than rounding
+
+struct Item {
+    double seconds;
+    double slots;
+};
+
+// Items of some width over `slots` bins of length C: is C proven too short?
+class SlotBound {
+  public:
+    SlotBound(std::vector<Item> items, double slots) : items_(std::move(items)), slots_(slots) {
+        std::sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) { return a.seconds < b.seconds; });
+        count_.assign(items_.size() + 1, 0);
+        area_.assign(items_.size() + 1, 0);
+        for (std::size_t i = 0; i < items_.size(); ++i) {
+            count_[i + 1] = count_[i] + items_[i].slots;
+            area_[i + 1] = area_[i] + items_[i].slots * items_[i].seconds;
+        }
+    }
+
+    [[nodiscard]] double area_bound() const { return area_.back() / slots_; }
+
+    [[nodiscard]] bool refuted(double length) const {
+        const double capacity = slots_ * length * (1 + kSlack);
+        // Martello-Toth: items longer than length - e count as a whole bin, items shorter than e not at all.
+        for (std::size_t i = 0; i < items_.size() && items_[i].seconds <= length / 2; ++i) {
+            if (i > 0 && items_[i].seconds == items_[i - 1].seconds) continue;
+            const std::size_t large = first_above(length - items_[i].seconds);
+            const double whole = (count_.back() - count_[large]) * length;
+            if (whole + area_[large] - area_[i] > capacity) return true;
+        }
+        const std::size_t half = first_above(length / 2);
+        if (count_.back() - count_[half] > slots_ * (1 + kSlack)) return true;
+        // Fekete-Schepers u(k): x -> x if (k+1) x is whole, else floor((k+1) x) / k.
+        for (int k = 1; k <= kFractions; ++k) {
+            double sum = 0;
+            for (const Item& item : items_) {
+                const double scaled = (k + 1) * item.seconds / length;
+                const double whole = std::floor(scaled + 1e-12);
+                // Near a whole number both values are close; take the smaller, so that rounding proves nothing.
+                const double value = std::abs(scaled - std::round(scaled)) < 1e-9
+                                         ? std::min(item.seconds / length, std::floor(scaled - 1e-9) / k)
+                                         : whole / k;
+                sum += item.slots * std::max(0.0, value);
+            }
+            if (sum > slots_ * (1 + kSlack)) return true;
+        }
+        return false;
+    }
+
+  private:
+    [[nodiscard]] std::size_t first_above(double seconds) const {
+        const auto found = std::upper_bound(items_.begin(), items_.end(), seconds,
+                                            [](double value, const Item& item) { return value < item.seconds; });
+        return static_cast<std::size_t>(found - items_.begin());
+    }
+
+    std::vector<Item> items_;
+    double slots_;
+    std::vector<double> count_, area_;
+};
+
+bool within(const std::vector<char>& inner, const std::vector<char>& outer) {
+    for (std::size_t i = 0; i < inner.size(); ++i)
+        if (inner[i] && !outer[i]) return false;
+    return true;
+}
+
+// Slots of `width` that a shape takes at least: floor(part / width) for each part.
+double slots_taken(const Shape& shape, int width) {
+    double taken = 0;
+    for (int part : shape.parts) taken += part / width;
+    return taken;
+}
+
+double bound_on(const Problem& problem, const std::vector<char>& classes, int width, double low, double high,
+                bool with_dff) {
+    double slots = 0;
+    for (const Node& node : problem.nodes)
+        if (node.ready && classes[node.node_class]) slots += node.gpus / width;
+    if (slots <= 0) return 0;
+    std::vector<Item> items;
+    for (const Task& task : problem.tasks) {
+        // A task with several choices counts with the least of each: seconds, and slots x seconds.
+        double seconds = kNever, area = kNever;
+        for (int c = task.first_choice; c < task.first_choice + task.choices; ++c) {
+            const Shape& shape = problem.shapes[problem.choices[c].shape];
+            if (shape.parts.empty()) continue;
+            const bool counts = within(shape.eligible, classes);
+            seconds = std::min(seconds, problem.choices[c].seconds);
+            area = std::min(area, counts ? slots_taken(shape, width) * problem.choices[c].seconds : 0.0);
+        }
+        if (seconds == kNever || area <= 0) continue;
+        items.push_back({seconds, area / seconds});
+    }
+    const bool rigid =
+        std::all_of(problem.tasks.begin(), problem.tasks.end(), [](const Task& task) { return task.choices < 2; });
+    for (const Pinned& pinned : problem.pinned) {
+        const Node& node = problem.nodes[pinned.node];
+        const double taken = std::popcount(pinned.gpus) / width;
+        if (node.ready && classes[node.node_class] && taken > 0) items.push_back({pinned.end_s - problem.now_s, taken});
+    }
+    const SlotBound bound(std::move(items), slots);
+    low = std::max(low, bound.area_bound());
+    if (!with_dff || !rigid || low >= high) return low;
+    if (!bound.refuted(low)) {
+        // Refutation need not be monotone: look a little above before giving up.
+        bool any = false;
+        for (int i = 1; i <= 8 && !any; ++i) {
+            const double tried = low + (high - low) * i / 9;
+            if (bound.refuted(tried)) {
+                low = tried;
+                any = true;
+            }
+        }
+        if (!any) return low;
+    }
+    for (int step = 0; step < kSteps; ++step) {
+        const double middle = 0.5 * (low + high);
+        (bound.refuted(middle) ? low : high) = middle;
+    }
+    return low;
+}
+
+}  // namespace
+
+Bounds lower_bounds(const Problem& problem, double known_makespan_s, std::size_t dff_tasks) {
+    Bounds bounds;
+    for (const Pinned& pinned : problem.pinned)
+        bounds.makespan_s = std::max(bounds.makespan_s, pinned.end_s - problem.now_s);
+    struct Fluid {
+        double area, seconds;
+    };
+    std::vector<Fluid> fluid;
+    fluid.reserve(problem.tasks.size());
+    std::vector<char> any(problem.classes.size(), 0);
+    for (const Task& task : problem.tasks) {
+        Fluid least{kNever, kNever};
+        for (int c = task.first_choice; c < task.first_choice + task.choices; ++c) {
+            const Shape& shape = problem.shapes[problem.choices[c].shape];
+            if (shape.parts.empty()) continue;
+            least.area = std::min(least.area, shape.gpus * problem.choices[c].seconds);
+            least.seconds = std::min(least.seconds, problem.choices[c].seconds);
+        }
+        if (least.seconds == kNever) continue;
+        const double released = std::max(0.0, task.not_before_s - problem.now_s);
+        bounds.makespan_s = std::max(bounds.makespan_s, released + least.seconds);
+        fluid.push_back(least);
+    }
+    if (fluid.empty()) return bounds;
+    std::sort(fluid.begin(), fluid.end(), [](const Fluid& a, const Fluid& b) { return a.area < b.area; });
+    const double gpus = problem.ready_gpus();
+    double before = 0, total = 0;
+    for (const Fluid& task : fluid) {
+        total += (before + task.area / 2) / gpus + task.seconds / 2;
+        before += task.area;
+    }
+    bounds.mean_completion_s = total / static_cast<double>(fluid.size());
+
+    std::set<std::vector<char>> groups;
+    groups.insert(std::vector<char>(problem.classes.size(), 1));
+    std::set<int> widths{1};
+    for (const Shape& shape : problem.shapes) {
+        if (shape.parts.empty()) continue;
+        groups.insert(shape.eligible);
+        widths.insert(shape.parts.begin(), shape.parts.end());
+    }
+    const bool with_dff = fluid.size() <= dff_tasks;
+    for (const std::vector<char>& group : groups)
+        for (int width : widths) {
+            if (!with_dff && width > 1) continue;
+            const double found = bound_on(problem, group, width, bounds.makespan_s, known_makespan_s, with_dff);
+            bounds.makespan_s = std::max(bounds.makespan_s, std::min(found, known_makespan_s));
+        }
+    return bounds;
+}
+
+}  // namespace alto

@@ -1,0 +1,130 @@
+// The problem and the schedule, as columns. Times are seconds on the snapshot's clock.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+namespace alto {
+
+inline constexpr double kNever = std::numeric_limits<double>::infinity();
+inline constexpr int kMaxGpus = 64;
+using Mask = std::uint64_t;
+
+// Nodes of one class are interchangeable: same kind, memory and number of GPUs.
+struct NodeClass {
+    int kind = 0;
+    std::int64_t memory_bytes = 0;
+    int gpus = 0;
+    int ready_nodes = 0;
+};
+
+struct Node {
+    int node_class = 0;
+    int gpus = 0;
+    bool ready = true;
+};
+
+// What a choice asks for, without its duration: the widths of its parts (descending) and the classes that may hold them.
+struct Shape {
+    int gpus = 0;
+    int kind = -1;  // -1: any
+    std::int64_t memory_bytes = 0;
+    bool one_node = false;
+    std::vector<int> parts;       // empty: no ready nodes can hold it
+    std::vector<char> eligible;   // per node class
+};
+
+struct Choice {
+    int shape = 0;
+    double seconds = 0;
+};
+
+struct Task {
+    int first_choice = 0;
+    int choices = 0;
+    int tenant = 0;
+    int priority = 0;
+    double arrived_s = 0;
+    double not_before_s = -kNever;
+};
+
+// GPUs that are taken until `end_s` by something that runs (tenant >= 0) and then become free.
+struct Pinned {
+    int node = 0;
+    Mask gpus = 0;
+    double end_s = 0;
+    int tenant = -1;
+};
+
+// GPUs kept free during [start_s, end_s).
+struct Window {
+    int node = 0;
+    Mask gpus = 0;
+    double start_s = 0;
+    double end_s = 0;
+};
+
+struct Tenant {
+    double weight = 1;
+    double usage_gpu_s = 0;
+    double quota_gpus = kNever;
+    double borrow_gpus = kNever;
+    int cohort = -1;
+};
+
+struct Objective {
+    double makespan = 1;
+    double completion = 1;
+    double lateness = 1;
+    double patience = 10;
+    double min_patience_s = 3600;
+    double fairness = 1;
+};
+
+struct Problem {
+    double now_s = 0;
+    std::vector<NodeClass> classes;
+    std::vector<Node> nodes;
+    std::vector<Shape> shapes;
+    std::vector<Choice> choices;
+    std::vector<Task> tasks;
+    std::vector<Pinned> pinned;
+    std::vector<Window> windows;
+    std::vector<Tenant> tenants;
+    Objective objective;
+    bool has_quotas = false;
+
+    [[nodiscard]] int ready_gpus() const {
+        int total = 0;
+        for (const Node& node : nodes) total += node.ready ? node.gpus : 0;
+        return total;
+    }
+};
+
+// One choice per task, chosen before scheduling; -1 for a task that no ready node can hold.
+using Allotment = std::vector<int>;
+
+struct PartOut {
+    int node = 0;
+    Mask gpus = 0;
+};
+
+struct Schedule {
+    Allotment choice;                // index into Problem::choices, or -1
+    std::vector<double> start_s;     // kNever for a task without a place
+    std::vector<int> first_part;
+    std::vector<int> part_count;
+    std::vector<PartOut> parts;
+
+    explicit Schedule(std::size_t tasks = 0)
+        : choice(tasks, -1), start_s(tasks, kNever), first_part(tasks, 0), part_count(tasks, 0) {}
+
+    [[nodiscard]] bool placed(std::size_t task) const { return start_s[task] < kNever; }
+    [[nodiscard]] double end_s(const Problem& problem, std::size_t task) const {
+        return start_s[task] + problem.choices[choice[task]].seconds;
+    }
+};
+
+}  // namespace alto

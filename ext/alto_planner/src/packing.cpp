@@ -1,0 +1,231 @@
+#include "packing.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <map>
+#include <numeric>
+
+namespace alto {
+namespace {
+
+constexpr long kMovesPerRound = 20000;
+
+bool power_of_two(int value) { return value > 0 && std::has_single_bit(static_cast<unsigned>(value)); }
+
+double excess(double load, double target) {
+    const double over = load - target;
+    return over > 0 ? over * over : 0;
+}
+
+}  // namespace
+
+std::optional<Packing> Packing::make(const Problem& problem, const Allotment& allotment) {
+    if (!problem.windows.empty() || problem.has_quotas) return std::nullopt;
+    Packing packing;
+    int widest = 1;
+    std::map<int, int> group_of_shape;
+    for (std::size_t i = 0; i < problem.tasks.size(); ++i) {
+        if (allotment[i] < 0) continue;
+        const Shape& shape = problem.shapes[problem.choices[allotment[i]].shape];
+        if (shape.parts.empty()) continue;
+        if (!power_of_two(shape.gpus) || problem.tasks[i].not_before_s > problem.now_s) return std::nullopt;
+        widest = std::max(widest, shape.gpus);
+        const auto [found, added] =
+            group_of_shape.try_emplace(problem.choices[allotment[i]].shape, static_cast<int>(group_of_shape.size()));
+        if (added) packing.eligible_.push_back(shape.eligible);
+        packing.tasks_.push_back(static_cast<int>(i));
+        packing.seconds_.push_back(problem.choices[allotment[i]].seconds);
+        packing.group_.push_back(found->second);
+    }
+    if (packing.tasks_.empty() || !packing.build_units(problem, widest)) return std::nullopt;
+    packing.candidates_.resize(group_of_shape.size());
+    for (const auto& [shape_index, group] : group_of_shape) {
+        const Shape& shape = problem.shapes[shape_index];
+        for (std::size_t u = 0; u < packing.units_.size(); ++u)
+            if (packing.units_[u].width == shape.gpus && shape.eligible[packing.units_[u].node_class])
+                packing.candidates_[group].push_back(static_cast<int>(u));
+        if (packing.candidates_[group].empty()) return std::nullopt;
+    }
+    packing.same_width_.resize(32);
+    for (std::size_t p = 0; p < packing.tasks_.size(); ++p) {
+        const int width = packing.units_[packing.candidates_[packing.group_[p]][0]].width;
+        packing.same_width_[std::countr_zero(static_cast<unsigned>(width))].push_back(static_cast<int>(p));
+    }
+    return packing;
+}
+
+// Leaves are laid out node by node, nodes of one class together; wider units are runs of whole nodes.
+bool Packing::build_units(const Problem& problem, int widest) {
+    for (std::size_t c = 0; c < problem.classes.size(); ++c) {
+        const int gpus = problem.classes[c].gpus;
+        std::vector<int> nodes;
+        for (std::size_t n = 0; n < problem.nodes.size(); ++n)
+            if (problem.nodes[n].ready && problem.nodes[n].node_class == static_cast<int>(c))
+                nodes.push_back(static_cast<int>(n));
+        if (widest > gpus && !power_of_two(gpus)) return false;
+        const int run = std::max(1, widest / gpus);  // nodes under one root
+        for (std::size_t i = 0; i < nodes.size(); ++i) {
+            const int first = static_cast<int>(leaf_.size());
+            for (int gpu = 0; gpu < gpus; ++gpu) leaf_.push_back({nodes[i], gpu});
+            if (i % run == 0) ++roots_;
+            int done = 0;
+            for (int block = static_cast<int>(std::bit_floor(static_cast<unsigned>(gpus))); block > 0; block /= 2) {
+                if (!(gpus & block)) continue;
+                for (int width = block; width > 0; width /= 2)
+                    for (int at = 0; at < block; at += width)
+                        units_.push_back({first + done + at, width, roots_ - 1, static_cast<int>(c)});
+                done += block;
+            }
+            // Runs of 2, 4, ... whole nodes that end with this node.
+            for (int size = 2; size <= run; size *= 2)
+                if ((i + 1) % size == 0)
+                    units_.push_back({first - (size - 1) * gpus, size * gpus, roots_ - 1, static_cast<int>(c)});
+        }
+    }
+    std::vector<int> leaf_of(problem.nodes.size() * kMaxGpus, -1);
+    for (std::size_t l = 0; l < leaf_.size(); ++l) leaf_of[leaf_[l].node * kMaxGpus + leaf_[l].gpu] = static_cast<int>(l);
+    offset_.assign(leaf_.size(), 0);
+    for (const Pinned& pinned : problem.pinned)
+        for (Mask left = pinned.gpus; left; left &= left - 1) {
+            const int leaf = leaf_of[pinned.node * kMaxGpus + std::countr_zero(left)];
+            if (leaf >= 0) offset_[leaf] = pinned.end_s - problem.now_s;
+        }
+    return true;
+}
+
+void Packing::add(int unit, double seconds) {
+    double* load = &load_[units_[unit].first_leaf];
+    for (int i = 0; i < units_[unit].width; ++i) load[i] += seconds;
+}
+
+double Packing::change(int unit, double seconds, double target) const {
+    const double* load = &load_[units_[unit].first_leaf];
+    double sum = 0;
+    for (int i = 0; i < units_[unit].width; ++i) sum += excess(load[i] + seconds, target) - excess(load[i], target);
+    return sum;
+}
+
+void Packing::fill() {
+    load_ = offset_;
+    unit_of_.assign(tasks_.size(), -1);
+    std::vector<int> order(tasks_.size());
+    std::iota(order.begin(), order.end(), 0);
+    const auto width = [&](int p) { return units_[candidates_[group_[p]][0]].width; };
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+        return width(a) != width(b) ? width(a) > width(b) : seconds_[a] > seconds_[b];
+    });
+    for (int p : order) {
+        int best = -1;
+        double best_load = kNever;
+        for (int unit : candidates_[group_[p]]) {
+            const double* load = &load_[units_[unit].first_leaf];
+            const double highest = *std::max_element(load, load + units_[unit].width);
+            if (highest < best_load) {
+                best_load = highest;
+                best = unit;
+            }
+        }
+        unit_of_[p] = best;
+        add(best, seconds_[p]);
+    }
+}
+
+double Packing::largest_load() const { return *std::max_element(load_.begin(), load_.end()); }
+
+void Packing::improve(double lower, Effort& effort, Random& random) {
+    std::vector<int> best_units = unit_of_;
+    std::vector<double> best_load = load_;
+    double best = largest_load();
+    double share = 0.5;  // how far towards the lower bound to aim
+    while (best > lower * (1 + 1e-4) && effort.another()) {
+        const double target = best - std::max(1e-4 * lower, share * (best - lower));
+        anneal(target, random, kMovesPerRound);
+        const double reached = largest_load();
+        if (reached < best) {
+            best = reached;
+            best_units = unit_of_;
+            best_load = load_;
+            share = std::min(1.0, share * 1.5);
+        } else {
+            share = std::max(0.02, share * 0.8);
+            if (random.below(2)) {
+                unit_of_ = best_units;
+                load_ = best_load;
+            }
+        }
+    }
+    unit_of_ = best_units;
+    load_ = best_load;
+}
+
+void Packing::anneal(double target, Random& random, long moves) {
+    double mean = 0;
+    for (double seconds : seconds_) mean += seconds;
+    mean /= static_cast<double>(seconds_.size());
+    const double hot = 0.02 * mean * mean, cold = 1e-6 * mean * mean;
+    const double cooling = std::pow(cold / hot, 1.0 / static_cast<double>(moves));
+    double temperature = hot;
+    double energy = 0;
+    for (double load : load_) energy += excess(load, target);
+    const int count = static_cast<int>(tasks_.size());
+    for (long move = 0; move < moves && energy > 1e-9; ++move, temperature *= cooling) {
+        const int a = random.below(count);
+        const int from = unit_of_[a];
+        if (random.below(3) == 0) {
+            const std::vector<int>& units = candidates_[group_[a]];
+            const int to = units[random.below(static_cast<int>(units.size()))];
+            if (to == from) continue;
+            double delta = change(from, -seconds_[a], target);
+            add(from, -seconds_[a]);
+            delta += change(to, seconds_[a], target);
+            if (delta <= 0 || random.unit() < std::exp(-delta / temperature)) {
+                add(to, seconds_[a]);
+                unit_of_[a] = to;
+                energy += delta;
+            } else {
+                add(from, seconds_[a]);
+            }
+            continue;
+        }
+        const std::vector<int>& peers = same_width_[std::countr_zero(static_cast<unsigned>(units_[from].width))];
+        const int b = peers[random.below(static_cast<int>(peers.size()))];
+        const int to = unit_of_[b];
+        const double more = seconds_[b] - seconds_[a];
+        if (to == from || more == 0) continue;
+        if (!eligible_[group_[a]][units_[to].node_class] || !eligible_[group_[b]][units_[from].node_class]) continue;
+        const double delta = change(from, more, target) + change(to, -more, target);
+        if (delta <= 0 || random.unit() < std::exp(-delta / temperature)) {
+            add(from, more);
+            add(to, -more);
+            std::swap(unit_of_[a], unit_of_[b]);
+            energy += delta;
+        }
+    }
+    // Sums drift by rounding: start the next round from exact loads.
+    load_ = offset_;
+    for (int p = 0; p < count; ++p) add(unit_of_[p], seconds_[p]);
+}
+
+Schedule Packing::schedule(const Problem& problem, const Allotment& allotment,
+                           const std::vector<double>& starts) const {
+    Schedule out(problem.tasks.size());
+    out.choice = allotment;
+    for (std::size_t p = 0; p < tasks_.size(); ++p) {
+        const int task = tasks_[p];
+        const Unit& unit = units_[unit_of_[p]];
+        out.start_s[task] = problem.now_s + starts[p];
+        out.first_part[task] = static_cast<int>(out.parts.size());
+        for (int i = 0; i < unit.width; ++i) {
+            const Leaf& leaf = leaf_[unit.first_leaf + i];
+            if (i == 0 || leaf.node != out.parts.back().node) {
+                out.parts.push_back({leaf.node, 0});
+                out.part_count[task] += 1;
+            }
+            out.parts.back().gpus |= Mask{1} << leaf.gpu;
+        }
+    }
+    return out;
+}
+
+}  // namespace alto

@@ -1,0 +1,322 @@
+#include "reader.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <unordered_set>
+
+namespace py = pybind11;
+
+namespace alto {
+namespace {
+
+// What runs beyond its expected end is taken to end after another 5 % of the time it has run, and a second at least.
+constexpr double kOverdueShare = 0.05;
+constexpr double kOverdueLeast_s = 1.0;
+
+std::string text(py::handle row, const char* name) { return py::cast<std::string>(row.attr(name)); }
+double number(py::handle row, const char* name) { return py::cast<double>(row.attr(name)); }
+long long whole(py::handle row, const char* name) { return py::cast<long long>(row.attr(name)); }
+
+void require(bool holds, const std::string& subject, const char* message) {
+    if (!holds) throw ReadError("invalid", subject, message);
+}
+
+}  // namespace
+
+void Reader::read(py::handle snapshot, Problem& problem) {
+    ++generation_;
+    problem.now_s = number(snapshot, "now_s");
+    require(std::isfinite(problem.now_s), "snapshot", "now_s must be finite");
+    const py::object objective = snapshot.attr("objective");
+    problem.objective = {number(objective, "makespan"),     number(objective, "completion"),
+                         number(objective, "lateness"),     number(objective, "patience"),
+                         number(objective, "min_patience_s"), number(objective, "fairness")};
+    const Objective& wanted = problem.objective;
+    require(wanted.makespan >= 0 && wanted.completion >= 0 && wanted.lateness >= 0 && wanted.patience >= 0 &&
+                wanted.fairness >= 0 && wanted.fairness <= 1 && wanted.makespan + wanted.completion > 0,
+            "objective", "weights must not be negative, fairness at most 1, and makespan or completion must count");
+    read_nodes(snapshot.attr("nodes"), problem);
+    read_waiting(snapshot.attr("waiting"), problem);
+    read_running(snapshot.attr("running"), problem);
+    read_tenants(snapshot.attr("tenants"), problem);
+    read_windows(snapshot.attr("reservations"), problem);
+    finish_shapes(problem);
+}
+
+int Reader::kind_of(const std::string& name) {
+    return kinds_.try_emplace(name, static_cast<int>(kinds_.size())).first->second;
+}
+
+int Reader::tenant_of(const std::string& name) {
+    return tenants_.try_emplace(name, static_cast<int>(tenants_.size())).first->second;
+}
+
+void Reader::read_nodes(py::handle rows, Problem& problem) {
+    const py::object fast = py::reinterpret_steal<py::object>(PySequence_Fast(rows.ptr(), "nodes must be a sequence"));
+    if (!fast) throw py::error_already_set();
+    const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr()));
+    PyObject** items = PySequence_Fast_ITEMS(fast.ptr());
+    bool same = count == node_objects_.size();
+    for (std::size_t i = 0; same && i < count; ++i) same = items[i] == node_objects_[i].ptr();
+    if (!same) {
+        node_objects_.clear();
+        nodes_.clear();
+        classes_.clear();
+        node_index_.clear();
+        running_.clear();
+        running_of_.clear();
+        for (std::size_t i = 0; i < count; ++i) {
+            const py::handle row = items[i];
+            const std::string id = text(row, "node_id");
+            const long long gpus = whole(row, "gpus"), memory = whole(row, "memory_bytes");
+            require(gpus >= 1 && gpus <= kMaxGpus, id, "a node has 1 to 64 GPUs");
+            require(memory >= 0, id, "memory_bytes must not be negative");
+            if (!node_index_.emplace(id, static_cast<int>(i)).second)
+                throw ReadError("duplicate", id, "the node appears twice");
+            const int kind = kind_of(text(row, "gpu_kind"));
+            const auto found = std::find_if(classes_.begin(), classes_.end(), [&](const NodeClass& c) {
+                return c.kind == kind && c.memory_bytes == memory && c.gpus == gpus;
+            });
+            const int node_class = static_cast<int>(found - classes_.begin());
+            if (found == classes_.end()) classes_.push_back({kind, memory, static_cast<int>(gpus), 0});
+            const bool ready = text(row.attr("state"), "value") == "ready";
+            classes_[node_class].ready_nodes += ready;
+            nodes_.push_back({node_class, static_cast<int>(gpus), ready});
+            node_objects_.push_back(py::reinterpret_borrow<py::object>(row));
+        }
+    }
+    problem.nodes = nodes_;
+    problem.classes = classes_;
+}
+
+int Reader::shape_of(py::handle choice, const std::string& subject) {
+    const long long gpus = whole(choice, "gpus"), memory = whole(choice, "memory_bytes");
+    require(gpus >= 1 && gpus <= 1 << 20, subject, "a choice has at least one GPU");
+    require(memory >= 0, subject, "memory_bytes must not be negative");
+    const std::string kind_name = text(choice, "gpu_kind");
+    const int kind = kind_name.empty() ? -1 : kind_of(kind_name);
+    const bool one_node = py::cast<bool>(choice.attr("one_node"));
+    for (std::size_t s = 0; s < shapes_.size(); ++s)
+        if (shapes_[s].gpus == gpus && shapes_[s].kind == kind && shapes_[s].memory_bytes == memory &&
+            shapes_[s].one_node == one_node)
+            return static_cast<int>(s);
+    shapes_.push_back({static_cast<int>(gpus), kind, memory, one_node, {}, {}});
+    return static_cast<int>(shapes_.size()) - 1;
+}
+
+Reader::TaskRow Reader::read_task(py::handle row) {
+    TaskRow read;
+    read.object = py::reinterpret_borrow<py::object>(row);
+    read.id = text(row, "task_id");
+    read.task.tenant = tenant_of(text(row, "tenant"));
+    read.task.priority = py::cast<int>(row.attr("priority"));
+    read.task.arrived_s = number(row, "arrived_s");
+    read.task.not_before_s = number(row, "not_before_s");
+    require(std::isfinite(read.task.arrived_s) && read.task.not_before_s < kNever, read.id, "times must be finite");
+    for (const py::handle choice : row.attr("choices")) {
+        const double seconds = number(choice.attr("duration"), "expected_s");
+        require(std::isfinite(seconds) && seconds > 0, read.id, "an expected duration must be positive and finite");
+        read.choices.push_back({shape_of(choice, read.id), seconds});
+    }
+    require(!read.choices.empty(), read.id, "a task has at least one choice");
+    read.task.choices = static_cast<int>(read.choices.size());
+    return read;
+}
+
+void Reader::read_waiting(py::handle rows, Problem& problem) {
+    const py::object fast = py::reinterpret_steal<py::object>(PySequence_Fast(rows.ptr(), "waiting must be a sequence"));
+    if (!fast) throw py::error_already_set();
+    const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr()));
+    PyObject** items = PySequence_Fast_ITEMS(fast.ptr());
+    std::vector<int> order;
+    order.reserve(count);
+    std::vector<int> fresh;
+    std::size_t expected = 0;  // rows usually come in the order of last time, with a few gone or added
+    for (std::size_t i = 0; i < count; ++i) {
+        int row = -1;
+        for (std::size_t ahead = expected; ahead < std::min(expected + 4, order_.size()); ++ahead)
+            if (rows_[order_[ahead]].object.ptr() == items[i]) {
+                row = order_[ahead];
+                expected = ahead + 1;
+                break;
+            }
+        if (row < 0) {
+            const auto found = row_of_.find(items[i]);
+            if (found != row_of_.end()) row = found->second;
+        }
+        if (row < 0) {
+            TaskRow read = read_task(items[i]);
+            if (free_rows_.empty()) {
+                row = static_cast<int>(rows_.size());
+                rows_.emplace_back();
+            } else {
+                row = free_rows_.back();
+                free_rows_.pop_back();
+            }
+            rows_[row] = std::move(read);
+            row_of_[items[i]] = row;
+            fresh.push_back(row);
+        }
+        if (rows_[row].seen == generation_) throw ReadError("duplicate", rows_[row].id, "the task appears twice");
+        rows_[row].seen = generation_;
+        order.push_back(row);
+    }
+    for (int row : fresh) {
+        const auto [found, added] = row_of_id_.try_emplace(rows_[row].id, row);
+        if (added || found->second == row) continue;
+        if (rows_[found->second].seen == generation_ && rows_[found->second].id == rows_[row].id)
+            throw ReadError("duplicate", rows_[row].id, "the task appears twice");
+        found->second = row;
+    }
+    order_ = std::move(order);
+    problem.tasks.clear();
+    problem.choices.clear();
+    problem.tasks.reserve(count);
+    for (int index : order_) {
+        const TaskRow& row = rows_[index];
+        problem.tasks.push_back(row.task);
+        problem.tasks.back().first_choice = static_cast<int>(problem.choices.size());
+        for (const ChoiceRow& choice : row.choices) problem.choices.push_back({choice.shape, choice.seconds});
+    }
+    if (rows_.size() - free_rows_.size() > count) {
+        for (std::size_t r = 0; r < rows_.size(); ++r) {
+            TaskRow& row = rows_[r];
+            if (row.seen == generation_ || !row.object) continue;
+            const auto named = row_of_id_.find(row.id);
+            if (named != row_of_id_.end() && named->second == static_cast<int>(r)) row_of_id_.erase(named);
+            row_of_.erase(row.object.ptr());
+            row = {};
+            free_rows_.push_back(static_cast<int>(r));
+        }
+    }
+}
+
+std::pair<int, Mask> Reader::read_part(py::handle part, const std::string& subject) {
+    const std::string node_id = text(part, "node_id");
+    const auto found = node_index_.find(node_id);
+    if (found == node_index_.end()) throw ReadError("unknown_node", subject, "there is no node " + node_id);
+    Mask gpus = 0;
+    for (const py::handle index : part.attr("gpu_indices")) {
+        const int gpu = py::cast<int>(index);
+        if (gpu < 0 || gpu >= nodes_[found->second].gpus)
+            throw ReadError("unknown_node", subject, "node " + node_id + " has no GPU " + std::to_string(gpu));
+        gpus |= Mask{1} << gpu;
+    }
+    return {found->second, gpus};
+}
+
+Reader::RunningRow Reader::read_running_row(py::handle row) {
+    RunningRow read{py::reinterpret_borrow<py::object>(row), text(row, "task_id"), tenant_of(text(row, "tenant")),
+                    number(row, "started_s"), number(row, "expected_end_s"), !text(row, "guest_of").empty(), {}};
+    require(std::isfinite(read.started_s) && std::isfinite(read.expected_end_s), read.id, "times must be finite");
+    for (const py::handle part : row.attr("parts")) read.parts.push_back(read_part(part, read.id));
+    return read;
+}
+
+void Reader::read_running(py::handle rows, Problem& problem) {
+    const py::object fast = py::reinterpret_steal<py::object>(PySequence_Fast(rows.ptr(), "running must be a sequence"));
+    if (!fast) throw py::error_already_set();
+    const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr()));
+    PyObject** items = PySequence_Fast_ITEMS(fast.ptr());
+    std::vector<RunningRow> kept;
+    kept.reserve(count);
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto found = running_of_.find(items[i]);
+        kept.push_back(found == running_of_.end() ? read_running_row(items[i]) : running_[found->second]);
+    }
+    running_ = std::move(kept);
+    running_of_.clear();
+    problem.pinned.clear();
+    std::vector<Mask> held(nodes_.size(), 0);
+    std::unordered_set<std::string> ids;
+    for (std::size_t i = 0; i < running_.size(); ++i) {
+        const RunningRow& row = running_[i];
+        running_of_[row.object.ptr()] = static_cast<int>(i);
+        if (!ids.insert(row.id).second) throw ReadError("duplicate", row.id, "the running task appears twice");
+        const auto waiting = row_of_id_.find(row.id);
+        if (waiting != row_of_id_.end() && rows_[waiting->second].seen == generation_)
+            throw ReadError("duplicate", row.id, "the task is both waiting and running");
+        if (row.guest) continue;
+        const double elapsed = std::max(0.0, problem.now_s - row.started_s);
+        const double end = row.expected_end_s > problem.now_s
+                               ? row.expected_end_s
+                               : problem.now_s + std::max(kOverdueLeast_s, kOverdueShare * elapsed);
+        for (const auto& [node, gpus] : row.parts) {
+            if (held[node] & gpus) throw ReadError("gpu_conflict", row.id, "another running task holds the same GPU");
+            held[node] |= gpus;
+            problem.pinned.push_back({node, gpus, end, row.tenant});
+        }
+    }
+}
+
+void Reader::read_tenants(py::handle rows, Problem& problem) {
+    std::unordered_map<std::string, int> cohorts;
+    std::unordered_set<std::string> named;
+    problem.has_quotas = false;
+    problem.tenants.assign(tenants_.size(), {});
+    for (const py::handle row : rows) {
+        const std::string name = text(row, "tenant");
+        if (!named.insert(name).second) throw ReadError("duplicate", name, "the tenant appears twice");
+        const auto index = static_cast<std::size_t>(tenant_of(name));
+        if (index >= problem.tenants.size()) problem.tenants.resize(index + 1);
+        Tenant& tenant = problem.tenants[index];
+        tenant.weight = number(row, "weight");
+        tenant.usage_gpu_s = number(row, "usage_gpu_s");
+        require(tenant.weight > 0 && std::isfinite(tenant.weight), name, "a weight must be positive");
+        require(tenant.usage_gpu_s >= 0 && std::isfinite(tenant.usage_gpu_s), name, "usage must not be negative");
+        if (!row.attr("quota_gpus").is_none()) {
+            tenant.quota_gpus = number(row, "quota_gpus");
+            problem.has_quotas = true;
+        }
+        if (!row.attr("borrow_gpus").is_none()) tenant.borrow_gpus = number(row, "borrow_gpus");
+        require(tenant.quota_gpus >= 0 && tenant.borrow_gpus >= 0, name, "a quota must not be negative");
+        const std::string cohort = text(row, "cohort");
+        if (!cohort.empty()) tenant.cohort = cohorts.try_emplace(cohort, static_cast<int>(cohorts.size())).first->second;
+    }
+}
+
+void Reader::read_windows(py::handle rows, Problem& problem) {
+    problem.windows.clear();
+    std::vector<std::pair<std::string, Window>> read;
+    std::unordered_set<std::string> ids;
+    for (const py::handle row : rows) {
+        const std::string id = text(row, "reservation_id");
+        if (!ids.insert(id).second) throw ReadError("duplicate", id, "the reservation appears twice");
+        const auto [node, gpus] = read_part(row.attr("part"), id);
+        const Window window{node, gpus, number(row, "start_s"), number(row, "end_s")};
+        require(window.start_s < window.end_s && gpus, id, "a reservation needs GPUs and must start before it ends");
+        for (const auto& [other_id, other] : read)
+            if (other.node == node && (other.gpus & gpus) && other.start_s < window.end_s && window.start_s < other.end_s)
+                throw ReadError("reservation_conflict", id, "reservation " + other_id + " keeps the same GPUs");
+        read.emplace_back(id, window);
+        if (window.end_s > problem.now_s) problem.windows.push_back(window);
+    }
+}
+
+// Which classes may hold a shape, and into which parts it falls: whole nodes, widest first, and one remainder.
+void Reader::finish_shapes(Problem& problem) {
+    for (Shape& shape : shapes_) {
+        shape.eligible.assign(classes_.size(), 0);
+        shape.parts.clear();
+        std::vector<int> widths;
+        for (std::size_t c = 0; c < classes_.size(); ++c) {
+            const NodeClass& row = classes_[c];
+            const bool kind = shape.kind < 0 || shape.kind == row.kind;
+            const bool memory = shape.memory_bytes == 0 || row.memory_bytes == 0 || shape.memory_bytes <= row.memory_bytes;
+            if (!kind || !memory) continue;
+            shape.eligible[c] = 1;
+            widths.insert(widths.end(), row.ready_nodes, row.gpus);
+        }
+        std::sort(widths.rbegin(), widths.rend());
+        int left = shape.gpus;
+        for (std::size_t i = 0; i < widths.size() && left > 0; ++i) {
+            shape.parts.push_back(std::min(left, widths[i]));
+            left -= shape.parts.back();
+        }
+        if (left > 0 || (shape.one_node && shape.parts.size() > 1)) shape.parts.clear();
+    }
+    problem.shapes = shapes_;
+}
+
+}  // namespace alto

@@ -1,0 +1,81 @@
+// Reads the Python rows of a snapshot into a Problem. A row object seen in the last snapshot is not read again.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "model.hpp"
+
+namespace alto {
+
+// `kind` is one of: duplicate, unknown_node, invalid, gpu_conflict, reservation_conflict.
+struct ReadError : std::runtime_error {
+    ReadError(std::string kind_, std::string subject_, const std::string& message)
+        : std::runtime_error(message), kind(std::move(kind_)), subject(std::move(subject_)) {}
+    std::string kind, subject;
+};
+
+class Reader {
+  public:
+    // Fill `problem` from a snapshot object (see alto_placement.planner.model.Snapshot). Throws ReadError and then
+    // keeps nothing of the bad snapshot but rows that are well formed.
+    void read(pybind11::handle snapshot, Problem& problem);
+
+    [[nodiscard]] int tenant_of(const std::string& name);
+
+  private:
+    struct ChoiceRow {
+        int shape;
+        double seconds;
+    };
+    struct TaskRow {
+        pybind11::object object;
+        std::string id;
+        Task task;
+        std::vector<ChoiceRow> choices;
+        long seen = 0;
+    };
+    struct RunningRow {
+        pybind11::object object;
+        std::string id;
+        int tenant;
+        double started_s, expected_end_s;
+        bool guest;
+        std::vector<std::pair<int, Mask>> parts;  // node index, GPUs
+    };
+
+    void read_nodes(pybind11::handle rows, Problem& problem);
+    void read_tenants(pybind11::handle rows, Problem& problem);
+    void read_waiting(pybind11::handle rows, Problem& problem);
+    void read_running(pybind11::handle rows, Problem& problem);
+    void read_windows(pybind11::handle rows, Problem& problem);
+    void finish_shapes(Problem& problem);
+
+    TaskRow read_task(pybind11::handle row);
+    RunningRow read_running_row(pybind11::handle row);
+    std::pair<int, Mask> read_part(pybind11::handle part, const std::string& subject);
+    int shape_of(pybind11::handle choice, const std::string& subject);
+    int kind_of(const std::string& name);
+
+    long generation_ = 0;
+    std::vector<pybind11::object> node_objects_;
+    std::vector<Node> nodes_;
+    std::vector<NodeClass> classes_;
+    std::unordered_map<std::string, int> node_index_;
+    std::unordered_map<std::string, int> kinds_;
+    std::unordered_map<std::string, int> tenants_;
+    std::vector<Shape> shapes_;
+    std::vector<TaskRow> rows_;
+    std::vector<int> free_rows_;
+    std::vector<int> order_;  // rows of the last snapshot, in its order
+    std::unordered_map<PyObject*, int> row_of_;
+    std::unordered_map<std::string, int> row_of_id_;
+    std::vector<RunningRow> running_;
+    std::unordered_map<PyObject*, int> running_of_;
+};
+
+}  // namespace alto
