@@ -1,0 +1,42 @@
+"""The client of PlacementService, for who runs ALTO: the nodes, the plan, and why a task waits."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from alto.v1 import placement_pb2
+from alto.v1 import placement_service_pb2 as messages
+from alto.v1.placement_service_pb2_grpc import PlacementServiceStub
+
+from alto_client.connection import Connection
+
+
+class OperatorClient:
+    """A connection to placement under the services' own token, to be used as a context manager."""
+
+    def __init__(self, address: str, service_token: str, *, timeout_s: float = 30.0) -> None:
+        self._connection = Connection(address, service_token, timeout_s=timeout_s)
+        self._stub = PlacementServiceStub(self._connection.channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def plan(self) -> placement_pb2.Plan:
+        """Return the plan."""
+        return self._connection.call(self._stub.GetPlan, messages.GetPlanRequest()).plan
+
+    def nodes(self) -> list[placement_pb2.Node]:
+        """Return the nodes."""
+        return list(self._connection.call(self._stub.ListNodes, messages.ListNodesRequest()).nodes)
+
+    def cordon(self, node_id: str, *, cordoned: bool) -> placement_pb2.Node:
+        """Stop a node from taking more work, or let it again."""
+        request = messages.CordonNodeRequest(node_id=node_id, cordoned=cordoned)
+        return self._connection.call(self._stub.CordonNode, request).node
+
+    def drain(self, node_id: str) -> placement_pb2.Node:
+        """Empty a node: its tasks stop at a checkpoint and are placed elsewhere."""
+        return self._connection.call(self._stub.DrainNode, messages.DrainNodeRequest(node_id=node_id)).node
