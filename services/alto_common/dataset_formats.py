@@ -112,13 +112,27 @@ class PreferenceRow:
 Row = TextRow | PromptCompletionRow | MessagesRow | AlpacaRow | PreferenceRow
 
 
-def check_objective(row_format: RowFormat, objective: Objective, field: str = "dataset") -> list[Violation]:
+_FORMAT_OF = {
+    TextRow: RowFormat.TEXT,
+    PromptCompletionRow: RowFormat.PROMPT_COMPLETION,
+    MessagesRow: RowFormat.MESSAGES,
+    AlpacaRow: RowFormat.ALPACA,
+    PreferenceRow: RowFormat.PREFERENCE,
+}
+
+
+def row_format(row: Row) -> RowFormat:
+    """Return the format that a row has."""
+    return _FORMAT_OF[type(row)]
+
+
+def check_objective(found: RowFormat, objective: Objective, field: str = "dataset") -> list[Violation]:
     """Return a violation when rows of this format cannot serve the objective: DPO takes preferences, SFT all else."""
-    has_preferences = row_format is RowFormat.PREFERENCE
+    has_preferences = found is RowFormat.PREFERENCE
     if objective.kind is ObjectiveKind.DPO and not has_preferences:
-        return [Violation(field, str(row_format), "the DPO objective needs rows of {prompt, chosen, rejected}")]
+        return [Violation(field, str(found), "the DPO objective needs rows of {prompt, chosen, rejected}")]
     if objective.kind is ObjectiveKind.SFT and has_preferences:
-        return [Violation(field, str(row_format), "preference rows need the DPO objective; SFT takes completions")]
+        return [Violation(field, str(found), "preference rows need the DPO objective; SFT takes completions")]
     return []
 
 

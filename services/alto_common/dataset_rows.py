@@ -28,6 +28,7 @@ from alto_common.dataset_formats import (
     TextRow,
     check_objective,
     detect,
+    row_format,
     shown,
     typed,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "TextRow",
     "check_objective",
     "read_rows",
+    "row_format",
     "scan",
 ]
 
@@ -154,15 +156,15 @@ class _Reader:
 
     def _row(self, line: int, value: dict[str, Any]) -> Row | list[Violation]:
         where = f"line[{line}]"
-        row_format = detect(where, value)
-        if isinstance(row_format, list):
-            return row_format
+        found = detect(where, value)
+        if isinstance(found, list):
+            return found
         if self.format is None:
-            self.format, self.format_line = row_format, line
-        if row_format is not self.format:
+            self.format, self.format_line = found, line
+        if found is not self.format:
             cure = f"line {self.format_line} has the {self.format} format: give every row of a file the same one"
-            return [Violation(where, str(row_format), cure)]
-        return typed(where, row_format, value)
+            return [Violation(where, str(found), cure)]
+        return typed(where, found, value)
 
     def _json_values(self) -> Iterator[tuple[int, dict[str, Any] | list[Violation], int]]:
         with self.path.open("rb") as stream:
