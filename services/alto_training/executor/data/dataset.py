@@ -120,8 +120,8 @@ def open_dataset(
     """Tokenise the rows of `path` into `cache_dir`, or open what is there already.
 
     `tokenizer` is a transformers tokenizer. With `max_length_cap`, SFT rows are cut to it before they are kept: no
-    trial can ask for more. Raises `DatasetError` for a file that `alto_common.dataset_rows` refuses and for rows that do
-    not suit the objective or the chat template, `TokenizerError` for a tokenizer without an end-of-sequence token.
+    trial can ask for more. Raises `DatasetError` for a file that `alto_common.dataset_rows` refuses and for rows that
+    do not suit the objective or the chat template, `TokenizerError` for a tokenizer without an end-of-sequence token.
     """
     try:
         with path.open("rb") as stream:
