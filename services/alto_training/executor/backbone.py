@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from torch import nn
 
 from alto_training.executor import attention
 from alto_training.executor.adapter import AdaptedModule
+from alto_training.executor.backbone_weights import BackboneWeights, WholeWeights
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
 from alto_training.executor.frozen_linear import dense_linear
 from alto_training.executor.lora_linear import LoraBackend, MultiLoraLinear, ReferenceBackend
-from alto_training.executor.losses import OutputHead
 from alto_training.executor.tick import CurrentTick, Item, PackedSequence, Share, Tick, build_tick
 
 _PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -26,23 +25,31 @@ _PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 @dataclass
 class Backbone:
-    """A frozen decoder whose linear layers take adapters, and its output head.
+    """A frozen decoder whose linear layers take adapters, and who keeps its weights.
 
-    `fingerprint` names the weights; `fan_in_fan_out` says that they lie as [K, N] (GPT-2), which PEFT must be told.
+    `fan_in_fan_out` says that weights lie as [K, N] (GPT-2), which PEFT must be told.
     """
 
     decoder: nn.Module
-    head: OutputHead
+    weights: BackboneWeights
     layers: tuple[MultiLoraLinear, ...]
     module_prefix: str
     context_length: int
-    fingerprint: str
     fan_in_fan_out: bool
     name_or_path: str
     current: CurrentTick
     device: torch.device
     dtype: torch.dtype
-    parameters: int
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of the weights: equal for equal models, however they are kept."""
+        return self.weights.fingerprint
+
+    @property
+    def parameters(self) -> int:
+        """How many weights there are."""
+        return self.weights.parameters
 
     def use_backend(self, backend: LoraBackend) -> None:
         """Let `backend` multiply the low-rank part of every layer."""
@@ -112,8 +119,13 @@ def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32, device:
     return prepare_backbone(model, name_or_path, torch.device(device))
 
 
-def prepare_backbone(model: Any, name_or_path: str, device: torch.device) -> Backbone:
-    """Make a loaded causal language model (a transformers PreTrainedModel) a backbone; it is changed in place."""
+def prepare_backbone(
+    model: Any, name_or_path: str, device: torch.device, weights: BackboneWeights | None = None
+) -> Backbone:
+    """Make a loaded causal language model (a transformers PreTrainedModel) a backbone; it is changed in place.
+
+    `weights` is given when they are kept elsewhere; then `model` has hooks that fetch what each of its modules uses.
+    """
     config = model.config
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedBackboneError(
@@ -130,24 +142,20 @@ def prepare_backbone(model: Any, name_or_path: str, device: torch.device) -> Bac
     model.set_attn_implementation(attention.IMPLEMENTATION)
     model.requires_grad_(False).eval().to(device)
     probe_ids = torch.randint(0, config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-    fingerprint = _fingerprint(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     decoder = model.base_model
     current = CurrentTick()
     attention.attach(model, current)
     backbone = Backbone(
         decoder=decoder,
-        head=_output_head(model),
+        weights=weights or WholeWeights(model),
         layers=(),
         module_prefix=f"{model.base_model_prefix}.",
         context_length=int(config.max_position_embeddings),
-        fingerprint=fingerprint,
         fan_in_fan_out=False,
         name_or_path=name_or_path,
         current=current,
         device=device,
         dtype=model.dtype,
-        parameters=parameters,
     )
     expected_SV = _own_logits(model, backbone, probe_ids)
     backbone.fan_in_fan_out = any(type(module).__name__ == "Conv1D" for module in decoder.modules())
@@ -177,18 +185,6 @@ def _install_layers(
     return tuple(layers)
 
 
-def _output_head(model: Any) -> OutputHead:
-    projection = model.get_output_embeddings()
-    config = model.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return OutputHead(
-        weight_VH=projection.weight.data,
-        bias_V=None if getattr(projection, "bias", None) is None else projection.bias.data,
-        scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
 def _probe_tick(probe_ids: torch.Tensor, rows: Sequence[int], device: torch.device) -> Tick:
     items = []
     for row in rows:
@@ -213,21 +209,12 @@ def _own_logits(model: Any, backbone: Backbone, probe_ids: torch.Tensor) -> torc
 def _verify_packing(backbone: Backbone, probe_ids: torch.Tensor, expected_SV: torch.Tensor) -> None:
     """Refuse a model that gives other logits for sequences packed together than for each alone."""
     tick = _probe_tick(probe_ids, range(probe_ids.shape[0]), backbone.device)
-    packed_SV = backbone.head.logits(backbone.hidden_states(tick))
+    hidden_SH = backbone.hidden_states(tick)
+    with backbone.weights.head() as head:
+        packed_SV = head.logits(hidden_SH)
     error = float((packed_SV - expected_SV).abs().max() / expected_SV.abs().max().clamp_min(1e-6))
     if not error <= _PACKING_TOLERANCE.get(backbone.dtype, 0.1):
         raise UnsupportedBackboneError(
             f"{type(backbone.decoder).__name__} gives other logits for packed sequences (relative error {error:.2g})",
             "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model",
         )
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Return a sha256 over each parameter's name, shape and about 64 of its values: cheap, and tells models apart."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().contiguous()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 
 class DenseLinear:
-    """A frozen dense weight. `weight_NK` is [N, K] (a transposed view where the model stores [K, N]), `bias_N` [N]."""
+    """A frozen dense layer; its weight is looked up at each use, for a sharded backbone's weights come and go.
 
-    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
-        self.out_features, self.in_features = weight_NK.shape
-        self._weight_NK = weight_NK
-        self._bias_N = bias_N
+    `module` holds `weight` as [N, K], or as [K, N] where `transposed`, and `bias` [N] or None.
+    """
+
+    def __init__(self, module: Any, in_features: int, out_features: int, transposed: bool = False) -> None:
+        self.in_features, self.out_features = in_features, out_features
+        self._module = module
+        self._transposed = transposed
+
+    @property
+    def weight_NK(self) -> torch.Tensor:
+        """The weight, [N, K]: a view."""
+        weight: torch.Tensor = self._module.weight
+        return weight.t() if self._transposed else weight
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         """Return W x + bias, a new [T, N]."""
-        return torch.nn.functional.linear(x_TK, self._weight_NK, self._bias_N)
+        return torch.nn.functional.linear(x_TK, self.weight_NK, self._module.bias)
 
     def input_gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """Return dY W, a new [T, K]."""
-        return dy_TN @ self._weight_NK
+        return dy_TN @ self.weight_NK
 
 
 def dense_linear(module: nn.Module) -> DenseLinear | None:
@@ -28,7 +39,7 @@ def dense_linear(module: nn.Module) -> DenseLinear | None:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
-        return DenseLinear(module.weight.data, None if module.bias is None else module.bias.data)
+        return DenseLinear(module, module.in_features, module.out_features)
     if isinstance(module, Conv1D):
-        return DenseLinear(module.weight.data.t(), module.bias.data)
+        return DenseLinear(module, module.nx, module.nf, transposed=True)
     return None

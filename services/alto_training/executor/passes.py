@@ -73,7 +73,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _sequence_sums(backbone: Backbone, tick: Tick) -> torch.Tensor:
     """Return the summed token losses of each sequence, [S]."""
-    nll_R = token_nll(backbone.hidden_states(tick), tick.targets_R, backbone.head)
+    hidden_RH = backbone.hidden_states(tick)
+    with backbone.weights.head() as head:
+        nll_R = token_nll(hidden_RH, tick.targets_R, head)
     nll_S = torch.zeros(len(tick.sequence_lengths), dtype=nll_R.dtype, device=nll_R.device)
     return nll_S.index_add(0, tick.sequence_of_row_R, nll_R)
 
