@@ -10,6 +10,7 @@ namespace {
 constexpr int kMaxHolds = 64;       // tasks that are given GPUs ahead of the list at the same time
 constexpr int kBackfillDepth = 64;  // how far into a queue to look for a task short enough for a held node
 constexpr double kSameTime = 1e-9;
+constexpr int kNone = std::numeric_limits<int>::max();
 
 struct Event {
     double time;
@@ -249,6 +250,10 @@ class Dispatcher {
         return cohort_gpus_[row.cohort] + gpus <= cohort_quota_[row.cohort];
     }
 
+    bool borrows(int tenant, int gpus) const {
+        return tenant >= 0 && tenant_gpus_[tenant] + gpus > problem_.tenants[tenant].quota_gpus;
+    }
+
     void take_quota(int tenant, int gpus) {
         tenant_gpus_[tenant] += gpus;
         if (problem_.tenants[tenant].cohort >= 0) cohort_gpus_[problem_.tenants[tenant].cohort] += gpus;
@@ -304,30 +309,38 @@ class Dispatcher {
     int head_of(Line& line) {
         while (line.head < line.ranks.size() && !waiting(order_[line.ranks[line.head]])) ++line.head;
         while (!line.late.empty() && !waiting(order_[line.late.top()])) line.late.pop();
-        const int usual = line.head < line.ranks.size() ? line.ranks[line.head] : std::numeric_limits<int>::max();
-        const int late = line.late.empty() ? std::numeric_limits<int>::max() : line.late.top();
+        const int usual = line.head < line.ranks.size() ? line.ranks[line.head] : kNone;
+        const int late = line.late.empty() ? kNone : line.late.top();
         return std::min(usual, late);
     }
 
     void start_all() {
         start_due();
-        std::vector<PartOut>& found = found_;
         while (true) {
-            int best = std::numeric_limits<int>::max();
-            for (Line& line : lines_) {
-                const int rank = head_of(line);
-                if (rank >= best) continue;
-                const Shape& shape = problem_.shapes[line.shape];
-                if (line.tenant >= 0 && !quota_allows(line.tenant, shape.gpus)) continue;
-                if (shape.parts.size() == 1 ? best_fit(shape, shape.parts[0]) >= 0 : find(order_[rank], found)) {
-                    best = rank;
-                } else if (!specials_.empty()) {
-                    best = std::min(best, backfill_rank(line, best));
-                }
-            }
-            if (best == std::numeric_limits<int>::max() || !find(order_[best], found)) return;
-            start(order_[best], found);
+            // What a tenant may hold as its own goes before what it would borrow.
+            const int own = first_fitting(false);
+            const int best = own < kNone || !problem_.has_quotas ? own : first_fitting(true);
+            if (best == kNone || !find(order_[best], found_)) return;
+            start(order_[best], found_);
         }
+    }
+
+    // The first rank in line that fits now; kNone for none.
+    int first_fitting(bool borrowed) {
+        int best = kNone;
+        for (Line& line : lines_) {
+            const int rank = head_of(line);
+            if (rank >= best) continue;
+            const Shape& shape = problem_.shapes[line.shape];
+            if (line.tenant >= 0 && !quota_allows(line.tenant, shape.gpus)) continue;
+            if (problem_.has_quotas && borrowed != borrows(line.tenant, shape.gpus)) continue;
+            if (shape.parts.size() == 1 ? best_fit(shape, shape.parts[0]) >= 0 : find(order_[rank], found_)) {
+                best = rank;
+            } else if (!specials_.empty()) {
+                best = std::min(best, backfill_rank(line, best));
+            }
+        }
+        return best;
     }
 
     // The first task of a line that is short enough for what the special nodes have left.
@@ -339,7 +352,7 @@ class Dispatcher {
             ++looked;
             if (find(order_[line.ranks[i]], found_)) return line.ranks[i];
         }
-        return std::numeric_limits<int>::max();
+        return kNone;
     }
 
     // ---- tasks ahead of the list -----------------------------------------------------------------------------------

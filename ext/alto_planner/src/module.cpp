@@ -5,6 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "reader.hpp"
 #include "solve.hpp"
@@ -13,71 +17,67 @@ namespace py = pybind11;
 
 namespace {
 
-// A snapshot as read, and the last answer to it. Rows are remembered from one read to the next.
-class Core {
-  public:
-    void read(const py::object& snapshot) { reader_.read(snapshot, problem_); }
+using ProblemPointer = std::shared_ptr<const alto::Problem>;
 
-    py::dict solve(const alto::Request& request) {
-        {
-            const py::gil_scoped_release release;
-            answer_ = alto::solve(problem_, request);
-        }
-        py::dict out;
-        out["makespan_s"] = answer_.score.makespan_s;
-        out["mean_completion_s"] = answer_.score.mean_completion_s;
-        out["unplaced"] = answer_.score.unplaced;
-        out["value"] = answer_.score.value;
-        out["makespan_bound_s"] = answer_.bounds.makespan_s;
-        out["mean_completion_bound_s"] = answer_.bounds.mean_completion_s;
-        out["source"] = answer_.source;
-        out["effort"] = answer_.effort;
-        return out;
+// A snapshot as read. Immutable.
+struct ReadSnapshot {
+    ProblemPointer problem;
+
+    // GPUs of each node that nothing holds now; 0 for nodes that take no work.
+    [[nodiscard]] std::vector<alto::Mask> free_now() const {
+        std::vector<alto::Mask> free;
+        for (const alto::Node& node : problem->nodes)
+            free.push_back(!node.ready ? 0 : node.gpus == alto::kMaxGpus ? ~alto::Mask{0} : (alto::Mask{1} << node.gpus) - 1);
+        for (const alto::Pinned& pinned : problem->pinned) free[pinned.node] &= ~pinned.gpus;
+        return free;
     }
+};
+
+// The schedule found for a snapshot, read row by row. Immutable.
+class Solution {
+  public:
+    Solution(ProblemPointer problem, alto::Answer answer) : problem_(std::move(problem)), answer_(std::move(answer)) {}
+
+    [[nodiscard]] const alto::Answer& answer() const { return answer_; }
 
     // (choice of the task, [(node, GPU mask)], start, end) or None for a task without a place.
     [[nodiscard]] py::object placement(std::size_t task) const {
-        const alto::Schedule& schedule = answer_.schedule;
-        if (task >= problem_.tasks.size()) throw py::index_error("no such task");
-        if (!schedule.placed(task)) return py::none();
+        check(task);
+        if (!schedule().placed(task)) return py::none();
         py::list parts;
-        for (int p = 0; p < schedule.part_count[task]; ++p) {
-            const alto::PartOut& part = schedule.parts[schedule.first_part[task] + p];
+        for (int p = 0; p < schedule().part_count[task]; ++p) {
+            const alto::PartOut& part = schedule().parts[schedule().first_part[task] + p];
             parts.append(py::make_tuple(part.node, part.gpus));
         }
-        return py::make_tuple(schedule.choice[task] - problem_.tasks[task].first_choice, parts, schedule.start_s[task],
-                              schedule.end_s(problem_, task));
+        return py::make_tuple(schedule().choice[task] - problem_->tasks[task].first_choice, parts,
+                              schedule().start_s[task], schedule().end_s(*problem_, task));
     }
 
-    // Tasks that start at or before `time`, and tasks without a place, by index.
-    [[nodiscard]] std::vector<int> starting_by(double time) const {
-        std::vector<int> found;
-        for (std::size_t i = 0; i < problem_.tasks.size(); ++i)
-            if (answer_.schedule.start_s[i] <= time) found.push_back(static_cast<int>(i));
-        return found;
+    [[nodiscard]] std::vector<int> starting() const {
+        return select([&](std::size_t i) { return schedule().start_s[i] <= problem_->now_s; });
+    }
+    [[nodiscard]] std::vector<int> placed() const {
+        return select([&](std::size_t i) { return schedule().placed(i); });
     }
     [[nodiscard]] std::vector<int> unplaced() const {
-        std::vector<int> found;
-        for (std::size_t i = 0; i < problem_.tasks.size(); ++i)
-            if (!answer_.schedule.placed(i)) found.push_back(static_cast<int>(i));
-        return found;
+        return select([&](std::size_t i) { return !schedule().placed(i); });
     }
 
     // Planned tasks that hold a GPU of `task` before it, the last one on each GPU.
     [[nodiscard]] std::vector<int> predecessors(std::size_t task) const {
-        const alto::Schedule& schedule = answer_.schedule;
+        check(task);
         std::vector<int> found;
-        for (int p = 0; p < schedule.part_count[task]; ++p) {
-            const alto::PartOut& part = schedule.parts[schedule.first_part[task] + p];
+        for (int p = 0; p < schedule().part_count[task]; ++p) {
+            const alto::PartOut& part = schedule().parts[schedule().first_part[task] + p];
             std::vector<std::pair<double, int>> last(alto::kMaxGpus, {-alto::kNever, -1});
-            for (std::size_t other = 0; other < problem_.tasks.size(); ++other) {
-                if (other == task || schedule.start_s[other] >= schedule.start_s[task]) continue;
-                for (int q = 0; q < schedule.part_count[other]; ++q) {
-                    const alto::PartOut& held = schedule.parts[schedule.first_part[other] + q];
+            for (std::size_t other = 0; other < problem_->tasks.size(); ++other) {
+                if (other == task || schedule().start_s[other] >= schedule().start_s[task]) continue;
+                for (int q = 0; q < schedule().part_count[other]; ++q) {
+                    const alto::PartOut& held = schedule().parts[schedule().first_part[other] + q];
                     if (held.node != part.node) continue;
+                    const std::pair<double, int> holder{schedule().end_s(*problem_, other), static_cast<int>(other)};
                     for (alto::Mask both = held.gpus & part.gpus; both; both &= both - 1)
-                        last[std::countr_zero(both)] =
-                            std::max(last[std::countr_zero(both)], {schedule.end_s(problem_, other), static_cast<int>(other)});
+                        last[std::countr_zero(both)] = std::max(last[std::countr_zero(both)], holder);
                 }
             }
             for (const auto& [end, other] : last)
@@ -88,15 +88,33 @@ class Core {
 
     // Waiting tasks that the plan starts before `task`.
     [[nodiscard]] int ahead(std::size_t task) const {
-        const std::vector<double>& starts = answer_.schedule.start_s;
+        check(task);
+        const std::vector<double>& starts = schedule().start_s;
         return static_cast<int>(std::count_if(starts.begin(), starts.end(), [&](double s) { return s < starts[task]; }));
     }
 
   private:
-    alto::Reader reader_;
-    alto::Problem problem_;
+    [[nodiscard]] const alto::Schedule& schedule() const { return answer_.schedule; }
+    void check(std::size_t task) const {
+        if (task >= problem_->tasks.size()) throw py::index_error("no such task");
+    }
+    template <class Condition>
+    [[nodiscard]] std::vector<int> select(Condition condition) const {
+        std::vector<int> found;
+        for (std::size_t i = 0; i < problem_->tasks.size(); ++i)
+            if (condition(i)) found.push_back(static_cast<int>(i));
+        return found;
+    }
+
+    ProblemPointer problem_;
     alto::Answer answer_;
 };
+
+Solution solve(const ReadSnapshot& read, double budget_s, unsigned long long seed, std::array<long, 3> effort,
+               std::string only) {
+    const py::gil_scoped_release release;
+    return {read.problem, alto::solve(*read.problem, {budget_s, seed, effort, std::move(only)})};
+}
 
 }  // namespace
 
@@ -112,19 +130,32 @@ PYBIND11_MODULE(_planner, module) {
             PyErr_SetObject(read_error, py::make_tuple(error.kind, error.subject, error.what()).ptr());
         }
     });
-    py::class_<Core>(module, "Core")
+    py::class_<alto::Reader>(module, "Reader")
         .def(py::init<>())
-        .def("read", &Core::read, py::arg("snapshot"))
         .def(
-            "solve",
-            [](Core& core, double budget_s, unsigned long long seed, std::array<long, 3> effort, std::string only) {
-                return core.solve({budget_s, seed, effort, std::move(only)});
+            "read",
+            [](alto::Reader& reader, const py::object& snapshot) {
+                auto problem = std::make_shared<alto::Problem>();
+                reader.read(snapshot, *problem);
+                return ReadSnapshot{std::move(problem)};
             },
-            py::arg("budget_s"), py::arg("seed"), py::arg("effort") = std::array<long, 3>{-1, -1, -1},
-            py::arg("only") = "")
-        .def("placement", &Core::placement, py::arg("task"))
-        .def("starting_by", &Core::starting_by, py::arg("time_s"))
-        .def("unplaced", &Core::unplaced)
-        .def("predecessors", &Core::predecessors, py::arg("task"))
-        .def("ahead", &Core::ahead, py::arg("task"));
+            py::arg("snapshot"));
+    py::class_<ReadSnapshot>(module, "ReadSnapshot").def("free_now", &ReadSnapshot::free_now);
+    py::class_<Solution>(module, "Solution")
+        .def_property_readonly("makespan_s", [](const Solution& s) { return s.answer().score.makespan_s; })
+        .def_property_readonly("mean_completion_s", [](const Solution& s) { return s.answer().score.mean_completion_s; })
+        .def_property_readonly("value", [](const Solution& s) { return s.answer().score.value; })
+        .def_property_readonly("makespan_bound_s", [](const Solution& s) { return s.answer().bounds.makespan_s; })
+        .def_property_readonly("mean_completion_bound_s",
+                               [](const Solution& s) { return s.answer().bounds.mean_completion_s; })
+        .def_property_readonly("source", [](const Solution& s) { return s.answer().source; })
+        .def_property_readonly("effort", [](const Solution& s) { return py::tuple(py::cast(s.answer().effort)); })
+        .def("placement", &Solution::placement, py::arg("task"))
+        .def("starting", &Solution::starting)
+        .def("placed", &Solution::placed)
+        .def("unplaced", &Solution::unplaced)
+        .def("predecessors", &Solution::predecessors, py::arg("task"))
+        .def("ahead", &Solution::ahead, py::arg("task"));
+    module.def("solve", &solve, py::arg("read"), py::arg("budget_s"), py::arg("seed"),
+               py::arg("effort") = std::array<long, 3>{-1, -1, -1}, py::arg("only") = "");
 }

@@ -9,7 +9,9 @@
 namespace alto {
 namespace {
 
-constexpr long kMovesPerRound = 20000;
+constexpr long kMovesPerRound = 4000;
+constexpr long kLeastRounds = 5, kMostRounds = 400;  // of one annealing
+constexpr std::size_t kFewTasks = 120;  // so few that a move may look at all of them
 
 bool power_of_two(int value) { return value > 0 && std::has_single_bit(static_cast<unsigned>(value)); }
 
@@ -83,6 +85,10 @@ bool Packing::build_units(const Problem& problem, int widest) {
                     units_.push_back({first - (size - 1) * gpus, size * gpus, roots_ - 1, static_cast<int>(c)});
         }
     }
+    unit_at_.assign(leaf_.size() * kLevels, -1);
+    for (std::size_t u = 0; u < units_.size(); ++u)
+        unit_at_[units_[u].first_leaf * kLevels + std::countr_zero(static_cast<unsigned>(units_[u].width))] =
+            static_cast<int>(u);
     std::vector<int> leaf_of(problem.nodes.size() * kMaxGpus, -1);
     for (std::size_t l = 0; l < leaf_.size(); ++l) leaf_of[leaf_[l].node * kMaxGpus + leaf_[l].gpu] = static_cast<int>(l);
     offset_.assign(leaf_.size(), 0);
@@ -138,9 +144,13 @@ void Packing::improve(double lower, Effort& effort, Random& random) {
     std::vector<double> best_load = load_;
     double best = largest_load();
     double share = 0.5;  // how far towards the lower bound to aim
-    while (best > lower * (1 + 1e-4) && effort.another()) {
+    long rounds = kLeastRounds;
+    bool more = true;
+    while (more && best > lower * (1 + 1e-4)) {
         const double target = best - std::max(1e-4 * lower, share * (best - lower));
-        anneal(target, random, kMovesPerRound);
+        // How hot is best depends on tasks per GPU; trying all scales costs little.
+        const double hot = 0.05 * std::pow(2e-3, random.unit());
+        more = anneal(target, hot, rounds, effort, random);
         const double reached = largest_load();
         if (reached < best) {
             best = reached;
@@ -149,6 +159,7 @@ void Packing::improve(double lower, Effort& effort, Random& random) {
             share = std::min(1.0, share * 1.5);
         } else {
             share = std::max(0.02, share * 0.8);
+            rounds = std::min(kMostRounds, rounds + rounds / 2);
             if (random.below(2)) {
                 unit_of_ = best_units;
                 load_ = best_load;
@@ -159,52 +170,115 @@ void Packing::improve(double lower, Effort& effort, Random& random) {
     load_ = best_load;
 }
 
-void Packing::anneal(double target, Random& random, long moves) {
+bool Packing::anneal(double target, double hot_share, long rounds, Effort& effort, Random& random) {
+    const int count = static_cast<int>(tasks_.size());
     double mean = 0;
-    for (double seconds : seconds_) mean += seconds;
-    mean /= static_cast<double>(seconds_.size());
-    const double hot = 0.02 * mean * mean, cold = 1e-6 * mean * mean;
-    const double cooling = std::pow(cold / hot, 1.0 / static_cast<double>(moves));
+    for (double seconds : seconds_) mean += seconds / count;
+    const double hot = hot_share * mean * mean, cold = 1e-6 * mean * mean;
+    const double cooling = std::pow(cold / hot, 1.0 / static_cast<double>(rounds * kMovesPerRound));
     double temperature = hot;
     double energy = 0;
     for (double load : load_) energy += excess(load, target);
-    const int count = static_cast<int>(tasks_.size());
-    for (long move = 0; move < moves && energy > 1e-9; ++move, temperature *= cooling) {
-        const int a = random.below(count);
-        const int from = unit_of_[a];
-        if (random.below(3) == 0) {
-            const std::vector<int>& units = candidates_[group_[a]];
-            const int to = units[random.below(static_cast<int>(units.size()))];
-            if (to == from) continue;
-            double delta = change(from, -seconds_[a], target);
-            add(from, -seconds_[a]);
-            delta += change(to, seconds_[a], target);
-            if (delta <= 0 || random.unit() < std::exp(-delta / temperature)) {
-                add(to, seconds_[a]);
-                unit_of_[a] = to;
-                energy += delta;
-            } else {
-                add(from, seconds_[a]);
+    const bool few = tasks_.size() <= kFewTasks;
+    bool more = true;
+    for (long round = 0; round < rounds && energy > 1e-9 * mean * mean && (more = effort.another()); ++round) {
+        for (long move = 0; move < kMovesPerRound && energy > 1e-9 * mean * mean; ++move, temperature *= cooling)
+            switch (random.below(few ? 8 : 6)) {
+                case 0:
+                case 1: energy += relocate(target, temperature, random); break;
+                case 6:
+                case 7: energy += exchange_contents(target, temperature, random); break;
+                default: energy += exchange(target, temperature, random);
             }
-            continue;
-        }
-        const std::vector<int>& peers = same_width_[std::countr_zero(static_cast<unsigned>(units_[from].width))];
-        const int b = peers[random.below(static_cast<int>(peers.size()))];
-        const int to = unit_of_[b];
-        const double more = seconds_[b] - seconds_[a];
-        if (to == from || more == 0) continue;
-        if (!eligible_[group_[a]][units_[to].node_class] || !eligible_[group_[b]][units_[from].node_class]) continue;
-        const double delta = change(from, more, target) + change(to, -more, target);
-        if (delta <= 0 || random.unit() < std::exp(-delta / temperature)) {
-            add(from, more);
-            add(to, -more);
-            std::swap(unit_of_[a], unit_of_[b]);
-            energy += delta;
-        }
     }
-    // Sums drift by rounding: start the next round from exact loads.
+    // Sums drift by rounding: start the next annealing from exact loads.
     load_ = offset_;
     for (int p = 0; p < count; ++p) add(unit_of_[p], seconds_[p]);
+    return more;
+}
+
+// One task to another unit. Returns the change of the energy, 0 when refused.
+double Packing::relocate(double target, double temperature, Random& random) {
+    const int a = random.below(static_cast<int>(tasks_.size()));
+    const int from = unit_of_[a];
+    const std::vector<int>& units = candidates_[group_[a]];
+    const int to = units[random.below(static_cast<int>(units.size()))];
+    if (to == from) return 0;
+    double delta = change(from, -seconds_[a], target);
+    add(from, -seconds_[a]);
+    delta += change(to, seconds_[a], target);
+    if (delta > 0 && random.unit() >= std::exp(-delta / temperature)) {
+        add(from, seconds_[a]);
+        return 0;
+    }
+    add(to, seconds_[a]);
+    unit_of_[a] = to;
+    return delta;
+}
+
+// Two tasks of the same width change places. Returns the change of the energy, 0 when refused.
+double Packing::exchange(double target, double temperature, Random& random) {
+    const int a = random.below(static_cast<int>(tasks_.size()));
+    const int from = unit_of_[a];
+    const std::vector<int>& peers = same_width_[std::countr_zero(static_cast<unsigned>(units_[from].width))];
+    const int b = peers[random.below(static_cast<int>(peers.size()))];
+    const int to = unit_of_[b];
+    const double more = seconds_[b] - seconds_[a];
+    if (to == from || more == 0) return 0;
+    if (!eligible_[group_[a]][units_[to].node_class] || !eligible_[group_[b]][units_[from].node_class]) return 0;
+    const double delta = change(from, more, target) + change(to, -more, target);
+    if (delta > 0 && random.unit() >= std::exp(-delta / temperature)) return 0;
+    add(from, more);
+    add(to, -more);
+    std::swap(unit_of_[a], unit_of_[b]);
+    return delta;
+}
+
+// All that lies inside two units of one width, narrower tasks included, changes places.
+double Packing::exchange_contents(double target, double temperature, Random& random) {
+    const int a = random.below(static_cast<int>(tasks_.size()));
+    const std::vector<int>& units = candidates_[group_[a]];
+    const Unit& u = units_[unit_of_[a]];
+    const Unit& v = units_[units[random.below(static_cast<int>(units.size()))]];
+    if (u.first_leaf == v.first_leaf || u.node_class != v.node_class) return 0;
+    double above_u = 0, above_v = 0;
+    inside_.clear();
+    for (std::size_t p = 0; p < tasks_.size(); ++p) {
+        const Unit& unit = units_[unit_of_[p]];
+        const bool wider = unit.width > u.width;
+        const int end = unit.first_leaf + unit.width;
+        if (unit.first_leaf <= u.first_leaf && end > u.first_leaf) above_u += wider ? seconds_[p] : 0;
+        if (unit.first_leaf <= v.first_leaf && end > v.first_leaf) above_v += wider ? seconds_[p] : 0;
+        if (wider) continue;
+        if (unit.first_leaf >= u.first_leaf && unit.first_leaf < u.first_leaf + u.width) inside_.push_back(static_cast<int>(p));
+        if (unit.first_leaf >= v.first_leaf && unit.first_leaf < v.first_leaf + v.width) inside_.push_back(static_cast<int>(p));
+    }
+    double delta = 0;
+    double* load_u = &load_[u.first_leaf];
+    double* load_v = &load_[v.first_leaf];
+    const double* offset_u = &offset_[u.first_leaf];
+    const double* offset_v = &offset_[v.first_leaf];
+    for (int i = 0; i < u.width; ++i) {
+        const double inside_u = load_u[i] - above_u - offset_u[i], inside_v = load_v[i] - above_v - offset_v[i];
+        delta += excess(above_u + offset_u[i] + inside_v, target) - excess(load_u[i], target);
+        delta += excess(above_v + offset_v[i] + inside_u, target) - excess(load_v[i], target);
+    }
+    if (delta > 0 && random.unit() >= std::exp(-delta / temperature)) return 0;
+    for (int i = 0; i < u.width; ++i) {
+        const double inside_u = load_u[i] - above_u - offset_u[i], inside_v = load_v[i] - above_v - offset_v[i];
+        load_u[i] = above_u + offset_u[i] + inside_v;
+        load_v[i] = above_v + offset_v[i] + inside_u;
+    }
+    for (int p : inside_) unit_of_[p] = moved_unit(unit_of_[p], u, v);
+    return delta;
+}
+
+// The unit at the same place inside `v` as `unit` has inside `u`, or the other way round.
+int Packing::moved_unit(int unit, const Unit& u, const Unit& v) const {
+    const int leaf = units_[unit].first_leaf;
+    const bool in_u = leaf >= u.first_leaf && leaf < u.first_leaf + u.width;
+    const int wanted = in_u ? leaf - u.first_leaf + v.first_leaf : leaf - v.first_leaf + u.first_leaf;
+    return unit_at_[wanted * kLevels + std::countr_zero(static_cast<unsigned>(units_[unit].width))];
 }
 
 Schedule Packing::schedule(const Problem& problem, const Allotment& allotment,

@@ -44,13 +44,18 @@ class Packing {
                                     const std::vector<double>& starts) const;
 
   private:
+    static constexpr int kLevels = 24;  // log2 of the widest unit is below this
     struct Leaf {
         int node, gpu;
     };
     bool build_units(const Problem& problem, int widest);
     [[nodiscard]] double change(int unit, double seconds, double target) const;
     void add(int unit, double seconds);
-    void anneal(double target, Random& random, long moves);
+    bool anneal(double target, double hot_share, long rounds, Effort& effort, Random& random);
+    double relocate(double target, double temperature, Random& random);
+    double exchange_contents(double target, double temperature, Random& random);
+    [[nodiscard]] int moved_unit(int unit, const Unit& u, const Unit& v) const;
+    double exchange(double target, double temperature, Random& random);
 
     std::vector<Unit> units_;
     std::vector<Leaf> leaf_;
@@ -63,6 +68,8 @@ class Packing {
     std::vector<std::vector<int>> candidates_;  // units that may hold a shape
     std::vector<std::vector<int>> same_width_;  // per log2 width: task positions
     std::vector<int> unit_of_;
+    std::vector<int> unit_at_;                  // per leaf and log2 width: the unit that begins there
+    std::vector<int> inside_;                   // scratch
     std::vector<std::vector<char>> eligible_;   // per group, per node class
 };
 

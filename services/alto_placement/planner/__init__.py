@@ -4,7 +4,7 @@ from alto_placement.planner import Snapshot, plan
 answer = plan(Snapshot(now_s=..., nodes=[...], waiting=[...]), budget_s=0.05)
 """
 
-from alto_placement.planner.engine import plan
+from alto_placement.planner.engine import Memory, plan
 from alto_placement.planner.errors import (
     DuplicateRowError,
     GpuConflictError,
@@ -47,6 +47,7 @@ __all__ = [
     "Explanation",
     "GpuConflictError",
     "InvalidRowError",
+    "Memory",
     "Node",
     "NodeState",
     "Objective",

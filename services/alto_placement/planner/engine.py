@@ -2,52 +2,125 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from alto_placement.planner.lists import free_times, place
-from alto_placement.planner.model import Explanation, Plan, Snapshot, WaitReason
+import alto_planner
+
+from alto_placement.planner.answers import Explanations, Placements
+from alto_placement.planner.errors import (
+    DuplicateRowError,
+    GpuConflictError,
+    InvalidRowError,
+    ReservationConflictError,
+    SnapshotError,
+    UnknownNodeError,
+)
+from alto_placement.planner.explaining import Explainer
+from alto_placement.planner.model import Placement, Plan, Snapshot
+from alto_placement.planner.preempting import preemptions
+from alto_placement.planner.sharing import candidates, joins
+
+_ERRORS: dict[str, type[SnapshotError]] = {
+    "duplicate": DuplicateRowError,
+    "gpu_conflict": GpuConflictError,
+    "invalid": InvalidRowError,
+    "reservation_conflict": ReservationConflictError,
+    "unknown_node": UnknownNodeError,
+}
+
+
+class Memory:
+    """Rows read for the last plan. Giving it to the next `plan` saves reading them again and changes nothing else.
+
+    Not for use from two threads at once.
+    """
+
+    def __init__(self) -> None:
+        self.reader = alto_planner.Reader()
 
 
 def plan(
-    snapshot: Snapshot, *, budget_s: float = 0.0, seed: int = 0, clock: Callable[[], float] = time.monotonic
+    snapshot: Snapshot,
+    *,
+    budget_s: float = 0.0,
+    seed: int = 0,
+    memory: Memory | None = None,
+    effort: Sequence[int] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Plan:
-    """Return a feasible plan for `snapshot` within `budget_s` seconds of `clock` beyond the fast lists.
+    """Return a feasible plan for `snapshot`: the best of the fast lists, improved for about `budget_s` seconds.
 
-    Raises SnapshotError for a snapshot that contradicts itself. The same snapshot and seed give the same plan when
-    `budget_s` is 0.
+    Without a budget the plan depends on the snapshot alone (and, where something is drawn, on `seed`). With a budget it
+    depends on the speed of the machine too; `effort` of such a plan, given back with the same snapshot and seed,
+    repeats it exactly, whatever the time that takes. Raises SnapshotError when the snapshot contradicts itself.
     """
     began = clock()
-    free = free_times(snapshot)
-    nodes = {node.node_id: node for node in snapshot.nodes}
-    order = sorted(
-        snapshot.waiting,
-        key=lambda t: (-t.priority, min(c.gpus * c.duration.expected_s for c in t.choices), t.arrived_s, t.task_id),
-    )
-    placed = [(task, place(task, nodes, free, snapshot.now_s)) for task in order]
-    placements = tuple(p for _, p in placed if p is not None)
-    now = snapshot.now_s
-    end = max([now, *(p.end_s for p in placements), *(t.expected_end_s for t in snapshot.running)])
-    explanations = {
-        p.task_id: Explanation(
-            WaitReason.STARTS_NOW if p.start_s <= now else WaitReason.GPUS_BUSY,
-            predicted_start_s=p.start_s,
-            predicted_end_s=p.end_s,
-        )
-        for p in placements
+    reader = (memory or Memory()).reader
+    rounds = tuple(effort) if effort is not None else (-1, -1, -1)
+    read = _read(reader, snapshot)
+    solution = alto_planner.solve(read, budget_s, seed, rounds)
+    joined = _join(snapshot, solution)
+    if joined:
+        # What joins an executor needs no GPUs of its own: plan the others again without it.
+        rest = [task for task in snapshot.waiting if task.task_id not in joined]
+        remaining = dataclasses.replace(snapshot, waiting=rest)
+        read = _read(reader, remaining)
+        solution = alto_planner.solve(read, budget_s, seed, rounds)
+    else:
+        remaining = snapshot
+    placements = Placements(remaining, solution, tuple(joined.values()))
+    return _answer(snapshot, remaining, read, solution, placements, joined, clock, began)
+
+
+def _read(reader: alto_planner.Reader, snapshot: Snapshot) -> alto_planner.ReadSnapshot:
+    try:
+        return reader.read(snapshot)
+    except alto_planner.ReadError as error:
+        kind, subject, message = error.args
+        raise _ERRORS[kind](subject, message) from None
+
+
+def _join(snapshot: Snapshot, solution: alto_planner.Solution) -> dict[str, Placement]:
+    alone: dict[int, float] = {}
+    for index in candidates(snapshot):
+        placed = solution.placement(index)
+        alone[index] = placed[3] if placed else float("inf")
+    return {placement.task_id: placement for placement in joins(snapshot, alone).values()} if alone else {}
+
+
+def _answer(
+    snapshot: Snapshot,
+    remaining: Snapshot,
+    read: alto_planner.ReadSnapshot,
+    solution: alto_planner.Solution,
+    placements: Placements,
+    joined: dict[str, Placement],
+    clock: Callable[[], float],
+    began: float,
+) -> Plan:
+    explainer = Explainer(remaining, read, solution, placements)
+    joining = {
+        task.task_id: explainer.explain_join(task, joined[task.task_id])
+        for task in (snapshot.waiting if joined else ())
+        if task.task_id in joined
     }
+    explanations = Explanations(lambda: [task.task_id for task in remaining.waiting], explainer.explain, joining)
+    latest_join = max((placement.end_s - snapshot.now_s for placement in joined.values()), default=0.0)
     return Plan(
         epoch=snapshot.epoch,
-        now_s=now,
+        now_s=snapshot.now_s,
         placements=placements,
-        starting=tuple(p for p in placements if p.start_s <= now),
-        preemptions=(),
-        unplaced=tuple(task.task_id for task, p in placed if p is None),
-        makespan_s=end - now,
-        lower_bound_s=0.0,
-        mean_completion_s=sum(p.end_s - now for p in placements) / max(1, len(placements)),
-        mean_completion_bound_s=0.0,
+        starting=placements.starting(),
+        preemptions=preemptions(remaining, placements),
+        unplaced=tuple(remaining.waiting[index].task_id for index in solution.unplaced()),
+        makespan_s=max(solution.makespan_s, latest_join),
+        lower_bound_s=solution.makespan_bound_s,
+        mean_completion_s=solution.mean_completion_s,
+        mean_completion_bound_s=solution.mean_completion_bound_s,
         explanations=explanations,
-        source="smallest area first",
+        source=solution.source,
+        effort=solution.effort,
         planning_s=clock() - began,
     )

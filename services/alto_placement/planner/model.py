@@ -298,7 +298,8 @@ class Plan:
     `placements` and `explanations` may be lazy; read them as a sequence and a mapping. `starting` are the placements
     that are orders. `makespan_s` counts from now_s; `lower_bound_s` is a proven lower bound on any plan's makespan over
     the same snapshot, `gap` = makespan_s / lower_bound_s - 1. `mean_completion_s` and its bound count from now_s over
-    the waiting tasks. `source` names the candidate that won.
+    the waiting tasks. `source` names the candidate that won. `effort` is the work of the search: given to `plan` with
+    the same snapshot and seed it repeats this plan.
     """
 
     epoch: int
@@ -313,6 +314,7 @@ class Plan:
     mean_completion_bound_s: float
     explanations: Mapping[str, Explanation]
     source: str
+    effort: tuple[int, ...]
     planning_s: float
 
     @property

@@ -1,0 +1,143 @@
+"""Which running tasks must leave at their next checkpoint: for a drain, a higher priority or a reclaimed quota."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alto_placement.planner.answers import Placements
+from alto_placement.planner.fitting import matches
+from alto_placement.planner.model import (
+    Node,
+    NodeState,
+    Preemption,
+    PreemptionReason,
+    RunningTask,
+    Snapshot,
+    WaitingTask,
+)
+
+MOST_CLAIMS = 8  # waiting tasks that may have others preempted for them in one plan
+
+
+@dataclass(frozen=True)
+class _Claim:
+    task: WaitingTask
+    reason: PreemptionReason
+    predicted_start_s: float
+
+
+def preemptions(snapshot: Snapshot, placements: Placements) -> tuple[Preemption, ...]:
+    """Return the preemptions that the plan orders. A task without a next checkpoint is never among them.
+
+    A claim is served only if it starts earlier by it than the plan predicts. Victims are taken from one node: lowest
+    priority first, then those that have run least.
+    """
+    draining = {node.node_id for node in snapshot.nodes if node.state is NodeState.DRAINING}
+    orders = [
+        Preemption(task.task_id, max(task.next_checkpoint_s, snapshot.now_s), PreemptionReason.NODE_DRAINS)
+        for task in snapshot.running
+        if task.next_checkpoint_s is not None and any(part.node_id in draining for part in task.parts)
+    ]
+    if not snapshot.objective.preempt or not snapshot.running:
+        return tuple(orders)
+    taken = {order.task_id for order in orders}
+    for claim in _claims(snapshot, placements):
+        victims = _victims(snapshot, claim, taken)
+        for victim in victims:
+            assert victim.next_checkpoint_s is not None
+            at_s = max(victim.next_checkpoint_s, snapshot.now_s)
+            orders.append(Preemption(victim.task_id, at_s, claim.reason, claim.task.task_id))
+            taken.add(victim.task_id)
+    return tuple(orders)
+
+
+def _claims(snapshot: Snapshot, placements: Placements) -> list[_Claim]:
+    lowest = min(task.priority for task in snapshot.running)
+    borrowers = _borrowing(snapshot)
+    if not borrowers and all(task.priority <= lowest for task in snapshot.waiting):
+        return []
+    held = _held(snapshot)
+    tenants = {tenant.tenant: tenant for tenant in snapshot.tenants}
+    claims: list[_Claim] = []
+    ordered = sorted(enumerate(snapshot.waiting), key=lambda row: (-row[1].priority, row[1].arrived_s, row[1].task_id))
+    for index, task in ordered:
+        if len(claims) >= MOST_CLAIMS:
+            break
+        placement = placements.of(index)
+        start = placement.start_s if placement else float("inf")
+        if start <= snapshot.now_s or task.not_before_s > snapshot.now_s:
+            continue
+        if task.priority > lowest:
+            claims.append(_Claim(task, PreemptionReason.PRIORITY, start))
+            continue
+        row = tenants.get(task.tenant)
+        width = min(choice.gpus for choice in task.choices)
+        own = row is not None and row.quota_gpus is not None and held.get(task.tenant, 0) + width <= row.quota_gpus
+        if own and row is not None and row.cohort in borrowers.values():
+            claims.append(_Claim(task, PreemptionReason.QUOTA_RECLAIMED, start))
+    return claims
+
+
+def _held(snapshot: Snapshot) -> dict[str, int]:
+    held: dict[str, int] = {}
+    for task in snapshot.running:
+        if not task.guest_of:
+            held[task.tenant] = held.get(task.tenant, 0) + sum(len(part.gpu_indices) for part in task.parts)
+    return held
+
+
+def _borrowing(snapshot: Snapshot) -> dict[str, str]:
+    """Return the tenants that hold more than their quota, with their cohorts."""
+    held = _held(snapshot)
+    return {
+        row.tenant: row.cohort
+        for row in snapshot.tenants
+        if row.cohort and row.quota_gpus is not None and held.get(row.tenant, 0) > row.quota_gpus
+    }
+
+
+def _victims(snapshot: Snapshot, claim: _Claim, taken: set[str]) -> list[RunningTask]:
+    choice = min(claim.task.choices, key=lambda option: option.gpus)
+    cohort = next((row.cohort for row in snapshot.tenants if row.tenant == claim.task.tenant), "")
+    borrowers = {tenant for tenant, of in _borrowing(snapshot).items() if of == cohort and cohort}
+
+    def yields(running: RunningTask) -> bool:
+        if running.next_checkpoint_s is None or running.guest_of or len(running.parts) != 1:
+            return False
+        if running.next_checkpoint_s >= min(claim.predicted_start_s, running.expected_end_s):
+            return False
+        if claim.reason is PreemptionReason.PRIORITY:
+            return running.priority < claim.task.priority
+        return running.tenant in borrowers and running.priority <= claim.task.priority
+
+    best: list[RunningTask] = []
+    for node in snapshot.nodes:
+        if node.state is not NodeState.READY or not matches(choice, node) or node.gpus < choice.gpus:
+            continue
+        found = _victims_on(snapshot, node, choice.gpus, [task for task in snapshot.running if yields(task)], taken)
+        if found and (not best or _cost(found, snapshot.now_s) < _cost(best, snapshot.now_s)):
+            best = found
+    return best
+
+
+def _victims_on(
+    snapshot: Snapshot, node: Node, gpus: int, yielding: list[RunningTask], taken: set[str]
+) -> list[RunningTask]:
+    """Return the tasks to preempt on `node` so that `gpus` become free there; empty when that is not possible."""
+    busy = sum(
+        len(p.gpu_indices) for t in snapshot.running if not t.guest_of for p in t.parts if p.node_id == node.node_id
+    )
+    free = node.gpus - busy
+    found: list[RunningTask] = []
+    here = [task for task in yielding if task.parts[0].node_id == node.node_id and task.task_id not in taken]
+    for task in sorted(here, key=lambda row: (row.priority, -row.started_s, row.task_id)):
+        if free >= gpus:
+            break
+        found.append(task)
+        free += len(task.parts[0].gpu_indices)
+    return found if free >= gpus else []
+
+
+def _cost(victims: list[RunningTask], now_s: float) -> tuple[int, float]:
+    lost = sum((now_s - task.started_s) * len(task.parts[0].gpu_indices) for task in victims)
+    return max(task.priority for task in victims), lost
