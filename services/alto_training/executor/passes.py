@@ -72,12 +72,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _sequence_sums(backbone: Backbone, tick: Tick) -> torch.Tensor:
-    """Return the summed token losses of each sequence, [S]."""
+    """Return the summed token losses of each sequence, [S], in float64: DPO takes small differences of large sums."""
     hidden_RH = backbone.hidden_states(tick)
     with backbone.weights.head() as head:
         nll_R = token_nll(hidden_RH, tick.targets_R, head)
-    nll_S = torch.zeros(len(tick.sequence_lengths), dtype=nll_R.dtype, device=nll_R.device)
-    return nll_S.index_add(0, tick.sequence_of_row_R, nll_R)
+    nll_S = torch.zeros(len(tick.sequence_lengths), dtype=torch.float64, device=nll_R.device)
+    return nll_S.index_add(0, tick.sequence_of_row_R, nll_R.double())
 
 
 def _item_losses(backbone: Backbone, tick: Tick) -> torch.Tensor:

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig, TuningJob
 from alto_training.executor.backbone import Backbone, prepare_backbone
 
