@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from alto_common.violations import Violation
 
 MAX_LORA_RANK = 256
+# As far as the contract's fields go.
+MAX_BATCH = 65536
+MAX_COUNT = 2**32 - 1
 ALL_LINEAR = "all-linear"
 
 
@@ -156,21 +159,26 @@ class TrialConfig:
             self.schedule.final_fraction,
             "give a share of the peak rate in [0, 1]",
         )
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "give a whole number of sequences, at least 1")
         check(
-            self.gradient_accumulation_steps >= 1,
+            1 <= self.batch_size <= MAX_BATCH,
+            "batch_size",
+            self.batch_size,
+            f"give a whole number of sequences from 1 to {MAX_BATCH}",
+        )
+        check(
+            1 <= self.gradient_accumulation_steps <= MAX_BATCH,
             "gradient_accumulation_steps",
             self.gradient_accumulation_steps,
-            "give a whole number, at least 1",
+            f"give a whole number from 1 to {MAX_BATCH}",
         )
         check(positive(self.epochs), "epochs", self.epochs, "give a number above 0")
         check(
-            self.max_steps is None or self.max_steps >= 1,
+            self.max_steps is None or 1 <= self.max_steps <= MAX_COUNT,
             "max_steps",
             self.max_steps,
-            "give at least 1, or leave it out",
+            f"give 1 to {MAX_COUNT:,}, or leave it out",
         )
-        check(self.max_length >= 2, "max_length", self.max_length, "give at least 2 tokens")
+        check(2 <= self.max_length <= MAX_COUNT, "max_length", self.max_length, f"give 2 to {MAX_COUNT:,} tokens")
         check(
             math.isfinite(self.weight_decay) and self.weight_decay >= 0,
             "weight_decay",

@@ -7,6 +7,7 @@ never needs to know a default, and `from_wire(to_wire(x)) == x`. The numbers are
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 from alto.v1 import tuning_pb2
@@ -101,8 +102,8 @@ def trial_config_to_wire(config: TrialConfig) -> tuning_pb2.TrialConfig:
     return _with_numbers(message, config, _TRIAL_NUMBERS)
 
 
-def trial_config_from_wire(message: tuning_pb2.TrialConfig) -> TrialConfig:
-    """Return the configuration of a message; what is left out takes its default."""
+def trial_config_from_wire(message: tuning_pb2.TrialConfig, base: TrialConfig | None = None) -> TrialConfig:
+    """Return the configuration of a message; what is left out is as in `base`, or takes its default."""
     given: dict[str, object] = _numbers(message, _TRIAL_NUMBERS)
     if message.HasField("target_modules"):
         given["target_modules"] = tuple(message.target_modules.names)
@@ -110,7 +111,8 @@ def trial_config_from_wire(message: tuning_pb2.TrialConfig) -> TrialConfig:
         given["layers"] = tuple(message.layers.indices)
     if message.HasField("schedule"):
         given["schedule"] = schedule_from_wire(message.schedule)
-    return TrialConfig(**given)  # type: ignore[arg-type]  # the names and types are those of the fields, by test
+    # The names and types are those of the fields, by test.
+    return replace(base or TrialConfig(), **given)  # type: ignore[arg-type]
 
 
 def objective_to_wire(objective: Objective) -> tuning_pb2.Objective:
