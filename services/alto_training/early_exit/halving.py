@@ -41,6 +41,9 @@ class Halving:
         passed = [rung for rung in self._rungs if rung.is_awaited(trial_id, observation)]
         decisions: list[Decision] = []
         for rung in passed:
+            # The rung before may have cut this very trial.
+            if trial_id not in self._alive:
+                break
             ranking = rung.reach(trial_id, observation.validation_loss)
             if ranking is not None:
                 decisions += self._settle(rung, ranking)

@@ -23,7 +23,7 @@ def rung_fractions(settings: EarlyExit) -> list[float]:
     eta = 1 / settings.keep_fraction
     fractions: list[float] = []
     fraction = settings.warmup_fraction
-    while eta > 1 and fraction < 1 - 1e-9 and len(fractions) < MAX_RUNGS:
+    while eta > 1 and 0 < fraction < 1 - 1e-9 and len(fractions) < MAX_RUNGS:
         fractions.append(fraction)
         fraction *= eta
     return fractions

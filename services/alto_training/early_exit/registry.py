@@ -69,11 +69,7 @@ def check_settings(settings: EarlyExit, field_prefix: str = "") -> list[Violatio
 
     if settings.policy not in _BUILT_IN:
         check(settings.policy in policy_names(), "policy", "give one of " + ", ".join(policy_names()))
-    check(
-        0 < settings.warmup_fraction < 1,
-        "warmup_fraction",
-        "give a share of the steps above 0 and below 1, such as 0.05",
-    )
+    check(0 <= settings.warmup_fraction <= 1, "warmup_fraction", "give a share of the steps in [0, 1], such as 0.05")
     check(0 < settings.keep_fraction <= 1, "keep_fraction", "give a share of the trials in (0, 1]; 1 stops none")
     check(settings.window >= 2, "window", "give at least 2 evaluations: a slope needs two points")
     check(settings.patience >= 1, "patience", "give at least 1 evaluation")

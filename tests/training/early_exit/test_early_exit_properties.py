@@ -40,7 +40,7 @@ def searches(finite: bool) -> st.SearchStrategy[dict[str, list[Observation]]]:
 exits = st.builds(
     EarlyExit,
     policy=st.sampled_from(POLICIES),
-    warmup_fraction=st.sampled_from([0.01, 0.05, 0.3, 0.99]),
+    warmup_fraction=st.sampled_from([0.0, 0.01, 0.05, 0.3, 0.99, 1.0]),
     keep_fraction=st.sampled_from([0.1, 0.25, 0.5, 0.99, 1.0]),
     window=st.integers(2, 4),
     patience=st.integers(1, 3),

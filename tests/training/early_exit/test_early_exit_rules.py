@@ -222,7 +222,7 @@ def test_unknown_names_and_settings_are_refused_with_the_cure() -> None:
     with pytest.raises(UnknownPolicyError, match="give one of alto, asha"):
         make_policy(EarlyExit("papr"), ["a"])
     for field, value in {
-        "warmup_fraction": 0.0,
+        "warmup_fraction": 1.5,
         "keep_fraction": 0.0,
         "window": 1,
         "patience": 0,
