@@ -1,0 +1,142 @@
+"""Online scheduling of a real trace: the planner beside FIFO, EASY, LAS, SJF and a preemptive oracle, in virtual time.
+
+    make bench NAME=planner_online ARGS="--trace FILE --load 0.9"
+
+Every policy sees the same arrivals, stretched so that the work is `--load` of the cluster. In the second scenario tasks
+end early, at U(0.15, 1) of their predicted time: all policies see predictions, the oracle and the bound what happens.
+The last line is one JSON object; progress goes to stderr. Completion is the mean time from submission to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import heapq
+import json
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+
+from alto_placement.planner import Objective
+from alto_placement.simulator import Cluster, Job, Outcome, Planned, Policy, read_trace, scaled_to_load, simulate
+from alto_placement.simulator.baselines import Easy, Fifo, LeastAttained, Ordered, preemptive_oracle
+
+# An operator of a busy shared cluster: completion counts, the makespan of an open queue means nothing.
+OBJECTIVE = Objective(makespan=0.0, completion=1.0, lateness=1.0, patience=4.0, min_patience_s=4 * 3600.0, fairness=0.0)
+
+
+def fluid_bound_s(jobs: list[Job], gpus: int) -> float:
+    """Return a lower bound on the mean completion: the cluster as one machine, preemptive, smallest area first.
+
+    A job's end is at least its mean busy time plus half its duration; the sum of the mean busy times of areas on one
+    preemptive machine is least when the smallest area always runs.
+    """
+    arrivals = sorted(jobs, key=lambda job: job.submit_s)
+    active: list[tuple[float, int, float]] = []  # area, index, left
+    busy = [0.0] * len(arrivals)  # integral of time over the processing of each job
+    now, index = 0.0, 0
+    while index < len(arrivals) or active:
+        if not active:
+            now = max(now, arrivals[index].submit_s)
+        while index < len(arrivals) and arrivals[index].submit_s <= now:
+            area = arrivals[index].gpus * arrivals[index].actual_s / gpus
+            heapq.heappush(active, (area, index, area))
+            index += 1
+        area, job, left = heapq.heappop(active)
+        until = min(now + left, arrivals[index].submit_s if index < len(arrivals) else float("inf"))
+        busy[job] += (until - now) * (until + now) / 2 / area
+        if until < now + left:
+            heapq.heappush(active, (area, job, left - (until - now)))
+        now = until
+    relaxed = sum(mean + job.actual_s / 2 - job.submit_s for mean, job in zip(busy, arrivals, strict=True))
+    return max(relaxed, sum(job.actual_s for job in jobs)) / len(jobs)
+
+
+def ending_early(jobs: list[Job], seed: int) -> list[Job]:
+    draw = random.Random(seed)
+    return [dataclasses.replace(job, actual_s=job.predicted_s * draw.uniform(0.15, 1.0)) for job in jobs]
+
+
+def measure(name: str, policy: Policy, jobs: list[Job], nodes: int, gpus_per_node: int) -> Outcome:
+    began = time.perf_counter()
+    outcome = simulate(jobs, Cluster(nodes, gpus_per_node), policy)
+    took = time.perf_counter() - began
+    print(
+        f"  {name:10} completion {outcome.mean_completion_s():10.0f} s  longest wait {outcome.longest_wait_s():10.0f} s"
+        f"  preemptions {outcome.preemptions:5}  {outcome.decisions} decisions in {took:.1f} s",
+        file=sys.stderr,
+    )
+    return outcome
+
+
+def scenario(jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objective) -> dict[str, object]:
+    bound = fluid_bound_s(jobs, nodes * gpus_per_node)
+    planned = Planned(objective)
+    policies: dict[str, Policy] = {
+        "planner": planned,
+        "fifo": Fifo(),
+        "easy": Easy(),
+        "las": LeastAttained(),
+        "sjf": Ordered(lambda job: job.predicted_s),
+        "smallest_area": Ordered(lambda job: job.predicted_s * job.gpus),
+        "oracle": preemptive_oracle(),
+    }
+    outcomes = {name: measure(name, policy, jobs, nodes, gpus_per_node) for name, policy in policies.items()}
+    easy_wait = outcomes["easy"].longest_wait_s()
+    ours = outcomes["planner"]
+    delays = sorted(planned.planning_s)
+    return {
+        "completion_over_bound": round(ours.mean_completion_s() / bound, 4),
+        "completion_over_oracle": round(ours.mean_completion_s() / outcomes["oracle"].mean_completion_s(), 4),
+        "longest_wait_over_easy": round(ours.longest_wait_s() / easy_wait, 4),
+        "preemptions": ours.preemptions,
+        "plan_ms_p99": round(1000 * delays[int(0.99 * (len(delays) - 1))], 3),
+        "others": {
+            name: {
+                "completion_over_bound": round(outcome.mean_completion_s() / bound, 4),
+                "longest_wait_over_easy": round(outcome.longest_wait_s() / easy_wait, 4),
+                "preemptions": outcome.preemptions,
+            }
+            for name, outcome in outcomes.items()
+            if name != "planner"
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, required=True, help="CSV with job, submit_s, gpus, duration_s, vc")
+    parser.add_argument("--load", type=float, default=0.9)
+    parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=0, help="only the first so many; 0 for all")
+    parser.add_argument("--patience", type=float, default=OBJECTIVE.patience, help="k of the bounded wait")
+    options = parser.parse_args()
+    objective = dataclasses.replace(OBJECTIVE, patience=options.patience)
+    gpus = options.nodes * options.gpus_per_node
+    jobs = read_trace(options.trace)
+    jobs = [job for job in (jobs[: options.jobs] if options.jobs else jobs) if job.gpus <= gpus]
+    result: dict[str, object] = {"benchmark": "planner_online"}
+    for name, drawn in (("exact", jobs), ("ending_early", ending_early(jobs, options.seed))):
+        print(f"{name}: {len(drawn)} jobs, load {options.load} on {gpus} GPUs", file=sys.stderr)
+        result[name] = scenario(
+            scaled_to_load(drawn, gpus, options.load), options.nodes, options.gpus_per_node, objective
+        )
+    result |= {
+        "trace": options.trace.name,
+        "load": options.load,
+        "jobs": len(jobs),
+        "gpus": gpus,
+        "objective": dataclasses.asdict(objective),
+        "seed": options.seed,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
