@@ -1,0 +1,1 @@
+"""The `alto` command: signatures in `commands`, everything slow imported only when a command runs."""

@@ -1,0 +1,46 @@
+"""The commands of `alto`, in the order that --help shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from alto_cli.commands import base_models, cluster, datasets, local, search, services, tasks
+
+# Plain help and no rich tracebacks: importing rich alone would take half the time that `alto --help` may.
+app = typer.Typer(
+    name="alto",
+    help="Tune LoRA adapters: search their hyperparameters together over one frozen model.",
+    epilog="Begin with `alto up` and `alto tune FILE.yaml`. Every command takes --help, and most take --json.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
+    ("tune", search.tune),
+    ("submit", search.submit),
+    ("watch", search.watch),
+    ("estimate", search.estimate),
+    ("list", tasks.list_tasks),
+    ("show", tasks.show),
+    ("trials", tasks.trials),
+    ("cancel", tasks.cancel),
+    ("pause", tasks.pause),
+    ("resume", tasks.resume),
+    ("stop-trial", tasks.stop_trial),
+    ("download", tasks.download),
+    ("train-local", local.train_local),
+    ("up", services.up),
+    ("down", services.down),
+    ("status", services.status),
+    ("plan", cluster.plan),
+    ("why", cluster.why),
+    ("nodes", cluster.nodes),
+    ("drain", cluster.drain),
+)
+for name, command in COMMANDS:
+    app.command(name)(command)
+app.add_typer(datasets.app, name="dataset")
+app.add_typer(base_models.app, name="models")

@@ -1,0 +1,1 @@
+"""The commands: signatures and help. Everything slow is imported inside them."""

@@ -1,0 +1,62 @@
+"""The commands that take a task file or follow a search: tune, submit, watch, estimate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alto_cli.failures import failures
+from alto_cli.options import ApiKey, Json, Server, TaskFileArgument, TaskOrNewest
+
+
+def tune(
+    file: TaskFileArgument,
+    output: Annotated[Path | None, typer.Option(help="Folder for the best adapter, in place of the file's.")] = None,
+    server: Server = "",
+    api_key: ApiKey = "",
+    json_output: Json = False,
+) -> None:
+    """Upload, submit, watch and download: the whole way to the best adapter."""
+    with failures(json_output):
+        from alto_cli.searching import tune_file
+
+        tune_file(file, output, server, api_key, json_output)
+
+
+def submit(
+    file: TaskFileArgument,
+    request_id: Annotated[str, typer.Option(help="The same id gives the same task. Default: a new one.")] = "",
+    check: Annotated[bool, typer.Option("--check", help="Have everything checked, and admit nothing.")] = False,
+    server: Server = "",
+    api_key: ApiKey = "",
+    json_output: Json = False,
+) -> None:
+    """Upload and submit a search, and print its task id."""
+    with failures(json_output):
+        from alto_cli.searching import submit_file
+
+        submit_file(file, request_id, check, server, api_key, json_output)
+
+
+def watch(
+    task: TaskOrNewest = "",
+    resume_token: Annotated[str, typer.Option(help="Carry on after the message that had this token.")] = "",
+    server: Server = "",
+    api_key: ApiKey = "",
+    json_output: Json = False,
+) -> None:
+    """Follow a search until it ends. Ctrl-C leaves it running."""
+    with failures(json_output):
+        from alto_cli.searching import watch_task
+
+        watch_task(task, resume_token, server, api_key, json_output)
+
+
+def estimate(file: TaskFileArgument, server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
+    """Tell what a search would take, before anything is spent."""
+    with failures(json_output):
+        from alto_cli.searching import estimate_file
+
+        estimate_file(file, server, api_key, json_output)

@@ -1,0 +1,164 @@
+"""What `alto train-local` does: the executor in this process, shown as a search of the services is shown."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from alto.v1 import admission_service_pb2 as messages
+from alto.v1 import event_pb2, tuning_pb2
+from alto_client.task_file import TaskFile, load_task_file
+from alto_client.task_spec import task_spec
+
+from alto_cli import exit_codes
+from alto_cli.extras import needs_extra
+from alto_cli.failures import CommandError
+from alto_cli.following import Follower, follower, show_result
+from alto_cli.local_job import local_job
+from alto_cli.output import say
+from alto_cli.view.story import Story
+
+if TYPE_CHECKING:
+    from alto_common.tuning import TuningJob
+    from alto_training.executor.control import ControlQueue
+    from alto_training.executor.events import Event, Outcome
+
+NODE_NAME = "this machine"
+END_STATES = {
+    "succeeded": tuning_pb2.TASK_STATE_SUCCEEDED,
+    "cancelled": tuning_pb2.TASK_STATE_CANCELLED,
+    "failed": tuning_pb2.TASK_STATE_FAILED,
+}
+
+
+def train_file(
+    path: Path, work: Path | None, output: Path | None, device: str, dtype: str, slots: int | None, json_output: bool
+) -> None:
+    """Run the search of a task file here, and put the best adapter into the output folder."""
+    task_file = load_task_file(path)
+    folder = output.resolve() if output else task_file.output
+    work = work.resolve() if work else folder.with_name(f"{folder.name}.work")
+    with needs_extra("training", "training on this machine"):
+        import torch
+        from alto_training.executor.control import ControlQueue
+        from alto_training.executor.errors import ExecutorError
+        from alto_training.executor.executor import Executor
+    settings = _settings(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, slots)
+    job = local_job(task_file, work)
+    story, control = Story(), ControlQueue()
+    with follower(story, json_output) as shown, _pause_on_interrupt(control, shown):
+        shown.message(_snapshot(task_file, job))
+        try:
+            outcome = Executor(job, work, _sink(job, shown), settings, control).run()
+        except ExecutorError as error:
+            raise CommandError(error.message, error.cure, exit_code=exit_codes.FAILURE) from None
+    if outcome.state == "paused":
+        say(f"paused with a checkpoint in {work}; the same command carries on")
+        raise typer.Exit(exit_codes.INTERRUPTED)
+    adapter_folder = ""
+    if outcome.best is not None and outcome.best.adapter_path is not None:
+        _copy_files(Path(outcome.best.adapter_path), folder)
+        adapter_folder = str(folder)
+    _close(story, outcome)
+    show_result(story, adapter_folder, json_output)
+    raise typer.Exit(exit_codes.SUCCESS if adapter_folder else exit_codes.FAILURE)
+
+
+def _settings(device: str, dtype: str, slots: int | None) -> Any:
+    from alto_training.executor.settings import BackboneDtype, ExecutorSettings
+
+    try:
+        return ExecutorSettings(device=device, backbone_dtype=BackboneDtype(dtype), slots=slots)
+    except ValueError:
+        raise CommandError(f"--dtype {dtype}: there is no such number format", "give float32 or bfloat16") from None
+
+
+def _snapshot(task_file: TaskFile, job: TuningJob) -> messages.WatchTuningTaskResponse:
+    """Return the story's first message: the task is about to run, its trials are pending."""
+    from alto_common.tuning_wire import trial_config_to_wire
+
+    task = tuning_pb2.TuningTask(
+        task_id=job.task_id,
+        spec=task_spec(task_file, dataset_id=""),
+        state=tuning_pb2.TASK_STATE_QUEUED,
+        trial_count=len(job.trials),
+    )
+    task.queue.explanation = "loading the base model and the datasets"
+    trials = [
+        tuning_pb2.Trial(
+            trial_id=trial.trial_id,
+            task_id=job.task_id,
+            config=trial_config_to_wire(trial.config),
+            state=tuning_pb2.TRIAL_STATE_PENDING,
+        )
+        for trial in job.trials
+    ]
+    return messages.WatchTuningTaskResponse(snapshot=messages.TuningTaskSnapshot(task=task, trials=trials))
+
+
+def _sink(job: TuningJob, shown: Follower) -> Any:
+    """Return what takes the executor's events: they are shown as those of a watch are."""
+    from alto_training.wire import EventTranslator
+
+    translator = EventTranslator(job, NODE_NAME)
+    sequence = 0
+
+    def take(event: Event) -> None:
+        nonlocal sequence
+        for translated in translator.translate(event):
+            sequence += 1
+            translated.sequence = sequence
+            shown.message(messages.WatchTuningTaskResponse(event=translated))
+
+    return take
+
+
+def _close(story: Story, outcome: Outcome) -> None:
+    """Put into the story what only the outcome tells: savings, the end."""
+    trained = sum(trial.samples_trained for trial in outcome.trials)
+    saved = sum(trial.samples_saved for trial in outcome.trials)
+    stopped = sum(trial.state == "stopped" for trial in outcome.trials)
+    story.task.savings.CopyFrom(
+        tuning_pb2.Savings(samples_planned=trained + saved, samples_trained=trained, trials_stopped=stopped)
+    )
+    for trial in outcome.trials:
+        known = story.trials[trial.trial_id]
+        known.samples_trained = trial.samples_trained
+    end = event_pb2.TaskEvent(
+        task_state_changed=event_pb2.TaskStateChanged(state=END_STATES.get(outcome.state, story.task.state))
+    )
+    end.time.GetCurrentTime()
+    story.apply_event(end)
+
+
+@contextmanager
+def _pause_on_interrupt(control: ControlQueue, shown: Follower) -> Iterator[None]:
+    """Let Ctrl-C pause at the next tick, with a checkpoint; a second one ends at once."""
+    from alto_training.executor.control import Pause
+
+    def on_signal(_number: int, _frame: object) -> None:
+        control.put(Pause())
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        shown.notice("writing a checkpoint, then stopping; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy an adapter's files, each aside and renamed."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file():
+            aside = target / f".{file.name}.part"
+            shutil.copyfile(file, aside)
+            os.replace(aside, target / file.name)

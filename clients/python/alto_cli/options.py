@@ -1,0 +1,27 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Server = Annotated[
+    str,
+    typer.Option(
+        envvar="ALTO_SERVER",
+        show_default=False,
+        help="Address, host:port or https://host:port. Default: the server of `alto up`.",
+    ),
+]
+ApiKey = Annotated[
+    str,
+    typer.Option(envvar="ALTO_API_KEY", show_default=False, help="Your API key. Default: the key of `alto up`."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+TaskFileArgument = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The task file.", show_default=False)]
+Task = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.", show_default=False)]
+TaskOrNewest = Annotated[
+    str, typer.Argument(metavar="[TASK]", help="The task's id; the newest task without it.", show_default=False)
+]
