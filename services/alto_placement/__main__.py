@@ -1,0 +1,31 @@
+"""alto-placement: places tasks on nodes. Settings are ALTO_PLACEMENT_* variables (see `settings`)."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from alto_common.logs import configure_logs
+from alto_common.rpc.server import run_until_signal
+
+from alto_placement.server import PlacementServer
+from alto_placement.settings import PlacementSettings
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT."""
+    try:
+        settings = PlacementSettings.load()
+    except ValueError as error:
+        sys.exit(f"alto-placement: {error}")
+    configure_logs(settings.log_format)
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: PlacementSettings) -> None:
+    server = PlacementServer(settings)
+    await run_until_signal(server.start, server.stop, "alto-placement")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""The loops around the state machine: one operation at a time, kept before it counts; leases; plans; sessions; watches.
+
+Every change goes through `_commit`: the operation runs on a draft, the store keeps what it changed, and only then does
+the state in memory change and anybody hear of it. A failed write is followed by reading everything again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+import structlog
+from alto.v1 import error_pb2
+from alto_common.errors import DomainError
+
+from alto_placement import lifecycle, planner
+from alto_placement.estimates import DurationEstimator
+from alto_placement.lifecycle import Reported
+from alto_placement.links import LeaseRenewal, NodeLink, StopOrder
+from alto_placement.settings import PlacementSettings
+from alto_placement.snapshot import fastest_kind, planner_node, snapshot_of, waiting_task
+from alto_placement.state import (
+    Changes,
+    ClusterState,
+    Draft,
+    FailureCause,
+    Moment,
+    NodeRow,
+    NodeSpec,
+    Outcome,
+    StopReason,
+    TaskRow,
+    WorkSize,
+)
+from alto_placement.store import PlacementStore
+from alto_placement.watches import PlanView, PlanWatch
+
+_Answer = TypeVar("_Answer")
+
+# Ended tasks stay in memory this long: a watcher that reconnects in time hears of them.
+ENDED_KEPT_S = 3600.0
+
+_PREEMPTED = {
+    planner.PreemptionReason.PRIORITY: StopReason.PREEMPTED,
+    planner.PreemptionReason.QUOTA_RECLAIMED: StopReason.PREEMPTED,
+    planner.PreemptionReason.NODE_DRAINS: StopReason.DRAINED,
+}
+
+log = structlog.get_logger("alto.placement")
+
+
+def system_moment() -> Moment:
+    """Return the present on the system's clocks."""
+    return Moment(time.monotonic(), time.time())
+
+
+class PlacementEngine:
+    """Placement as a running thing. `start` reads the store and begins the loops, `stop` ends them."""
+
+    def __init__(
+        self,
+        store: PlacementStore,
+        settings: PlacementSettings,
+        estimator: DurationEstimator,
+        clock: Callable[[], Moment] = system_moment,
+    ) -> None:
+        self.state = ClusterState()
+        self.is_stopping = False
+        self._store = store
+        self._settings = settings
+        self._rules = settings.rules
+        self._estimator = estimator
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._revision = 0
+        self._plan: planner.Plan | None = None
+        self._links: dict[str, NodeLink] = {}
+        self._watches: set[PlanWatch] = set()
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Read the store, give every node a whole lease to come back in, and begin."""
+        await self._reload()
+        # Above every revision of an earlier start.
+        self._revision = int(self._clock().wall_s * 1000)
+        self._loops = [asyncio.create_task(self._watch_leases()), asyncio.create_task(self._keep_planning())]
+        self._changed.set()
+
+    async def stop(self) -> None:
+        """End the loops, the sessions and the watches."""
+        for loop in self._loops:
+            loop.cancel()
+        for loop in self._loops:
+            with suppress(asyncio.CancelledError):
+                await loop
+        for link in self._links.values():
+            link.close()
+        self.is_stopping = True
+        for watch in self._watches:
+            watch.announce(())
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the loops run."""
+        return bool(self._loops) and not any(loop.done() for loop in self._loops)
+
+    def now(self) -> Moment:
+        """Return the present on the engine's clocks."""
+        return self._clock()
+
+    # --- tasks ---
+
+    async def enqueue(self, task: TaskRow) -> TaskRow:
+        """Queue a task; the same task_id again changes nothing. Raises TASK_UNPLACEABLE."""
+        if task.task_id not in self.state.tasks:
+            known = await self._store.task(task.task_id)
+            if known is not None:
+                return known
+            self.check_placeable(task)
+        return await self._commit(lambda draft, now: lifecycle.enqueue(draft, task))
+
+    async def dequeue(self, task_id: str) -> None:
+        """Take a task out; unknown is no error."""
+        await self._commit(lambda draft, now: lifecycle.dequeue(draft, task_id, now))
+
+    async def update(
+        self, task_id: str, held: bool | None, priority: int | None, stop_trial_ids: Sequence[str]
+    ) -> TaskRow:
+        """Hold, let go, change the priority, stop trials. Raises RESOURCE_NOT_FOUND, STATE_CONFLICT."""
+        return await self._commit(
+            lambda draft, now: lifecycle.update(
+                draft, task_id, now, held=held, priority=priority, stop_trial_ids=stop_trial_ids
+            )
+        )
+
+    def estimate(self, base_model: str, gpus: int, gpu_kind: str, size: WorkSize) -> tuple[planner.Duration, str]:
+        """Return how long such a task would take here, and what that rests on. Raises TASK_UNPLACEABLE."""
+        task = TaskRow("estimate", "", b"", base_model, gpus, gpu_kind, size, self._clock().wall_s)
+        self.check_placeable(task)
+        kind = fastest_kind(task, self.state)
+        return self._estimator.estimate(base_model, kind, gpus, size), self._estimator.basis(base_model, kind)
+
+    def check_placeable(self, task: TaskRow) -> None:
+        """Raise TASK_UNPLACEABLE when no node that is known could ever hold the task; before any is known, wait."""
+        if not self.state.nodes:
+            return
+        # A node that is lost or cordoned now may come back.
+        nodes = [planner.Node(n.node_id, n.gpu_kind, n.gpus) for n in map(planner_node, self.state.nodes.values())]
+        asked = waiting_task(task, fastest_kind(task, self.state), self._estimator, float("-inf"))
+        try:
+            planner.check_can_ever_fit(asked, nodes)
+        except planner.TaskNeverFitsError as error:
+            raise DomainError(
+                error_pb2.ERROR_REASON_TASK_UNPLACEABLE,
+                str(error),
+                metadata={"largest_fit_gpus": str(error.largest_fit_gpus)},
+            ) from error
+
+    # --- nodes ---
+
+    async def register(self, spec: NodeSpec, incarnation: str) -> NodeRow:
+        """Make a node known; a new incarnation ends what the old one had."""
+        node = await self._commit(lambda draft, now: lifecycle.register(draft, spec, incarnation, now, self._rules))
+        log.info("node registered", node_id=spec.node_id, incarnation=incarnation, gpus=spec.gpus)
+        return node
+
+    async def cordon(self, node_id: str, cordoned: bool) -> NodeRow:
+        """Stop a node from taking more work, or let it again."""
+        return await self._commit(lambda draft, now: lifecycle.cordon(draft, node_id, cordoned))
+
+    async def drain(self, node_id: str) -> NodeRow:
+        """Empty a node."""
+        return await self._commit(lambda draft, now: lifecycle.drain(draft, node_id))
+
+    def open_link(self, node_id: str, incarnation: str) -> NodeLink:
+        """Begin a session; an earlier one of the same node ends. Raises when the incarnation is not the latest."""
+        lifecycle.require_incarnation(Draft(self.state), node_id, incarnation)
+        earlier = self._links.get(node_id)
+        if earlier is not None:
+            earlier.close()
+        link = self._links[node_id] = NodeLink(node_id, incarnation)
+        return link
+
+    def close_link(self, link: NodeLink) -> None:
+        """Forget a session that ended; its leases run on."""
+        if self._links.get(link.node_id) is link:
+            del self._links[link.node_id]
+
+    async def heartbeat(self, link: NodeLink, reported: Sequence[Reported]) -> None:
+        """Renew the node's leases, learn from its progress, and tell it what it does not confirm."""
+        stale = await self._commit(
+            lambda draft, now: lifecycle.heartbeat(draft, link.node_id, link.incarnation, reported, now, self._rules)
+        )
+        self._learn(link.node_id, reported)
+        link.listed = frozenset(status.assignment_id for status in reported)
+        link.told.clear()
+        link.tell(LeaseRenewal())
+        for assignment_id in stale:
+            link.tell(StopOrder(assignment_id, StopReason.SUPERSEDED))
+        link.tell_pending(self.state)
+
+    async def assignment_ended(
+        self, link: NodeLink, assignment_id: str, epoch: int, outcome: Outcome, failure: FailureCause | None
+    ) -> None:
+        """Take a node's word on how an assignment ended."""
+        await self._commit(
+            lambda draft, now: lifecycle.assignment_ended(
+                draft, link.node_id, link.incarnation, assignment_id, epoch, outcome, failure, now, self._rules
+            )
+        )
+        log.info("assignment ended", assignment_id=assignment_id, epoch=epoch, outcome=outcome.value)
+
+    # --- the plan ---
+
+    def view(self, ended: Sequence[TaskRow] = ()) -> PlanView:
+        """Return the plan as it is now."""
+        now = self._clock()
+        plan = self._plan
+        placements = plan.placements if plan is not None else ()
+        snapshot = snapshot_of(self.state, self._estimator, now, self._revision)
+        return PlanView(
+            revision=self._revision,
+            moment=now,
+            state=self.state,
+            explanations=dict(plan.explanations) if plan is not None else {},
+            planned_nodes={p.task_id: (p.parts[0].node_id, p.parts[0].gpu_indices) for p in placements},
+            expected_end_s={task.task_id: task.expected_end_s for task in snapshot.running},
+            makespan_s=plan.makespan_s if plan is not None else 0.0,
+            lower_bound_s=plan.lower_bound_s if plan is not None else 0.0,
+            ended=tuple(ended),
+        )
+
+    def open_watch(self) -> PlanWatch:
+        """Begin a watch; it first sees the plan as it is, and the tasks that ended in the last hour."""
+        watch = PlanWatch()
+        watch.announce(task for task in self.state.tasks.values() if task.ended is not None)
+        self._watches.add(watch)
+        return watch
+
+    def close_watch(self, watch: PlanWatch) -> None:
+        """Forget a watch."""
+        self._watches.discard(watch)
+
+    # --- inside ---
+
+    async def _commit(self, operation: Callable[[Draft, Moment], _Answer]) -> _Answer:
+        # A caller that goes away must not leave the memory behind the store.
+        return await asyncio.shield(self._commit_now(operation))
+
+    async def _commit_now(self, operation: Callable[[Draft, Moment], _Answer]) -> _Answer:
+        async with self._lock:
+            draft = Draft(self.state)
+            answer = operation(draft, self._clock())
+            changes = draft.changes()
+            if changes:
+                try:
+                    await self._store.save(changes)
+                except Exception:
+                    await self._reload()
+                    raise
+                self.state.apply(changes)
+                self._announce(changes)
+            return answer
+
+    def _announce(self, changes: Changes) -> None:
+        self._revision += 1
+        self._changed.set()
+        for link in self._links.values():
+            link.tell_pending(self.state)
+        ended = [task for task in changes.tasks if task.ended is not None]
+        for watch in self._watches:
+            watch.announce(ended)
+
+    async def _reload(self) -> None:
+        now = self._clock()
+        self.state = await self._store.load(ended_since_s=now.wall_s - ENDED_KEPT_S)
+        for node in self.state.nodes.values():
+            self.state.lease_end_s[node.node_id] = now.monotonic_s + self._rules.lease_s
+
+    async def _watch_leases(self) -> None:
+        interval_s = min(1.0, self._rules.lease_s / 10)
+        before = self._clock().monotonic_s
+        while True:
+            await asyncio.sleep(interval_s)
+            now = self._clock()
+            # A stall of this process is not the nodes' silence: their heartbeats may be waiting to be read.
+            stalled_s = now.monotonic_s - before - interval_s
+            before = now.monotonic_s
+            if stalled_s > interval_s:
+                for node_id in self.state.lease_end_s:
+                    self.state.lease_end_s[node_id] += stalled_s
+            try:
+                for node_id in await self._commit(lifecycle.expire):
+                    log.warning("node lost", node_id=node_id, lease_s=self._rules.lease_s)
+                self._forget_ended(now)
+            except Exception:
+                log.exception("leases could not be looked after; trying again")
+
+    async def _keep_planning(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), self._idle_s())
+            await asyncio.sleep(self._settings.debounce_s)
+            self._changed.clear()
+            try:
+                await self._replan()
+            except Exception:
+                log.exception("no plan could be made; the last one stays")
+                await asyncio.sleep(self._settings.refresh_s)
+                self._changed.set()
+
+    def _idle_s(self) -> float:
+        """Return how long the plan may stay as it is when nothing happens."""
+        now_s = self._clock().monotonic_s
+        retries = [at_s - now_s for at_s in self.state.retry_at_s.values() if at_s > now_s]
+        return max(0.01, min([self._settings.refresh_s, *retries]))
+
+    async def _replan(self) -> None:
+        now = self._clock()
+        snapshot = snapshot_of(self.state, self._estimator, now, self._revision)
+        plan = await asyncio.to_thread(planner.plan, snapshot, budget_s=self._settings.plan_budget_s)
+        self._plan = plan
+        for placement in plan.starting:
+            part = placement.parts[0]
+            row = await self._commit(
+                lambda draft, at, p=placement, part=part: lifecycle.assign(  # type: ignore[misc]
+                    draft, p.task_id, part.node_id, part.gpu_indices, f"assignment-{secrets.token_hex(8)}", at
+                )
+            )
+            if row is not None:
+                log.info("task assigned", task_id=row.task_id, node_id=row.node_id, epoch=row.epoch)
+        for order in plan.preemptions:
+            await self._commit(
+                lambda draft, at, o=order: lifecycle.preempt(draft, o.task_id, _PREEMPTED[o.reason])  # type: ignore[misc]
+            )
+        if snapshot.waiting or snapshot.running:
+            self._revision += 1
+            for watch in self._watches:
+                watch.announce(())
+
+    def _learn(self, node_id: str, reported: Sequence[Reported]) -> None:
+        for status in reported:
+            row = self.state.assignments.get(status.assignment_id)
+            if row is not None and row.node_id == node_id:
+                kind = self.state.nodes[node_id].spec.gpu_kind
+                self._estimator.observe(self.state.tasks[row.task_id], kind, status.progress)
+
+    def _forget_ended(self, now: Moment) -> None:
+        for task_id, task in list(self.state.tasks.items()):
+            if task.ended_s is not None and task.ended_s < now.wall_s - ENDED_KEPT_S:
+                del self.state.tasks[task_id]
+                self.state.retry_at_s.pop(task_id, None)

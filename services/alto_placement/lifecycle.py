@@ -1,0 +1,307 @@
+"""How the cluster changes: each operation takes a draft and a moment, changes rows, and answers. Pure.
+
+The rules that everything else rests on:
+- A task has at most one live assignment, and each new one has a higher epoch than all before it.
+- An assignment ends once: by its node's word, or because its node is lost or restarted.
+- Whatever comes late, twice or out of order names an assignment and an epoch, and is passed over when it is not live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from alto.v1 import error_pb2
+from alto_common.errors import DomainError, invalid_fields, not_found
+from alto_common.violations import Violation
+
+from alto_placement.planner.model import MAX_GPUS_PER_NODE
+from alto_placement.state import (
+    AssignmentRow,
+    Draft,
+    FailureCause,
+    Moment,
+    NodeRow,
+    NodeSpec,
+    NodeState,
+    Outcome,
+    Progress,
+    StopReason,
+    TaskRow,
+    TaskState,
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the operator chose: the lease, and how often a failing task is tried again (delay doubles, to a limit)."""
+
+    lease_s: float = 15.0
+    max_failures: int = 3
+    retry_delay_s: float = 2.0
+    max_retry_delay_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a heartbeat says of one assignment."""
+
+    assignment_id: str
+    epoch: int
+    progress: Progress
+
+
+# A stop asked for by the task's owner replaces one asked for by the operator, never the other way round.
+_STOP_RANK = {
+    StopReason.PREEMPTED: 0,
+    StopReason.DRAINED: 0,
+    StopReason.PAUSED: 1,
+    StopReason.CANCELLED: 2,
+    StopReason.SUPERSEDED: 3,
+}
+
+
+def enqueue(draft: Draft, task: TaskRow) -> TaskRow:
+    """Queue a task. The same task_id again changes nothing and returns the task as it is."""
+    known = draft.task(task.task_id)
+    if known is not None:
+        return known
+    draft.put(task)
+    return task
+
+
+def dequeue(draft: Draft, task_id: str, now: Moment) -> None:
+    """Take a task out; an assignment is asked to stop first. An unknown or ended task is no error."""
+    task = draft.task(task_id)
+    if task is None or task.ended is not None:
+        if task is not None and task.ended is TaskState.GIVEN_UP and not task.dequeued:
+            draft.put(replace(task, dequeued=True))
+        return
+    task = replace(task, dequeued=True)
+    draft.put(task)
+    _settle(draft, task, now)
+
+
+def update(
+    draft: Draft,
+    task_id: str,
+    now: Moment,
+    *,
+    held: bool | None = None,
+    priority: int | None = None,
+    stop_trial_ids: Sequence[str] = (),
+) -> TaskRow:
+    """Hold a task back or let it go, change its priority, stop trials. Raises RESOURCE_NOT_FOUND, STATE_CONFLICT."""
+    task = draft.task(task_id)
+    if task is None:
+        raise not_found("task", task_id)
+    if task.ended is not None:
+        raise DomainError(error_pb2.ERROR_REASON_STATE_CONFLICT, f"task {task_id} has ended: it cannot be changed")
+    task = replace(
+        task,
+        held=task.held if held is None else held,
+        priority=task.priority if priority is None else priority,
+        stopped_trial_ids=tuple(dict.fromkeys((*task.stopped_trial_ids, *stop_trial_ids))),
+    )
+    draft.put(task)
+    return _settle(draft, task, now)
+
+
+def register(draft: Draft, spec: NodeSpec, incarnation: str, now: Moment, rules: Rules) -> NodeRow:
+    """Make a node known. Another incarnation means that its process restarted: what it had is over at once."""
+    if spec.gpus > MAX_GPUS_PER_NODE:
+        raise invalid_fields([Violation("node.gpus", spec.gpus, f"give at most {MAX_GPUS_PER_NODE} places a node")])
+    known = draft.node(spec.node_id)
+    if known is not None and known.incarnation != incarnation:
+        _lose_assignments(draft, spec.node_id, now)
+    flags = known or NodeRow(spec, incarnation)
+    node = replace(flags, spec=spec, incarnation=incarnation, lost=False, last_seen_s=now.wall_s)
+    draft.put(node)
+    _renew(draft, spec.node_id, now, rules)
+    # A node that came back with fewer GPUs than its assignments hold cannot keep those.
+    for row in draft.on_node(spec.node_id):
+        if any(index >= spec.gpus for index in row.gpu_indices):
+            _end(draft, row, Outcome.LOST, now)
+    return node
+
+
+def require_incarnation(draft: Draft, node_id: str, incarnation: str) -> NodeRow:
+    """Return the node. Raises RESOURCE_NOT_FOUND when it must register, STATE_CONFLICT when it was superseded."""
+    node = draft.node(node_id)
+    if node is None:
+        raise not_found("node", node_id)
+    if node.incarnation != incarnation:
+        raise DomainError(
+            error_pb2.ERROR_REASON_STATE_CONFLICT,
+            f"another process has registered as node {node_id!r}: this one must stop; "
+            "give each node an id of its own when this was not a restart",
+        )
+    return node
+
+
+def heartbeat(
+    draft: Draft, node_id: str, incarnation: str, reported: Sequence[Reported], now: Moment, rules: Rules
+) -> tuple[str, ...]:
+    """Renew the node's leases and note its progress. Returns the assignments it lists that are not its own any more."""
+    node = require_incarnation(draft, node_id, incarnation)
+    if node.lost:
+        draft.put(replace(node, lost=False, last_seen_s=now.wall_s))
+    _renew(draft, node_id, now, rules)
+    stale = []
+    for status in reported:
+        row = draft.assignment(status.assignment_id)
+        if row is None or row.epoch != status.epoch or row.node_id != node_id:
+            stale.append(status.assignment_id)
+        else:
+            draft.base.progress[row.assignment_id] = status.progress
+    return tuple(stale)
+
+
+def assignment_ended(
+    draft: Draft,
+    node_id: str,
+    incarnation: str,
+    assignment_id: str,
+    epoch: int,
+    outcome: Outcome,
+    failure: FailureCause | None,
+    now: Moment,
+    rules: Rules,
+) -> None:
+    """Take a node's word on how an assignment ended. Passed over when the assignment is not live under this epoch."""
+    require_incarnation(draft, node_id, incarnation)
+    row = draft.assignment(assignment_id)
+    if row is None or row.epoch != epoch or row.node_id != node_id:
+        return
+    _end(draft, row, outcome, now)
+    task = draft.task(row.task_id)
+    assert task is not None, "an assignment has a task"
+    if outcome in (Outcome.COMPLETED, Outcome.FAILED):
+        draft.put(_ended(task, TaskState.FINISHED, now, failure))
+    elif outcome is Outcome.FAILED_RETRIABLE and task.ended is None:
+        task = replace(task, failures=task.failures + 1, failure=failure)
+        draft.put(task)
+        if task.failures >= rules.max_failures:
+            draft.put(_ended(task, TaskState.GIVEN_UP, now, failure))
+        else:
+            delay_s = min(rules.retry_delay_s * 2 ** (task.failures - 1), rules.max_retry_delay_s)
+            draft.base.retry_at_s[task.task_id] = now.monotonic_s + delay_s
+
+
+def expire(draft: Draft, now: Moment) -> tuple[str, ...]:
+    """Declare the nodes lost whose lease has run out, end what they had, and return their names."""
+    lost = []
+    for node_id, end_s in list(draft.base.lease_end_s.items()):
+        node = draft.node(node_id)
+        if node is not None and not node.lost and end_s <= now.monotonic_s:
+            draft.put(replace(node, lost=True))
+            _lose_assignments(draft, node_id, now)
+            lost.append(node_id)
+    return tuple(lost)
+
+
+def assign(
+    draft: Draft, task_id: str, node_id: str, gpu_indices: Sequence[int], assignment_id: str, now: Moment
+) -> AssignmentRow | None:
+    """Place a task under the next epoch; None when the plan is out of date: the task, node or GPUs are not free."""
+    task, node = draft.task(task_id), draft.node(node_id)
+    if task is None or node is None or node.state is not NodeState.READY:
+        return None
+    if task.ended is not None or task.assignment_id or task.held:
+        return None
+    if draft.base.retry_at_s.get(task_id, now.monotonic_s) > now.monotonic_s:
+        return None
+    taken = {index for row in draft.on_node(node_id) for index in row.gpu_indices}
+    if taken.intersection(gpu_indices) or not all(0 <= index < node.spec.gpus for index in gpu_indices):
+        return None
+    row = AssignmentRow(
+        assignment_id=assignment_id,
+        task_id=task_id,
+        epoch=task.epoch + 1,
+        node_id=node_id,
+        incarnation=node.incarnation,
+        gpu_indices=tuple(gpu_indices),
+        started_s=now.wall_s,
+    )
+    draft.put(row)
+    draft.put(replace(task, epoch=row.epoch, attempts=task.attempts + 1, assignment_id=assignment_id))
+    draft.base.retry_at_s.pop(task_id, None)
+    return row
+
+
+def preempt(draft: Draft, task_id: str, reason: StopReason) -> None:
+    """Ask a task's assignment to stop at a checkpoint; the task then waits again."""
+    task = draft.task(task_id)
+    row = draft.assignment(task.assignment_id) if task is not None else None
+    if row is not None:
+        _ask_to_stop(draft, row, reason)
+
+
+def cordon(draft: Draft, node_id: str, cordoned: bool) -> NodeRow:
+    """Stop a node from taking more work, or let it again (which takes back a drain too)."""
+    node = draft.node(node_id)
+    if node is None:
+        raise not_found("node", node_id)
+    node = replace(node, cordoned=cordoned, draining=node.draining and cordoned)
+    draft.put(node)
+    return node
+
+
+def drain(draft: Draft, node_id: str) -> NodeRow:
+    """Empty a node: ask everything on it to stop at a checkpoint, and let it take no more."""
+    node = draft.node(node_id)
+    if node is None:
+        raise not_found("node", node_id)
+    node = replace(node, cordoned=True, draining=True)
+    draft.put(node)
+    for row in draft.on_node(node_id):
+        _ask_to_stop(draft, row, StopReason.DRAINED)
+    return node
+
+
+def _settle(draft: Draft, task: TaskRow, now: Moment) -> TaskRow:
+    """Bring a task's assignment, or its end, in line with what its owner wants."""
+    row = draft.assignment(task.assignment_id)
+    if row is None:
+        if task.dequeued and task.ended is None:
+            task = _ended(task, TaskState.FINISHED, now, None)
+            draft.put(task)
+    elif task.dequeued:
+        _ask_to_stop(draft, row, StopReason.CANCELLED)
+    elif task.held:
+        _ask_to_stop(draft, row, StopReason.PAUSED)
+    elif row.stop is StopReason.PAUSED:
+        # Let go again before it has stopped: it stops all the same, and then waits for a place instead of being held.
+        draft.put(replace(row, stop=StopReason.PREEMPTED))
+    return task
+
+
+def _ask_to_stop(draft: Draft, row: AssignmentRow, reason: StopReason) -> None:
+    if row.stop is None or _STOP_RANK[reason] > _STOP_RANK[row.stop]:
+        draft.put(replace(row, stop=reason))
+
+
+def _lose_assignments(draft: Draft, node_id: str, now: Moment) -> None:
+    for row in draft.on_node(node_id):
+        _end(draft, row, Outcome.LOST, now)
+
+
+def _end(draft: Draft, row: AssignmentRow, outcome: Outcome, now: Moment) -> None:
+    """End a live assignment and free its task, which waits again, is held, or has been taken out."""
+    progress = draft.base.progress.get(row.assignment_id)
+    draft.put(replace(row, outcome=outcome, ended_s=now.wall_s))
+    task = draft.task(row.task_id)
+    assert task is not None, "an assignment has a task"
+    task = replace(task, assignment_id="", fraction_done=progress.fraction_done if progress else task.fraction_done)
+    draft.put(task)
+    if task.dequeued:
+        draft.put(_ended(task, TaskState.FINISHED, now, None))
+
+
+def _ended(task: TaskRow, how: TaskState, now: Moment, failure: FailureCause | None) -> TaskRow:
+    return replace(task, ended=how, ended_s=now.wall_s, failure=failure, assignment_id="")
+
+
+def _renew(draft: Draft, node_id: str, now: Moment, rules: Rules) -> None:
+    draft.base.lease_end_s[node_id] = now.monotonic_s + rules.lease_s
+    draft.base.last_seen_s[node_id] = now.wall_s

@@ -1,0 +1,70 @@
+"""alto-placement put together: database, engine, server, health."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+from alto.v1 import placement_service_pb2_grpc
+from alto_common.database import Database
+from alto_common.rpc.authentication import ServiceTokenAuthenticator
+from alto_common.rpc.server import Server
+from sqlalchemy import make_url
+
+from alto_placement.engine import PlacementEngine
+from alto_placement.estimates import ThroughputEstimator
+from alto_placement.servicer import SCOPES, SERVICE, PlacementServicer
+from alto_placement.settings import PlacementSettings
+from alto_placement.store import MIGRATIONS, PlacementStore
+
+HEALTH_INTERVAL_S = 1.0
+GRACE_S = 2.0
+
+log = structlog.get_logger("alto.placement")
+
+
+class PlacementServer:
+    """The service as one thing to start and stop."""
+
+    def __init__(self, settings: PlacementSettings) -> None:
+        self._settings = settings
+        self._database = Database(settings.database_url, MIGRATIONS)
+        self.engine = PlacementEngine(PlacementStore(self._database), settings, ThroughputEstimator())
+        self.server = Server(settings.listen, ServiceTokenAuthenticator(settings.service_token), SCOPES, [SERVICE])
+        self._health: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Migrate the database, take up what it holds, and serve."""
+        url = make_url(self._settings.database_url)
+        if self._database.is_sqlite and url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        await self._database.migrate()
+        await self.engine.start()
+        servicer = PlacementServicer(self.engine, self._settings)
+        placement_service_pb2_grpc.add_PlacementServiceServicer_to_server(servicer, self.server.grpc)
+        await self.server.start()
+        self._health = asyncio.create_task(self._look_after_health())
+
+    async def stop(self) -> None:
+        """End sessions and watches, then serve no more."""
+        if self._health is not None:
+            self._health.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._health
+        await self.server.set_serving(False)
+        await self.engine.stop()
+        await self.server.stop(GRACE_S)
+        await self._database.close()
+
+    async def _look_after_health(self) -> None:
+        """SERVING while the database answers with the latest schema and the engine's loops run."""
+        while True:
+            try:
+                healthy = self.engine.is_alive and await self._database.is_current()
+            except Exception:
+                log.exception("the database does not answer")
+                healthy = False
+            await self.server.set_serving(healthy)
+            await asyncio.sleep(HEALTH_INTERVAL_S)

@@ -1,0 +1,181 @@
+"""PlacementService on the wire: each method turns its request into one call of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import grpc
+from alto.v1 import placement_service_pb2 as wire
+from alto.v1 import placement_service_pb2_grpc
+from alto_common.errors import DomainError, invalid_fields, unavailable
+from alto_common.rpc.authentication import Scope
+from alto_common.violations import Violation
+
+from alto_placement.engine import PlacementEngine
+from alto_placement.links import NodeLink
+from alto_placement.settings import PlacementSettings
+from alto_placement.wire import (
+    OUTCOMES,
+    duration,
+    estimate_to_wire,
+    failure_from_wire,
+    gpus_from_wire,
+    node_to_wire,
+    order_to_wire,
+    plan_to_wire,
+    reported_from_wire,
+    size_from_wire,
+    spec_from_wire,
+    task_from_wire,
+    task_to_wire,
+)
+
+SERVICE = "alto.v1.PlacementService"
+SCOPES = {
+    f"/{SERVICE}/{method}": Scope.SERVICE
+    for method in (
+        "EnqueueTask",
+        "DequeueTask",
+        "UpdateTask",
+        "EstimateTask",
+        "GetPlan",
+        "WatchPlan",
+        "RegisterNode",
+        "NodeSession",
+        "ListNodes",
+        "CordonNode",
+        "DrainNode",
+    )
+}
+# A watcher gets at most this many plans a second, however often the plan changes.
+PLANS_PER_S = 20
+
+
+class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
+    """Answers PlacementService."""
+
+    def __init__(self, engine: PlacementEngine, settings: PlacementSettings) -> None:
+        self._engine = engine
+        self._settings = settings
+
+    async def EnqueueTask(self, request: wire.EnqueueTaskRequest, context: Any) -> wire.EnqueueTaskResponse:
+        """Queue a task."""
+        task = await self._engine.enqueue(task_from_wire(request, self._engine.now().wall_s))
+        return wire.EnqueueTaskResponse(task=task_to_wire(task, self._engine.view()))
+
+    async def DequeueTask(self, request: wire.DequeueTaskRequest, context: Any) -> wire.DequeueTaskResponse:
+        """Take a task out."""
+        await self._engine.dequeue(request.task_id)
+        return wire.DequeueTaskResponse()
+
+    async def UpdateTask(self, request: wire.UpdateTaskRequest, context: Any) -> wire.UpdateTaskResponse:
+        """Hold a task, let it go, change its priority, stop trials."""
+        task = await self._engine.update(
+            request.task_id,
+            held=request.held if request.HasField("held") else None,
+            priority=request.priority if request.HasField("priority") else None,
+            stop_trial_ids=tuple(request.stop_trial_ids),
+        )
+        return wire.UpdateTaskResponse(task=task_to_wire(task, self._engine.view()))
+
+    async def EstimateTask(self, request: wire.EstimateTaskRequest, context: Any) -> wire.EstimateTaskResponse:
+        """Predict a duration."""
+        predicted, basis = self._engine.estimate(
+            request.base_model,
+            gpus_from_wire(request.resources),
+            request.resources.gpu_kind,
+            size_from_wire(request.size),
+        )
+        return wire.EstimateTaskResponse(duration=estimate_to_wire(predicted), basis=basis)
+
+    async def GetPlan(self, request: wire.GetPlanRequest, context: Any) -> wire.GetPlanResponse:
+        """Return the plan."""
+        return wire.GetPlanResponse(plan=plan_to_wire(self._engine.view()))
+
+    async def WatchPlan(self, request: wire.WatchPlanRequest, context: Any) -> AsyncIterator[wire.WatchPlanResponse]:
+        """Stream the plan."""
+        watch = self._engine.open_watch()
+        try:
+            while True:
+                await watch.changed.wait()
+                watch.changed.clear()
+                if self._engine.is_stopping:
+                    raise unavailable("placement is shutting down")
+                yield wire.WatchPlanResponse(plan=plan_to_wire(self._engine.view(watch.take_ended())))
+                await asyncio.sleep(1 / PLANS_PER_S)
+        finally:
+            self._engine.close_watch(watch)
+
+    async def RegisterNode(self, request: wire.RegisterNodeRequest, context: Any) -> wire.RegisterNodeResponse:
+        """Make a node known."""
+        await self._engine.register(spec_from_wire(request.node), request.incarnation)
+        return wire.RegisterNodeResponse(
+            lease_duration=duration(self._settings.lease_s), heartbeat_interval=duration(self._settings.heartbeat_s)
+        )
+
+    async def NodeSession(
+        self, requests: AsyncIterator[wire.NodeSessionRequest], context: Any
+    ) -> AsyncIterator[wire.NodeSessionResponse]:
+        """Talk with a node."""
+        first = await anext(aiter(requests), None)
+        if first is None:
+            return
+        if not first.HasField("heartbeat"):
+            raise invalid_fields([Violation("message", first.WhichOneof("message"), "begin with a heartbeat")])
+        link = self._engine.open_link(first.node_id, first.incarnation)
+        reader = asyncio.create_task(self._read(link, first, requests))
+        try:
+            while (order := await link.outbox.get()) is not None:
+                yield order_to_wire(order, self._settings.lease_s)
+            if reader.done():
+                reader.result()
+            else:
+                raise unavailable("this session has been replaced, or placement is shutting down")
+        finally:
+            reader.cancel()
+            # What the reader raised has been raised above, or nobody is left to hear it.
+            with suppress(asyncio.CancelledError, DomainError, grpc.RpcError):
+                await reader
+            self._engine.close_link(link)
+
+    async def _read(
+        self, link: NodeLink, first: wire.NodeSessionRequest, requests: AsyncIterator[wire.NodeSessionRequest]
+    ) -> None:
+        try:
+            await self._take(link, first)
+            async for request in requests:
+                await self._take(link, request)
+        finally:
+            link.close()
+
+    async def _take(self, link: NodeLink, request: wire.NodeSessionRequest) -> None:
+        if (request.node_id, request.incarnation) != (link.node_id, link.incarnation):
+            raise invalid_fields([Violation("node_id", request.node_id, "one session is for one node")])
+        if request.HasField("heartbeat"):
+            heard_s = self._engine.now().monotonic_s
+            reported = [reported_from_wire(status, heard_s) for status in request.heartbeat.assignments]
+            await self._engine.heartbeat(link, reported)
+            return
+        ended = request.assignment_ended
+        outcome = OUTCOMES.get(ended.outcome)
+        if outcome is None:
+            raise invalid_fields([Violation("assignment_ended.outcome", ended.outcome, "name one of the outcomes")])
+        await self._engine.assignment_ended(link, ended.assignment_id, ended.epoch, outcome, failure_from_wire(ended))
+
+    async def ListNodes(self, request: wire.ListNodesRequest, context: Any) -> wire.ListNodesResponse:
+        """List the nodes."""
+        state = self._engine.state
+        return wire.ListNodesResponse(nodes=[node_to_wire(node, state) for node in state.nodes.values()])
+
+    async def CordonNode(self, request: wire.CordonNodeRequest, context: Any) -> wire.CordonNodeResponse:
+        """Stop a node from taking more work, or let it again."""
+        node = await self._engine.cordon(request.node_id, request.cordoned)
+        return wire.CordonNodeResponse(node=node_to_wire(node, self._engine.state))
+
+    async def DrainNode(self, request: wire.DrainNodeRequest, context: Any) -> wire.DrainNodeResponse:
+        """Empty a node."""
+        node = await self._engine.drain(request.node_id)
+        return wire.DrainNodeResponse(node=node_to_wire(node, self._engine.state))

@@ -1,0 +1,43 @@
+"""Settings of alto-placement, read from ALTO_PLACEMENT_* variables; the defaults work on one machine."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from alto_common.configuration import ServiceSettings, home_folder
+from pydantic import Field
+
+from alto_placement.lifecycle import Rules
+
+
+class PlacementSettings(ServiceSettings):
+    """What the operator may choose. Durations are in seconds.
+
+    A node sends a heartbeat every `heartbeat_s` and is lost after `lease_s` without one. A task that failed in a way
+    that another attempt may not is tried again after `retry_delay_s`, doubled each time, and given up after
+    `max_failures`. `plan_budget_s` is what the planner may spend on a plan beyond its fast lists; a plan is made at
+    every event, at most once in `debounce_s`, and every `refresh_s` while something runs.
+    """
+
+    prefix: ClassVar[str] = "ALTO_PLACEMENT_"
+
+    listen: str = "127.0.0.1:7412"
+    database_url: str = Field(default_factory=lambda: f"sqlite+aiosqlite:///{home_folder() / 'placement.db'}")
+    lease_s: float = Field(default=15.0, gt=0)
+    heartbeat_s: float = Field(default=3.0, gt=0)
+    max_failures: int = Field(default=3, ge=1)
+    retry_delay_s: float = Field(default=2.0, ge=0)
+    max_retry_delay_s: float = Field(default=60.0, ge=0)
+    plan_budget_s: float = Field(default=0.05, ge=0)
+    debounce_s: float = Field(default=0.02, ge=0)
+    refresh_s: float = Field(default=5.0, gt=0)
+
+    @property
+    def rules(self) -> Rules:
+        """The part of the settings that the domain knows."""
+        return Rules(
+            lease_s=self.lease_s,
+            max_failures=self.max_failures,
+            retry_delay_s=self.retry_delay_s,
+            max_retry_delay_s=self.max_retry_delay_s,
+        )

@@ -1,0 +1,286 @@
+"""What placement knows: nodes, tasks and live assignments as plain rows; a draft in which an operation changes them.
+
+Rows are frozen and durable: the store keeps every field. What lives on the monotonic clock (leases, retry delays,
+progress) is volatile and made anew after a restart. Imports neither grpc nor sqlalchemy.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One moment on two clocks: `monotonic_s` for leases and delays, `wall_s` (Unix time) for what people read."""
+
+    monotonic_s: float
+    wall_s: float
+
+
+class NodeState(enum.StrEnum):
+    """Whether a node takes work."""
+
+    READY = "ready"
+    CORDONED = "cordoned"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+class TaskState(enum.StrEnum):
+    """Where a task stands in placement."""
+
+    WAITING = "waiting"
+    ASSIGNED = "assigned"
+    STOPPING = "stopping"
+    HELD = "held"
+    FINISHED = "finished"
+    GIVEN_UP = "given_up"
+
+
+class StopReason(enum.StrEnum):
+    """Why an assignment is taken back."""
+
+    CANCELLED = "cancelled"
+    PAUSED = "paused"
+    DRAINED = "drained"
+    PREEMPTED = "preempted"
+    SUPERSEDED = "superseded"
+
+
+class Outcome(enum.StrEnum):
+    """How an assignment ended; LOST is placement's own verdict, the others are the node's word."""
+
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+    FAILED_RETRIABLE = "failed_retriable"
+    FAILED = "failed"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class FailureCause:
+    """Why something failed: a stable word of ErrorReason, and a sentence."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """What a node says of itself. `memory_bytes_per_gpu` 0 means that it did not say."""
+
+    node_id: str
+    gpu_kind: str
+    gpus: int
+    memory_bytes_per_gpu: int = 0
+    address: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """A node. `incarnation` names the start of its process that counts; `last_seen_s` is wall time."""
+
+    spec: NodeSpec
+    incarnation: str
+    cordoned: bool = False
+    draining: bool = False
+    lost: bool = False
+    last_seen_s: float = 0.0
+
+    @property
+    def node_id(self) -> str:
+        """Its name."""
+        return self.spec.node_id
+
+    @property
+    def state(self) -> NodeState:
+        """Whether it takes work."""
+        if self.lost:
+            return NodeState.LOST
+        if self.draining:
+            return NodeState.DRAINING
+        return NodeState.CORDONED if self.cordoned else NodeState.READY
+
+
+@dataclass(frozen=True, slots=True)
+class WorkSize:
+    """How much work a task is; see WorkSize in the contract. Zeros mean unknown."""
+
+    train_tokens: int = 0
+    evaluation_tokens: int = 0
+    steps: int = 0
+    total_lora_rank: int = 0
+    base_parameters: int = 0
+    expected_share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """A task. `work` is what its node is told, serialised; placement does not look inside.
+
+    `epoch` is that of its latest assignment (0 before the first) and only grows. `attempts` counts assignments,
+    `failures` those that failed in a way that another attempt may not. `assignment_id` is the live assignment, if any.
+    `ended` is set once: FINISHED or GIVEN_UP.
+    """
+
+    task_id: str
+    tenant: str
+    work: bytes
+    base_model: str
+    gpus: int
+    gpu_kind: str
+    size: WorkSize
+    enqueued_s: float
+    priority: int = 0
+    held: bool = False
+    dequeued: bool = False
+    stopped_trial_ids: tuple[str, ...] = ()
+    epoch: int = 0
+    attempts: int = 0
+    failures: int = 0
+    assignment_id: str = ""
+    fraction_done: float = 0.0
+    ended: TaskState | None = None
+    ended_s: float | None = None
+    failure: FailureCause | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentRow:
+    """A task on a node's GPUs. `stop` is set when it is asked to stop, `outcome` when it has ended."""
+
+    assignment_id: str
+    task_id: str
+    epoch: int
+    node_id: str
+    incarnation: str
+    gpu_indices: tuple[int, ...]
+    started_s: float
+    stop: StopReason | None = None
+    outcome: Outcome | None = None
+    ended_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a node last said of an assignment. `seconds_remaining` None: not known yet; `heard_s` is monotonic."""
+
+    fraction_done: float
+    seconds_remaining: float | None
+    tokens_per_second: float
+    heard_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """The rows that an operation made or changed, to be kept in one transaction."""
+
+    nodes: tuple[NodeRow, ...] = ()
+    tasks: tuple[TaskRow, ...] = ()
+    assignments: tuple[AssignmentRow, ...] = ()
+    new_task_ids: frozenset[str] = frozenset()
+    new_assignment_ids: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.nodes or self.tasks or self.assignments)
+
+
+@dataclass
+class ClusterState:
+    """All that placement knows. `assignments` holds live ones only."""
+
+    nodes: dict[str, NodeRow] = field(default_factory=dict)
+    tasks: dict[str, TaskRow] = field(default_factory=dict)
+    assignments: dict[str, AssignmentRow] = field(default_factory=dict)
+    # Gone after a restart. On the monotonic clock: node -> end of its lease, task -> earliest retry.
+    lease_end_s: dict[str, float] = field(default_factory=dict)
+    retry_at_s: dict[str, float] = field(default_factory=dict)
+    progress: dict[str, Progress] = field(default_factory=dict)
+    # Node -> wall time of its latest heartbeat.
+    last_seen_s: dict[str, float] = field(default_factory=dict)
+
+    def apply(self, changes: Changes) -> None:
+        """Take over what an operation changed, once it is kept."""
+        self.nodes.update((row.node_id, row) for row in changes.nodes)
+        self.tasks.update((row.task_id, row) for row in changes.tasks)
+        for row in changes.assignments:
+            if row.outcome is None:
+                self.assignments[row.assignment_id] = row
+            else:
+                self.assignments.pop(row.assignment_id, None)
+                self.progress.pop(row.assignment_id, None)
+
+    def on_node(self, node_id: str) -> Iterator[AssignmentRow]:
+        """Yield the live assignments of a node."""
+        return (row for row in self.assignments.values() if row.node_id == node_id)
+
+    def task_state(self, task: TaskRow) -> TaskState:
+        """Return where a task stands."""
+        if task.ended is not None:
+            return task.ended
+        if task.assignment_id:
+            assignment = self.assignments[task.assignment_id]
+            return TaskState.ASSIGNED if assignment.stop is None else TaskState.STOPPING
+        return TaskState.HELD if task.held else TaskState.WAITING
+
+    def free_gpus(self, node_id: str) -> set[int]:
+        """Return the indices of a node's GPUs that no live assignment holds."""
+        taken = {index for row in self.on_node(node_id) for index in row.gpu_indices}
+        return set(range(self.nodes[node_id].spec.gpus)) - taken
+
+
+class Draft:
+    """The state as an operation sees and changes it. Nothing reaches `base` before `ClusterState.apply`."""
+
+    def __init__(self, base: ClusterState) -> None:
+        self.base = base
+        self._nodes: dict[str, NodeRow] = {}
+        self._tasks: dict[str, TaskRow] = {}
+        self._assignments: dict[str, AssignmentRow] = {}
+
+    def node(self, node_id: str) -> NodeRow | None:
+        """Return a node as it is in the draft."""
+        return self._nodes.get(node_id) or self.base.nodes.get(node_id)
+
+    def task(self, task_id: str) -> TaskRow | None:
+        """Return a task as it is in the draft."""
+        return self._tasks.get(task_id) or self.base.tasks.get(task_id)
+
+    def assignment(self, assignment_id: str) -> AssignmentRow | None:
+        """Return a live assignment as it is in the draft."""
+        row = self._assignments.get(assignment_id) or self.base.assignments.get(assignment_id)
+        return row if row is not None and row.outcome is None else None
+
+    def on_node(self, node_id: str) -> list[AssignmentRow]:
+        """Return the live assignments of a node as they are in the draft."""
+        rows = {**self.base.assignments, **self._assignments}.values()
+        return [row for row in rows if row.node_id == node_id and row.outcome is None]
+
+    def put(self, row: NodeRow | TaskRow | AssignmentRow) -> None:
+        """Make or change a row."""
+        if isinstance(row, NodeRow):
+            self._nodes[row.node_id] = row
+        elif isinstance(row, TaskRow):
+            self._tasks[row.task_id] = row
+        else:
+            self._assignments[row.assignment_id] = row
+
+    def changes(self) -> Changes:
+        """Return the rows that differ from the base."""
+        return Changes(
+            nodes=tuple(_changed(self._nodes.items(), self.base.nodes)),
+            tasks=tuple(_changed(self._tasks.items(), self.base.tasks)),
+            assignments=tuple(_changed(self._assignments.items(), self.base.assignments)),
+            new_task_ids=frozenset(self._tasks.keys() - self.base.tasks.keys()),
+            new_assignment_ids=frozenset(self._assignments.keys() - self.base.assignments.keys()),
+        )
+
+
+def _changed(drafted: Iterable[tuple[str, _Row]], base: dict[str, _Row]) -> Iterator[_Row]:
+    return (row for key, row in drafted if base.get(key) != row)

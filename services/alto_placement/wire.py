@@ -1,0 +1,231 @@
+"""Placement's rows to and from protobuf."""
+
+from __future__ import annotations
+
+from alto.v1 import placement_pb2, placement_service_pb2, tuning_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from alto_placement import planner
+from alto_placement.explanations import queue_words
+from alto_placement.lifecycle import Reported
+from alto_placement.links import LeaseRenewal, Order, StartOrder, StopOrder
+from alto_placement.state import (
+    ClusterState,
+    FailureCause,
+    NodeRow,
+    NodeSpec,
+    NodeState,
+    Outcome,
+    Progress,
+    StopReason,
+    TaskRow,
+    TaskState,
+    WorkSize,
+)
+from alto_placement.watches import PlanView
+
+NODE_STATES = {
+    NodeState.READY: placement_pb2.NODE_STATE_READY,
+    NodeState.CORDONED: placement_pb2.NODE_STATE_CORDONED,
+    NodeState.DRAINING: placement_pb2.NODE_STATE_DRAINING,
+    NodeState.LOST: placement_pb2.NODE_STATE_LOST,
+}
+TASK_STATES = {
+    TaskState.WAITING: placement_pb2.PLACEMENT_STATE_WAITING,
+    TaskState.ASSIGNED: placement_pb2.PLACEMENT_STATE_ASSIGNED,
+    TaskState.STOPPING: placement_pb2.PLACEMENT_STATE_STOPPING,
+    TaskState.HELD: placement_pb2.PLACEMENT_STATE_HELD,
+    TaskState.FINISHED: placement_pb2.PLACEMENT_STATE_FINISHED,
+    TaskState.GIVEN_UP: placement_pb2.PLACEMENT_STATE_GIVEN_UP,
+}
+STOP_REASONS = {
+    StopReason.CANCELLED: placement_pb2.STOP_REASON_CANCELLED,
+    StopReason.PAUSED: placement_pb2.STOP_REASON_PAUSED,
+    StopReason.DRAINED: placement_pb2.STOP_REASON_DRAINED,
+    StopReason.PREEMPTED: placement_pb2.STOP_REASON_PREEMPTED,
+    StopReason.SUPERSEDED: placement_pb2.STOP_REASON_SUPERSEDED,
+}
+OUTCOMES: dict[int, Outcome] = {
+    placement_pb2.ASSIGNMENT_OUTCOME_COMPLETED: Outcome.COMPLETED,
+    placement_pb2.ASSIGNMENT_OUTCOME_STOPPED: Outcome.STOPPED,
+    placement_pb2.ASSIGNMENT_OUTCOME_FAILED_RETRIABLE: Outcome.FAILED_RETRIABLE,
+    placement_pb2.ASSIGNMENT_OUTCOME_FAILED: Outcome.FAILED,
+}
+
+
+def duration(seconds: float) -> Duration:
+    """Return a duration message; never negative."""
+    message = Duration()
+    message.FromMilliseconds(int(max(0.0, seconds) * 1000))
+    return message
+
+
+def timestamp(wall_s: float) -> Timestamp:
+    """Return a timestamp message."""
+    message = Timestamp()
+    message.FromMilliseconds(int(wall_s * 1000))
+    return message
+
+
+def size_from_wire(message: placement_service_pb2.WorkSize) -> WorkSize:
+    """Return the size of a task's work; a share left out is 1."""
+    return WorkSize(
+        train_tokens=message.train_tokens,
+        evaluation_tokens=message.evaluation_tokens,
+        steps=message.steps,
+        total_lora_rank=message.total_lora_rank,
+        base_parameters=message.base_parameters,
+        expected_share=message.expected_share if 0 < message.expected_share <= 1 else 1.0,
+    )
+
+
+def gpus_from_wire(resources: tuning_pb2.Resources) -> int:
+    """Return how many GPUs are asked for; 1 when left out."""
+    return resources.gpus if resources.HasField("gpus") else 1
+
+
+def task_from_wire(request: placement_service_pb2.EnqueueTaskRequest, enqueued_s: float) -> TaskRow:
+    """Return the task of an EnqueueTask request."""
+    return TaskRow(
+        task_id=request.work.task_id,
+        tenant=request.tenant,
+        work=request.work.SerializeToString(),
+        base_model=request.work.base_model,
+        gpus=gpus_from_wire(request.resources),
+        gpu_kind=request.resources.gpu_kind,
+        size=size_from_wire(request.size),
+        enqueued_s=enqueued_s,
+        priority=request.priority,
+    )
+
+
+def spec_from_wire(message: placement_pb2.Node) -> NodeSpec:
+    """Return what a node says of itself."""
+    return NodeSpec(
+        node_id=message.node_id,
+        gpu_kind=message.gpu_kind,
+        gpus=message.gpus,
+        memory_bytes_per_gpu=message.memory_bytes_per_gpu,
+        address=message.address,
+        version=message.version,
+    )
+
+
+def reported_from_wire(message: placement_service_pb2.AssignmentStatus, heard_s: float) -> Reported:
+    """Return what a heartbeat says of one assignment."""
+    remaining = message.time_remaining
+    seconds = remaining.seconds + remaining.nanos / 1e9 if message.HasField("time_remaining") else None
+    progress = Progress(min(1.0, max(0.0, message.fraction_done)), seconds, message.tokens_per_second, heard_s)
+    return Reported(message.assignment_id, message.epoch, progress)
+
+
+def failure_from_wire(message: placement_service_pb2.AssignmentEnded) -> FailureCause | None:
+    """Return why an assignment failed, None when it did not."""
+    if not message.HasField("failure"):
+        return None
+    return FailureCause(message.failure.reason, message.failure.message)
+
+
+def failure_to_wire(cause: FailureCause | None) -> tuning_pb2.Failure | None:
+    """Return the message of a failure."""
+    return tuning_pb2.Failure(reason=cause.reason, message=cause.message) if cause is not None else None
+
+
+def node_to_wire(node: NodeRow, state: ClusterState) -> placement_pb2.Node:
+    """Return the message of a node."""
+    spec = node.spec
+    return placement_pb2.Node(
+        node_id=spec.node_id,
+        gpu_kind=spec.gpu_kind,
+        gpus=spec.gpus,
+        memory_bytes_per_gpu=spec.memory_bytes_per_gpu,
+        address=spec.address,
+        version=spec.version,
+        state=NODE_STATES[node.state],
+        gpus_in_use=spec.gpus - len(state.free_gpus(spec.node_id)),
+        last_seen_time=timestamp(state.last_seen_s.get(spec.node_id, node.last_seen_s)),
+    )
+
+
+def order_to_wire(order: Order, lease_s: float) -> placement_service_pb2.NodeSessionResponse:
+    """Return the message of what a node is told."""
+    wire = placement_service_pb2
+    if isinstance(order, LeaseRenewal):
+        return wire.NodeSessionResponse(lease_renewed=wire.LeaseRenewed(lease_duration=duration(lease_s)))
+    if isinstance(order, StartOrder):
+        assignment = placement_pb2.Assignment(
+            assignment_id=order.assignment.assignment_id,
+            epoch=order.assignment.epoch,
+            gpu_indices=order.assignment.gpu_indices,
+            work=placement_pb2.TuningWork.FromString(order.task.work),
+            stopped_trial_ids=order.task.stopped_trial_ids,
+        )
+        return wire.NodeSessionResponse(assignment=assignment)
+    if isinstance(order, StopOrder):
+        stop = wire.AssignmentStop(assignment_id=order.assignment_id, reason=STOP_REASONS[order.reason])
+        return wire.NodeSessionResponse(assignment_stop=stop)
+    stops = wire.TrialsStop(assignment_id=order.assignment_id, trial_ids=order.trial_ids)
+    return wire.NodeSessionResponse(trials_stop=stops)
+
+
+def estimate_to_wire(predicted: planner.Duration) -> placement_pb2.DurationEstimate:
+    """Return the message of a predicted duration."""
+    return placement_pb2.DurationEstimate(expected=duration(predicted.expected_s), upper=duration(predicted.upper_s))
+
+
+def task_to_wire(task: TaskRow, view: PlanView) -> placement_pb2.PlannedTask:
+    """Return the message of a task in the plan."""
+    state = view.state
+    where = task.ended or state.task_state(task)
+    message = placement_pb2.PlannedTask(
+        task_id=task.task_id,
+        tenant=task.tenant,
+        state=TASK_STATES[where],
+        epoch=task.epoch,
+        attempts=task.attempts,
+        failure=failure_to_wire(task.failure) if where is TaskState.GIVEN_UP else None,
+    )
+    if where in (TaskState.ASSIGNED, TaskState.STOPPING):
+        row = state.assignments[task.assignment_id]
+        message.node_id = row.node_id
+        message.gpu_indices.extend(row.gpu_indices)
+        message.start_time.CopyFrom(timestamp(row.started_s))
+        message.end_time.CopyFrom(timestamp(view.expected_end_s.get(task.task_id, view.moment.wall_s)))
+    elif where is TaskState.WAITING:
+        _add_queue(message, task, view)
+    elif task.ended_s is not None:
+        message.end_time.CopyFrom(timestamp(task.ended_s))
+    return message
+
+
+def _add_queue(message: placement_pb2.PlannedTask, task: TaskRow, view: PlanView) -> None:
+    explanation = view.explanations.get(task.task_id)
+    reason, sentence = queue_words(task, explanation, view)
+    queue = tuning_pb2.QueueStatus(reason=reason, explanation=sentence)
+    if (
+        explanation is not None
+        and explanation.predicted_start_s is not None
+        and explanation.predicted_end_s is not None
+    ):
+        queue.predicted_start_time.CopyFrom(timestamp(explanation.predicted_start_s))
+        queue.predicted_end_time.CopyFrom(timestamp(explanation.predicted_end_s))
+        message.start_time.CopyFrom(queue.predicted_start_time)
+        message.end_time.CopyFrom(queue.predicted_end_time)
+        node_id, indices = view.planned_nodes.get(task.task_id, ("", ()))
+        message.node_id = node_id
+        message.gpu_indices.extend(indices)
+    message.queue.CopyFrom(queue)
+
+
+def plan_to_wire(view: PlanView) -> placement_pb2.Plan:
+    """Return the message of the plan."""
+    tasks = [task for task in view.state.tasks.values() if task.ended is None]
+    return placement_pb2.Plan(
+        revision=view.revision,
+        time=timestamp(view.moment.wall_s),
+        tasks=[task_to_wire(task, view) for task in (*tasks, *view.ended)],
+        nodes=[node_to_wire(node, view.state) for node in view.state.nodes.values()],
+        makespan=duration(view.makespan_s),
+        makespan_lower_bound=duration(view.lower_bound_s),
+    )
