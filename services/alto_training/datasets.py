@@ -1,0 +1,106 @@
+"""A task's rows on this host: fetched from the artifact store, verified, cached by content, split when asked to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alto.v1 import error_pb2, placement_pb2
+from alto_common.artifacts import ArtifactStore
+from alto_common.errors import DomainError
+
+PARQUET_MAGIC = b"PAR1"
+READ_BYTES = 1024 * 1024
+
+
+def fetch(store: ArtifactStore, artifact: placement_pb2.Artifact, cache: Path) -> Path:
+    """Return a local file with the artifact's content. Raises CONTENT_MISMATCH when it is not what was announced."""
+    target = cache / artifact.sha256
+    if target.exists() and _digest(target) == artifact.sha256:
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    aside = cache / f"{artifact.sha256}.{secrets.token_hex(6)}.part"
+    digest = hashlib.sha256()
+    try:
+        with aside.open("wb") as file:
+            for chunk in store.read(artifact.path):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != artifact.sha256:
+            raise DomainError(
+                error_pb2.ERROR_REASON_CONTENT_MISMATCH,
+                f"the dataset {artifact.path} does not have the SHA-256 it was uploaded with: upload it again",
+            )
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return target
+
+
+def split(dataset: Path, validation_fraction: float, cache: Path) -> tuple[Path, Path]:
+    """Return a training and a validation file made of one dataset, the same on every host and in every attempt.
+
+    Rows go to validation by the hash of their content, so that repeated rows stay on one side; at least one row is on
+    each side. Raises EXECUTION_FAILED when there are fewer than two rows.
+    """
+    name = f"{dataset.name}.{validation_fraction:.6f}"
+    train, validation = cache / f"{name}.train", cache / f"{name}.validation"
+    if train.exists() and validation.exists():
+        return train, validation
+    rows = list(_rows(dataset))
+    if len(rows) < 2:
+        raise DomainError(
+            error_pb2.ERROR_REASON_EXECUTION_FAILED,
+            f"the dataset has {len(rows)} row: give at least two, or a validation dataset",
+        )
+    chosen = _validation_rows([hashlib.sha256(row).digest() for row in rows], validation_fraction)
+    _write(train, [row for index, row in enumerate(rows) if index not in chosen])
+    _write(validation, [row for index, row in enumerate(rows) if index in chosen])
+    return train, validation
+
+
+def _validation_rows(digests: list[bytes], fraction: float) -> set[int]:
+    order = sorted(range(len(digests)), key=lambda index: (digests[index], index))
+    wanted = min(len(order) - 1, max(1, round(len(order) * fraction)))
+    # Places between different rows, where the cut leaves copies of one row together.
+    cuts = [cut for cut in range(1, len(order)) if digests[order[cut - 1]] != digests[order[cut]]]
+    cut = min(cuts, key=lambda place: (abs(place - wanted), place)) if cuts else wanted
+    return set(order[:cut])
+
+
+def _rows(dataset: Path) -> Iterator[bytes]:
+    with dataset.open("rb") as file:
+        is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+    if is_parquet:
+        for value in _parquet_rows(dataset):
+            yield json.dumps(value, ensure_ascii=False).encode()
+        return
+    with dataset.open("rb") as file:
+        for number, line in enumerate(file):
+            row = (line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).strip()
+            if row:
+                yield row
+
+
+def _parquet_rows(dataset: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(dataset) as table:
+        for batch in table.iter_batches():
+            yield from batch.to_pylist()
+
+
+def _write(path: Path, rows: list[bytes]) -> None:
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
+    aside.write_bytes(b"".join(row + b"\n" for row in rows))
+    os.replace(aside, path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,132 @@
+"""alto-node put together: the node, its session with placement, its server, its health."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import secrets
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TextIO
+
+import grpc
+import structlog
+from alto.v1 import placement_pb2, training_node_service_pb2_grpc
+from alto_common.rpc.authentication import ServiceTokenAuthenticator
+from alto_common.rpc.channel import service_channel
+from alto_common.rpc.server import Server
+
+from alto_training.assignments import StopReason
+from alto_training.devices import Devices, find_devices
+from alto_training.node import TrainingNode
+from alto_training.servicer import SCOPES, SERVICE, TrainingNodeServicer
+from alto_training.session import PlacementSession, SupersededError
+from alto_training.settings import NodeSettings
+
+HEALTH_INTERVAL_S = 0.5
+GRACE_S = 2.0
+DRAIN_POLL_S = 0.1
+
+log = structlog.get_logger("alto.node")
+
+
+class NodeServer:
+    """The service as one thing to start and stop. `superseded` is set when another process has taken this node's id."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self.superseded = asyncio.Event()
+        self.server = Server(settings.listen, ServiceTokenAuthenticator(settings.service_token), SCOPES, [SERVICE])
+        self._settings = settings
+        self._loops: list[asyncio.Task[None]] = []
+        self._channels: list[grpc.aio.Channel] = []
+        self._lock: TextIO | None = None
+        self._node: TrainingNode | None = None
+
+    async def start(self) -> None:
+        """Serve, then look for placement. Raises RuntimeError when another node uses the same work folder."""
+        settings = self._settings
+        self._lock = _lock(settings.work_root)
+        devices = await asyncio.to_thread(find_devices, settings.gpus, settings.gpu_kind, settings.device)
+        self._channels = [service_channel(settings.placement_address), service_channel(settings.report_address)]
+        node = self._node = TrainingNode(settings, devices, self._channels[1])
+        described = _described(settings, devices)
+        servicer = TrainingNodeServicer(node, described)
+        training_node_service_pb2_grpc.add_TrainingNodeServiceServicer_to_server(servicer, self.server.grpc)
+        await self.server.start()
+        incarnation = secrets.token_hex(8)
+        session = PlacementSession(node, described, incarnation, self._channels[0], settings.service_token)
+        self._loops = [
+            asyncio.create_task(self._stay_in_touch(session)),
+            asyncio.create_task(node.keep_lease()),
+            asyncio.create_task(self._look_after_health(session)),
+        ]
+
+    async def stop(self) -> None:
+        """Have the workers write their checkpoints, tell placement, and end."""
+        await self.server.set_serving(False)
+        if self._node is not None:
+            self._node.stop_all(StopReason.DRAINED)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._everything_told(self._node), self._settings.shutdown_grace_s)
+            await self._node.close()
+        for loop in self._loops:
+            loop.cancel()
+            with suppress(asyncio.CancelledError):
+                await loop
+        await self.server.stop(GRACE_S)
+        for channel in self._channels:
+            await channel.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    async def _everything_told(self, node: TrainingNode) -> None:
+        while node.assignments.held:
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    async def _stay_in_touch(self, session: PlacementSession) -> None:
+        try:
+            await session.run()
+        except SupersededError as error:
+            log.error("this node must stop", error=str(error))
+            if self._node is not None:
+                self._node.stop_all(StopReason.SUPERSEDED)
+            self.superseded.set()
+
+    async def _look_after_health(self, session: PlacementSession) -> None:
+        """SERVING while placement answers."""
+        while True:
+            await self.server.set_serving(session.is_connected)
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+
+def _described(settings: NodeSettings, devices: Devices) -> placement_pb2.Node:
+    return placement_pb2.Node(
+        node_id=settings.node_id,
+        gpu_kind=devices.kind,
+        gpus=devices.places,
+        memory_bytes_per_gpu=devices.memory_bytes_per_place,
+        address=settings.listen,
+        version=_version(),
+    )
+
+
+def _version() -> str:
+    try:
+        return version("alto-tuning")
+    except PackageNotFoundError:
+        return "unreleased"
+
+
+def _lock(work_root: Path) -> TextIO:
+    """Take the work folder for this process alone."""
+    work_root.mkdir(parents=True, exist_ok=True)
+    file = (work_root / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise RuntimeError(
+            f"another node uses {work_root}: give each node an ALTO_NODE_WORK_ROOT of its own"
+        ) from error
+    return file

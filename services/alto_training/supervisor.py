@@ -1,0 +1,286 @@
+"""One assignment from beginning to end: its folder, its worker process, its reports, and the word on how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+from alto.v1 import error_pb2, event_pb2, placement_pb2, tuning_pb2
+from alto_common.errors import reason_name
+
+from alto_training.assignments import Ending, EndKind, Held, Progress, StopReason
+from alto_training.control import write_command
+from alto_training.folders import AssignmentFolders
+from alto_training.journal import (
+    JOURNAL_FILE,
+    JournalWriter,
+    Record,
+    read_acknowledged,
+    read_journal,
+)
+from alto_training.reporter import Reporter, StaleEpochError, UnknownTaskError
+from alto_training.worker_order import LOG_FILE, WORK_FILE, WorkerOrder
+
+FOLLOW_S = 0.25
+LOG_TAIL_BYTES = 2000
+FINAL_STATES = (tuning_pb2.TASK_STATE_SUCCEEDED, tuning_pb2.TASK_STATE_FAILED)
+# What a credential of the node must not be in.
+SECRET_VARIABLE = "ALTO_NODE_SERVICE_TOKEN"
+
+log = structlog.get_logger("alto.node")
+
+
+class Supervisor:
+    """Runs one assignment. `run` returns how it ended, None when nobody must be told (another has taken over)."""
+
+    def __init__(
+        self,
+        held: Held,
+        work: placement_pb2.TuningWork,
+        order: WorkerOrder,
+        folders: AssignmentFolders,
+        environment: dict[str, str],
+        make_reporter: Callable[[Path, str, int], Reporter],
+        stop_grace_s: float,
+    ) -> None:
+        self.held = held
+        self.process_id = 0
+        self.events_written = 0
+        self.reporter = make_reporter(folders.assignment, held.task_id, held.epoch)
+        self.folder = folders.assignment
+        self._work = work
+        self._order = order
+        self._folders = folders
+        self._environment = environment
+        self._stop_grace_s = stop_grace_s
+        self._stop: StopReason | None = None
+        self._stop_asked = asyncio.Event()
+        self._must_end = asyncio.Event()
+        self._stopped_trials = set(order.stopped_trial_ids)
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask for the end: at the next checkpoint, or at once when another may be training the task already."""
+        if self._stop in (StopReason.SUPERSEDED, reason):
+            return
+        if self._stop is StopReason.LEASE_LOST and reason is not StopReason.SUPERSEDED:
+            return
+        self._stop = reason
+        self._stop_asked.set()
+        if reason.is_immediate:
+            self._must_end.set()
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its worker is gone, or is being ended without a checkpoint."""
+        return self._must_end.is_set()
+
+    def internal_error(self, error: Exception) -> Ending:
+        """Return the ending of an assignment that the node itself failed to look after."""
+        return Ending(EndKind.FAILED_RETRIABLE, reason_name(error_pb2.ERROR_REASON_INTERNAL), str(error))
+
+    def stop_trials(self, trial_ids: tuple[str, ...]) -> None:
+        """End some trials."""
+        new = [trial_id for trial_id in trial_ids if trial_id not in self._stopped_trials]
+        if new:
+            self._stopped_trials.update(new)
+            write_command(self.folder, "stop_trials", trial_ids=new)
+
+    async def run(self) -> Ending | None:
+        """Train and report."""
+        self._folders.prepare()
+        (self.folder / WORK_FILE).write_bytes(self._work.SerializeToString())
+        self._order.write(self.folder)
+        finished_before = carry_over(self._folders.earlier(), self.folder)
+        reporting = asyncio.create_task(self.reporter.run())
+        following = asyncio.create_task(self._follow())
+        try:
+            crash = None
+            if self._stop is not None:
+                crash = "it was stopped before it began"
+            elif not finished_before:
+                crash = await self._work_until_end(reporting)
+            if self._is_superseded():
+                return None
+            last = self._conclude(crash)
+            self.reporter.complete()
+            await self._reported_or_superseded(reporting)
+            return None if self._is_superseded() else self._ending(last, crash)
+        except StaleEpochError:
+            log.warning("a newer assignment has taken over", task_id=self.held.task_id, epoch=self.held.epoch)
+            return None
+        except UnknownTaskError:
+            message = "admission does not know the task"
+            return Ending(EndKind.FAILED, reason_name(error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND), message)
+        finally:
+            for task in (reporting, following):
+                task.cancel()
+                with suppress(asyncio.CancelledError, StaleEpochError, UnknownTaskError):
+                    await task
+
+    async def _work_until_end(self, reporting: asyncio.Task[None]) -> str | None:
+        """Run the worker; return what its end leaves to say when it crashed, None when its journal says all."""
+        with (self.folder / LOG_FILE).open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "alto_training.worker",
+                str(self.folder),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={name: value for name, value in self._environment.items() if name != SECRET_VARIABLE},
+                # A Ctrl-C at the terminal is the node's to handle.
+                start_new_session=True,
+            )
+        self.process_id = process.pid
+        exited = asyncio.create_task(process.wait())
+        obeying = asyncio.create_task(self._pass_on_stops())
+        try:
+            # A refused report ends `reporting` early, and with it the worker.
+            await asyncio.wait({exited, obeying, reporting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            obeying.cancel()
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGKILL)
+            # Until it is gone, no other worker of the task may begin.
+            await asyncio.shield(exited)
+            self.process_id = 0
+        if reporting.done():
+            reporting.result()
+        if process.returncode == 0:
+            return None
+        return f"the worker ended with status {process.returncode}: {self._log_tail()}"
+
+    async def _pass_on_stops(self) -> None:
+        """Tell the worker to stop, each time the reason changes; return when it must be ended."""
+        while not self._must_end.is_set():
+            await self._stop_asked.wait()
+            self._stop_asked.clear()
+            if self._stop is not None and not self._stop.is_immediate:
+                write_command(self.folder, "stop", reason=self._stop.value)
+                asyncio.get_running_loop().call_later(self._stop_grace_s, self._must_end.set)
+            waits = {asyncio.create_task(self._stop_asked.wait()), asyncio.create_task(self._must_end.wait())}
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+
+    def _conclude(self, crash: str | None) -> tuning_pb2.TaskState.ValueType | None:
+        """Return the state that the journal ends with; write it when the worker was ended before it could."""
+        last = _last_state(self.folder)
+        states = {
+            StopReason.CANCELLED: tuning_pb2.TASK_STATE_CANCELLED,
+            StopReason.PAUSED: tuning_pb2.TASK_STATE_PAUSED,
+            StopReason.DRAINED: tuning_pb2.TASK_STATE_QUEUED,
+            StopReason.PREEMPTED: tuning_pb2.TASK_STATE_QUEUED,
+        }
+        if crash is None or last is not None or self._stop not in states:
+            return last
+        state = states[self._stop]
+        event = event_pb2.TaskEvent(
+            task_id=self.held.task_id, task_state_changed=event_pb2.TaskStateChanged(state=state)
+        )
+        event.time.GetCurrentTime()
+        with JournalWriter(self.folder / JOURNAL_FILE) as journal:
+            journal.append(event, durable=True)
+        return state
+
+    def _ending(self, last: tuning_pb2.TaskState.ValueType | None, crash: str | None) -> Ending:
+        if last == tuning_pb2.TASK_STATE_SUCCEEDED:
+            return Ending(EndKind.COMPLETED)
+        if last == tuning_pb2.TASK_STATE_FAILED:
+            cause = [
+                record.event.task_state_changed.failure
+                for record in read_journal(self.folder / JOURNAL_FILE)
+                if record.event.HasField("task_state_changed")
+            ][-1]
+            return Ending(EndKind.FAILED, cause.reason, cause.message)
+        if last is not None or self._stop is StopReason.LEASE_LOST:
+            return Ending(EndKind.STOPPED)
+        message = crash or "the worker ended without a word"
+        return Ending(EndKind.FAILED_RETRIABLE, reason_name(error_pb2.ERROR_REASON_EXECUTION_FAILED), message)
+
+    def _is_superseded(self) -> bool:
+        return self._stop is StopReason.SUPERSEDED
+
+    async def _superseded(self) -> None:
+        while not self._is_superseded():
+            self._stop_asked.clear()
+            await self._stop_asked.wait()
+
+    async def _reported_or_superseded(self, reporting: asyncio.Task[None]) -> None:
+        superseded = asyncio.create_task(self._superseded())
+        await asyncio.wait({reporting, superseded}, return_when=asyncio.FIRST_COMPLETED)
+        superseded.cancel()
+        if reporting.done():
+            reporting.result()
+
+    async def _follow(self) -> None:
+        """Keep up with the journal, whether or not admission can be reached."""
+        offset = 0
+        while True:
+            for record in read_journal(self.folder / JOURNAL_FILE, offset, self.events_written):
+                offset, self.events_written = record.end_offset, record.sequence
+                if record.event.HasField("task_progressed"):
+                    self.held.progress = _progress(record.event.task_progressed)
+            await asyncio.sleep(FOLLOW_S)
+
+    def _log_tail(self) -> str:
+        with (self.folder / LOG_FILE).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace").strip() or "its log is empty"
+
+
+def carry_over(earlier: Path | None, folder: Path) -> bool:
+    """Begin a journal with what admission may not have of the one before it; return whether the task is already over.
+
+    The resumed run repeats only what came after its last checkpoint, so an unacknowledged event from before would be
+    lost with the old journal. That the earlier attempt paused or was queued again is history, and is left out.
+    """
+    if earlier is None or (folder / JOURNAL_FILE).exists():
+        return _last_state(folder) in FINAL_STATES
+    acknowledged = read_acknowledged(earlier)
+    is_over = False
+    with JournalWriter(folder / JOURNAL_FILE) as journal:
+        for record in read_journal(earlier / JOURNAL_FILE):
+            is_final = _is_final(record)
+            is_over = is_over or is_final
+            if is_final or (record.sequence > acknowledged and not record.event.HasField("task_state_changed")):
+                journal.append(record.event, durable=False)
+    return is_over
+
+
+def _is_final(record: Record) -> bool:
+    event = record.event
+    return event.HasField("task_state_changed") and event.task_state_changed.state in FINAL_STATES
+
+
+def _last_state(folder: Path) -> tuning_pb2.TaskState.ValueType | None:
+    """Return the state that a journal ends with, None when its last event is not a change of the task's state."""
+    last = None
+    for record in read_journal(folder / JOURNAL_FILE):
+        last = record.event
+    if last is None or not last.HasField("task_state_changed"):
+        return None
+    return last.task_state_changed.state
+
+
+def _progress(message: event_pb2.TaskProgressed) -> Progress:
+    remaining = message.time_remaining
+    seconds = remaining.seconds + remaining.nanos / 1e9 if message.HasField("time_remaining") else None
+    return Progress(message.fraction_done, seconds, message.tokens_per_second)
+
+
+def remove_training_state(task_folder: Path) -> None:
+    """Delete checkpoints and adapters of a task that will not be trained again; its journals stay."""
+    for folder in task_folder.glob("executor*"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""What a worker is told when it starts: one JSON file beside the assignment, written by its node."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+ORDER_FILE = "order.json"
+WORK_FILE = "work.pb"
+LOG_FILE = "worker.log"
+
+
+@dataclass(frozen=True)
+class WorkerOrder:
+    """Where things are and how to train. `work` itself (TuningWork) lies beside it as protobuf."""
+
+    node_id: str
+    node_process_id: int
+    epoch: int
+    task_folder: str
+    artifact_root: str
+    dataset_cache: str
+    models_root: str
+    model_folders: tuple[str, ...]
+    allow_hub: bool
+    device: str
+    backbone_dtype: str
+    kernel_backend: str
+    slots: int | None
+    tokens_per_tick: int | None
+    threads: int | None
+    checkpoint_interval_s: float
+    stopped_trial_ids: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Write the order into the assignment's folder."""
+        (folder / ORDER_FILE).write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the order of an assignment."""
+        fields = json.loads((folder / ORDER_FILE).read_text())
+        for name in ("model_folders", "stopped_trial_ids"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
