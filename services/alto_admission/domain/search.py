@@ -1,0 +1,150 @@
+"""What a request asks for, checked whole before anything is kept: the trials of its search space, fit for its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from alto.v1 import error_pb2, tuning_pb2
+from alto_common import tuning_wire
+from alto_common.base_models import ModelFacts, check_targets
+from alto_common.dataset_rows import RowFormat, check_objective
+from alto_common.errors import invalid_fields
+from alto_common.tuning import MAX_COUNT, EarlyExit, Evaluation, Objective, Trial, TrialConfig
+from alto_common.violations import Violation
+
+from alto_admission.domain.work_size import split_rows
+
+DEFAULT_VALIDATION_FRACTION = 0.1
+# Policies that ship with every node, and the group in which packages register theirs.
+POLICIES = ("alto", "asha", "hyperband", "median", "none", "paper")
+POLICY_GROUP = "alto.early_exit"
+MAX_VIOLATIONS = 50
+# The most that a sum over a thousand trials still holds.
+MAX_SAMPLES = 2**50
+
+
+@dataclass(frozen=True)
+class DatasetShape:
+    """What matters of a dataset for a search."""
+
+    row_format: RowFormat
+    rows: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """A request that can be trained: its trials and how its rows are divided."""
+
+    trials: tuple[Trial, ...]
+    objective: Objective
+    early_exit: EarlyExit
+    evaluation: Evaluation
+    train_rows: int
+    validation_rows: int
+
+
+def plan_search(
+    spec: tuning_pb2.TuningTaskSpec,
+    facts: ModelFacts,
+    train: DatasetShape,
+    validation: DatasetShape | None,
+    trials: Sequence[Trial],
+) -> Search:
+    """Return the search that `spec` asks for over `trials`, its expanded search space.
+
+    Raises INVALID_FIELD for what contradicts itself, CONFIGURATION_UNFIT for configurations that the model cannot have;
+    each names every field at fault.
+    """
+    objective = tuning_wire.objective_from_wire(spec.objective)
+    early_exit = tuning_wire.early_exit_from_wire(spec.early_exit)
+    violations = [
+        *check_objective(train.row_format, objective, "spec.dataset_id"),
+        *(check_objective(validation.row_format, objective, "spec.validation_dataset_id") if validation else ()),
+        *_policy_violations(early_exit),
+    ]
+    if train.rows < 2 and validation is None:
+        cure = "give a dataset of at least two rows, or a validation dataset: one row cannot be divided"
+        violations.append(Violation("spec.dataset_id", f"{train.rows} row", cure))
+    if violations:
+        raise invalid_fields(violations)
+    fraction = spec.validation_fraction if spec.HasField("validation_fraction") else DEFAULT_VALIDATION_FRACTION
+    train_rows, validation_rows = split_rows(train.rows, validation.rows if validation else None, fraction)
+    endless = _endless(spec.search_space, trials, train_rows)
+    if endless:
+        raise invalid_fields(endless[:MAX_VIOLATIONS])
+    unfit = _unfit(spec.search_space, facts, trials)
+    if unfit:
+        raise invalid_fields(unfit[:MAX_VIOLATIONS], error_pb2.ERROR_REASON_CONFIGURATION_UNFIT)
+    return Search(
+        trials=tuple(trials),
+        objective=objective,
+        early_exit=early_exit,
+        evaluation=tuning_wire.evaluation_from_wire(spec.evaluation),
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+    )
+
+
+def known_policies() -> list[str]:
+    """Return the names of stopping policies that a node has: those that ship with it and installed plug-ins."""
+    return sorted({*POLICIES, *(found.name for found in entry_points(group=POLICY_GROUP))})
+
+
+def _policy_violations(early_exit: EarlyExit) -> list[Violation]:
+    names = known_policies()
+    if early_exit.policy in names:
+        return []
+    return [Violation("spec.early_exit.policy", early_exit.policy, "give one of " + ", ".join(names))]
+
+
+def _endless(space: tuning_pb2.SearchSpace, trials: Sequence[Trial], train_rows: int) -> list[Violation]:
+    """Return the trials of more steps or samples than can be counted, let alone trained."""
+    found = []
+    for position, trial in enumerate(trials):
+        config = trial.config
+        field = "epochs" if config.max_steps is None else "max_steps"
+        steps = config.max_steps or train_rows * config.epochs / config.effective_batch_size
+        if steps > MAX_COUNT or steps * config.effective_batch_size > MAX_SAMPLES:
+            cure = f"give fewer: this makes {steps:.3g} steps of {config.effective_batch_size:,} samples"
+            found.append(Violation(field_path(space, position, field), getattr(config, field), cure))
+    return found
+
+
+def _unfit(space: tuning_pb2.SearchSpace, facts: ModelFacts, trials: Sequence[Trial]) -> list[Violation]:
+    """Return what of the search space does not fit the model, each fault once, under the name the caller gave it."""
+    found: dict[tuple[str, str], Violation] = {}
+    checked: set[tuple[object, ...]] = set()
+    for position, trial in enumerate(trials):
+        config = trial.config
+        # Configurations that differ only in what the model does not care about are checked once.
+        essence = (config.target_modules, config.layers, config.lora_rank, config.max_length)
+        explicit = space.WhichOneof("kind") == "explicit"
+        if essence in checked and not explicit:
+            continue
+        checked.add(essence)
+        for fault in check_targets(facts, config):
+            field = field_path(space, position, fault.field)
+            found.setdefault((field, repr(fault.value)), Violation(field, fault.value, fault.cure))
+    return list(found.values())
+
+
+def field_path(space: tuning_pb2.SearchSpace, position: int, field: str) -> str:
+    """Return where the caller wrote `field` of the trial at `position`: in the list, in a dimension, or in the base."""
+    kind = space.WhichOneof("kind")
+    if kind == "explicit":
+        configs = space.explicit.configs
+        if position < len(configs) and configs[position].HasField(field):  # type: ignore[arg-type]
+            return f"spec.search_space.explicit.configs[{position}].{field}"
+        return f"spec.search_space.base.{field}"
+    dimensions = space.grid.dimensions if kind == "grid" else space.random.dimensions
+    for index, dimension in enumerate(dimensions):
+        if dimension.field == field:
+            return f"spec.search_space.{kind}.dimensions[{index}]"
+    return f"spec.search_space.base.{field}"
+
+
+def complete_config(config: TrialConfig) -> bytes:
+    """Return a configuration as it is kept and travels: every field set."""
+    return tuning_wire.trial_config_to_wire(config).SerializeToString(deterministic=True)

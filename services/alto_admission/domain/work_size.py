@@ -1,0 +1,103 @@
+"""How much work a search is: samples, steps, tokens, memory. From these placement predicts how long it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alto_common.base_models import ModelFacts, select_modules
+from alto_common.tuning import EarlyExit, Evaluation, Trial
+
+# UTF-8 bytes a token takes, for English text under common vocabularies; used until the tokenizer has counted.
+BYTES_PER_TOKEN = 4
+# An adapter's weight, its gradient and AdamW's two moments, all in fp32.
+BYTES_PER_ADAPTER_WEIGHT = 16
+# Activations kept for the backward pass, per token, layer and hidden unit, in 16 bits, without attention scores
+# (arXiv 2205.05198, section 4.1).
+ACTIVATION_BYTES_PER_UNIT = 34
+# Tokens of one pass of the backbone on a GPU of common size.
+TOKENS_PER_TICK = 8192
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to train on and to validate on, and the tokens of rows drawn from them."""
+
+    train: int
+    validation: int
+    token_lengths: tuple[int, ...]
+
+    def mean_tokens(self, max_length: int) -> float:
+        """Return the mean tokens of a row, each cut to `max_length`."""
+        if not self.token_lengths:
+            return float(max_length)
+        return sum(min(length, max_length) for length in self.token_lengths) / len(self.token_lengths)
+
+
+@dataclass(frozen=True)
+class SearchSize:
+    """How much work every trial trained to its last step is; `expected_share` of it is left after early exits."""
+
+    steps: int
+    samples: int
+    train_tokens: int
+    evaluation_tokens: int
+    total_lora_rank: int
+    expected_share: float
+
+
+def split_rows(rows: int, validation_rows: int | None, validation_fraction: float) -> tuple[int, int]:
+    """Return (training rows, validation rows): a share of the rows is set aside when there is no validation dataset."""
+    if validation_rows is not None:
+        return rows, validation_rows
+    aside = min(rows - 1, max(1, round(rows * validation_fraction))) if rows > 1 else 0
+    return rows - aside, aside
+
+
+def samples_of(trial: Trial, train_rows: int) -> int:
+    """Return the samples that a trial trains in all its steps."""
+    config = trial.config
+    if config.max_steps is not None:
+        return config.max_steps * config.effective_batch_size
+    return math.ceil(train_rows * config.epochs)
+
+
+def search_size(trials: Sequence[Trial], rows: Rows, evaluation: Evaluation, early_exit: EarlyExit) -> SearchSize:
+    """Return the size of a search."""
+    validated = min(rows.validation, evaluation.max_examples or rows.validation)
+    means = {length: rows.mean_tokens(length) for length in {trial.config.max_length for trial in trials}}
+    samples = [samples_of(trial, rows.train) for trial in trials]
+    tokens = sum(count * means[trial.config.max_length] for count, trial in zip(samples, trials, strict=True))
+    evaluated = sum(evaluation.count * validated * means[trial.config.max_length] for trial in trials)
+    return SearchSize(
+        steps=sum(trial.config.total_steps(rows.train) for trial in trials),
+        samples=sum(samples),
+        train_tokens=round(tokens),
+        evaluation_tokens=round(evaluated),
+        total_lora_rank=sum(trial.config.lora_rank for trial in trials),
+        expected_share=expected_share(early_exit, len(trials)),
+    )
+
+
+def expected_share(early_exit: EarlyExit, trials: int) -> float:
+    """Return the share of the steps expected to be trained: all until warm-up ends, then those of the trials kept."""
+    if early_exit.policy == "none" or trials < 2:
+        return 1.0
+    kept = max(1, math.ceil(early_exit.keep_fraction * trials)) / trials
+    return early_exit.warmup_fraction + (1.0 - early_exit.warmup_fraction) * kept
+
+
+def peak_memory_bytes(trials: Sequence[Trial], facts: ModelFacts) -> int:
+    """Return a first estimate of the memory that a search takes; the node measures before it relies on anything.
+
+    The backbone in its own data type, every adapter with its optimiser state, the activations of one pass.
+    """
+    weights = 0
+    for trial in trials:
+        config = trial.config
+        selected = select_modules(facts, config.target_modules, config.layers)
+        weights += config.lora_rank * sum(sum(facts.linear_modules[name]) for name in selected)
+    longest = max(trial.config.max_length for trial in trials)
+    activations = max(TOKENS_PER_TICK, longest) * facts.layers * facts.hidden_size * ACTIVATION_BYTES_PER_UNIT
+    return facts.bytes + weights * BYTES_PER_ADAPTER_WEIGHT + activations

@@ -1,0 +1,106 @@
+"""Follows placement's plan: why tasks wait, until when, which were taken from a dead node, which were given up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+
+import grpc
+import structlog
+from alto.v1 import placement_pb2
+
+from alto_admission.domain import placement_news
+from alto_admission.domain.task import Task
+from alto_admission.domain.task_states import QUEUED
+from alto_admission.placement_client import PlacementClient
+from alto_admission.store.outbox import Outbox
+from alto_admission.store.tasks import TaskStore
+
+log = structlog.get_logger("alto.admission.plan")
+
+
+class PlanWatcher:
+    """The loop that reads plans. `grace_s` is how long a task may be missing from them before that means something."""
+
+    def __init__(
+        self,
+        placement: PlacementClient,
+        tasks: TaskStore,
+        outbox: Outbox,
+        grace_s: float = 15.0,
+        reconnect_s: float = 1.0,
+        tick_s: float = 5.0,
+    ) -> None:
+        self._placement = placement
+        self._tasks = tasks
+        self._outbox = outbox
+        self._grace_s = grace_s
+        self._reconnect_s = reconnect_s
+        self._tick_s = tick_s
+        self._missing_since: dict[str, float] = {}
+        self._plan: placement_pb2.Plan | None = None
+        self._news = asyncio.Event()
+
+    async def run(self) -> None:
+        """Follow the plan for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._read())
+            group.create_task(self._apply())
+
+    async def _read(self) -> None:
+        """Keep the newest plan; None while placement cannot be reached."""
+        while True:
+            try:
+                async for plan in self._placement.plans():
+                    self._plan = plan
+                    self._news.set()
+            except grpc.aio.AioRpcError as error:
+                if self._plan is not None:
+                    log.warning("placement is away", error=f"{error.code().name}: {error.details()}")
+            self._plan = None
+            self._news.set()
+            await asyncio.sleep(self._reconnect_s)
+
+    async def _apply(self) -> None:
+        while True:
+            # Plans come as things happen; what is missing from them must be noticed when nothing does.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._tick_s):
+                    await self._news.wait()
+            self._news.clear()
+            try:
+                await self.take(self._plan)
+            except Exception:
+                log.exception("cannot take the plan over")
+
+    async def take(self, plan: placement_pb2.Plan | None) -> None:
+        """Take over one plan; None when placement cannot be reached."""
+        planned = {task.task_id: task for task in plan.tasks} if plan is not None else {}
+        for task in await self._tasks.unfinished():
+            if plan is None:
+                await self._unreachable(task)
+            else:
+                await self._compare(task, planned.get(task.task_id))
+
+    async def _unreachable(self, task: Task) -> None:
+        self._missing_since.pop(task.task_id, None)
+        if task.state == QUEUED and task.queue_reason != placement_news.UNREACHABLE.reason:
+            async with self._tasks.story(task.task_id) as story:
+                story.queued(placement_news.UNREACHABLE)
+
+    async def _compare(self, task: Task, planned: placement_pb2.PlannedTask | None) -> None:
+        if not placement_news.is_forgotten(task, planned):
+            self._missing_since.pop(task.task_id, None)
+            if planned is not None and placement_news.concerns(task, planned):
+                async with self._tasks.story(task.task_id) as story:
+                    placement_news.apply(story, planned)
+        elif await self._outbox.holds(task.task_id):
+            self._missing_since.pop(task.task_id, None)
+        else:
+            since = self._missing_since.setdefault(task.task_id, time.monotonic())
+            if time.monotonic() - since >= self._grace_s:
+                del self._missing_since[task.task_id]
+                log.warning("placement does not know the task", task_id=task.task_id)
+                async with self._tasks.story(task.task_id) as story:
+                    placement_news.recover(story)

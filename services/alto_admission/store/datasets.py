@@ -1,0 +1,131 @@
+"""Datasets and the uploads that become datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import sqlalchemy as sa
+from alto.v1 import dataset_pb2, error_pb2
+from alto_common.database import Database
+from alto_common.errors import DomainError, not_found
+from sqlalchemy.exc import IntegrityError
+
+from alto_admission.domain.task_states import TERMINAL
+from alto_admission.store.schema import datasets, tasks, uploads
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that was checked line by line; `path` is below the artifact store's root."""
+
+    dataset_id: str
+    tenant: str
+    display_name: str
+    format: dataset_pb2.DatasetFormat.ValueType
+    row_count: int
+    size_bytes: int
+    sha256: str
+    duplicate_count: int
+    create_us: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An upload under its request_id; its dataset has its id from the start, so that a repeated end changes nothing."""
+
+    tenant: str
+    request_id: str
+    request_hash: str
+    dataset_id: str
+    complete: bool
+    create_us: int
+
+
+class DatasetStore:
+    """Keeps datasets and uploads."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def get(self, dataset_id: str, tenant: str) -> Dataset:
+        """Return a tenant's dataset; raise RESOURCE_NOT_FOUND."""
+        query = sa.select(datasets).where(datasets.c.dataset_id == dataset_id, datasets.c.tenant == tenant)
+        async with self._database.snapshot() as connection:
+            row = (await connection.execute(query)).first()
+        if row is None:
+            raise not_found("dataset", dataset_id)
+        return Dataset(**row._mapping)
+
+    async def page(self, tenant: str, after: tuple[int, str] | None, limit: int) -> list[Dataset]:
+        """Return a tenant's datasets, newest first, from behind (create_us, dataset_id) `after` on."""
+        query = sa.select(datasets).where(datasets.c.tenant == tenant)
+        if after is not None:
+            key = sa.tuple_(datasets.c.create_us, datasets.c.dataset_id)
+            query = query.where(key < sa.tuple_(*map(sa.literal, after)))
+        query = query.order_by(datasets.c.create_us.desc(), datasets.c.dataset_id.desc()).limit(limit)
+        async with self._database.snapshot() as connection:
+            return [Dataset(**row._mapping) for row in await connection.execute(query)]
+
+    async def delete(self, dataset_id: str, tenant: str) -> str:
+        """Delete a dataset's row and return the path of its file.
+
+        Raises RESOURCE_NOT_FOUND, or DATASET_IN_USE while a task that has not ended uses it.
+        """
+        query = sa.select(datasets).where(datasets.c.dataset_id == dataset_id, datasets.c.tenant == tenant)
+        async with self._database.transaction() as connection:
+            row = (await connection.execute(query.with_for_update())).first()
+            if row is None:
+                raise not_found("dataset", dataset_id)
+            users = (
+                sa.select(tasks.c.task_id)
+                .where(sa.or_(tasks.c.dataset_id == dataset_id, tasks.c.validation_dataset_id == dataset_id))
+                .where(tasks.c.state.not_in(TERMINAL))
+                .limit(10)
+            )
+            names: Sequence[str] = (await connection.execute(users)).scalars().all()
+            if names:
+                raise DomainError(
+                    error_pb2.ERROR_REASON_DATASET_IN_USE,
+                    f"dataset {dataset_id} is used by {', '.join(names)}: wait for the end, or cancel",
+                    metadata={"task_ids": ",".join(names)},
+                )
+            await connection.execute(uploads.delete().where(uploads.c.dataset_id == dataset_id))
+            await connection.execute(datasets.delete().where(datasets.c.dataset_id == dataset_id))
+            return str(row.path)
+
+    async def upload(self, tenant: str, request_id: str) -> Upload | None:
+        """Return a tenant's upload."""
+        query = sa.select(uploads).where(uploads.c.tenant == tenant, uploads.c.request_id == request_id)
+        async with self._database.snapshot() as connection:
+            row = (await connection.execute(query)).first()
+        return None if row is None else Upload(**row._mapping)
+
+    async def begin_upload(self, upload: Upload) -> Upload:
+        """Keep a new upload, or return the one that has its request_id already."""
+        try:
+            async with self._database.transaction() as connection:
+                await connection.execute(uploads.insert().values(**asdict(upload)))
+        except IntegrityError:
+            known = await self.upload(upload.tenant, upload.request_id)
+            if known is None:
+                raise
+            return known
+        return upload
+
+    async def forget_upload(self, tenant: str, request_id: str) -> None:
+        """Forget an upload that can become no dataset, so that its request_id may be used again."""
+        forgotten = uploads.delete().where(uploads.c.tenant == tenant, uploads.c.request_id == request_id)
+        async with self._database.transaction() as connection:
+            await connection.execute(forgotten)
+
+    async def finish_upload(self, dataset: Dataset, request_id: str) -> None:
+        """Keep the dataset of an upload. Doing so twice changes nothing."""
+        done = uploads.update().where(uploads.c.tenant == dataset.tenant, uploads.c.request_id == request_id)
+        try:
+            async with self._database.transaction() as connection:
+                await connection.execute(done.values(complete=True))
+                await connection.execute(datasets.insert().values(**asdict(dataset)))
+        except IntegrityError:
+            await self.get(dataset.dataset_id, dataset.tenant)

@@ -1,0 +1,38 @@
+"""The main path over real sockets: upload, create, enqueue, reports, watch, download."""
+
+import asyncio
+
+from alto.v1 import admission_service_pb2 as messages
+from alto.v1 import tuning_pb2
+
+from .reporting import Node
+
+
+async def test_from_upload_to_download(admission, placement, tmp_path):
+    client = await admission.client()
+    task = await client.create()
+    assert (task.state, task.trial_count) == (tuning_pb2.TASK_STATE_QUEUED, 2)
+    while not placement.enqueued:
+        await asyncio.sleep(0.02)
+    work = placement.enqueued[task.task_id].work
+    assert [trial.trial_id for trial in work.trials] == ["trial-001", "trial-002"]
+
+    watch = client.stream("WatchTuningTask", messages.WatchTuningTaskRequest(task_id=task.task_id))
+    node = Node(admission, work, tmp_path / "artifacts")
+    training = asyncio.ensure_future(node.train_all())
+    received = [message async for message in watch]
+    await training
+
+    assert received[0].WhichOneof("message") == "snapshot"
+    events = [message.event for message in received if message.HasField("event")]
+    first = received[0].snapshot.task.last_event_sequence + 1
+    assert [event.sequence for event in events] == list(range(first, first + len(events)))
+    assert events[-1].task_state_changed.state == tuning_pb2.TASK_STATE_SUCCEEDED
+
+    task = (await client.call("GetTuningTask", messages.GetTuningTaskRequest(task_id=task.task_id))).task
+    assert task.state == tuning_pb2.TASK_STATE_SUCCEEDED
+    assert task.best_trial_id == "trial-002"
+    request = messages.DownloadAdapterRequest(task_id=task.task_id)
+    header, *chunks = [message async for message in client.stream("DownloadAdapter", request)]
+    assert header.header.trial_id == "trial-002"
+    assert b"".join(chunk.chunk.data for chunk in chunks) == b"weights of trial-002{}"
