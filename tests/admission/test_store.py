@@ -1,0 +1,289 @@
+"""What is kept, on SQLite and on a real PostgreSQL: all or nothing, once, in order."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from alto.v1 import dataset_pb2, error_pb2, tuning_pb2
+from alto_admission.domain import fence
+from alto_admission.domain.story import DeliveryKind, Story
+from alto_admission.domain.task import Task, Trial
+from alto_admission.domain.task_states import CANCELLED, QUEUED, Request
+from alto_admission.server import MIGRATIONS
+from alto_admission.store import schema
+from alto_admission.store.datasets import Dataset, DatasetStore, Upload
+from alto_admission.store.outbox import Outbox
+from alto_admission.store.tasks import TaskFilter, TaskStore
+from alto_common.database import Database
+from alto_common.errors import DomainError
+
+from .reporting import evaluated, progressed, started, trained
+
+NOW_US = 1_700_000_000_000_000
+EVENTS_KEPT = 20
+
+
+@pytest.fixture
+async def database(database_url):
+    opened = Database(database_url, MIGRATIONS)
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def tasks(database):
+    store = TaskStore(database, lambda: NOW_US, lambda *change: store.changes.append(change), EVENTS_KEPT)
+    store.changes = []
+    await DatasetStore(database).finish_upload(a_dataset(), "upload-1")
+    return store
+
+
+def a_dataset(dataset_id="d1", tenant="acme", create_us=NOW_US):
+    return Dataset(
+        dataset_id=dataset_id,
+        tenant=tenant,
+        display_name="rows",
+        format=dataset_pb2.DATASET_FORMAT_TEXT,
+        row_count=3,
+        size_bytes=9,
+        sha256="0" * 64,
+        duplicate_count=0,
+        create_us=create_us,
+        path=f"tenants/{tenant}/datasets/{dataset_id}/rows.jsonl",
+    )
+
+
+def a_story(task_id="task-1", request_id="r1", tenant="acme", create_us=NOW_US, trials=2):
+    task = Task(
+        task_id=task_id,
+        tenant=tenant,
+        request_id=request_id,
+        request_hash="h",
+        spec=b"spec",
+        base_model="m",
+        dataset_id="d1",
+        validation_dataset_id=None,
+        trial_count=trials,
+        samples_planned=10,
+        create_us=create_us,
+    )
+    story = Story(task, [Trial(task_id, f"t{number}", number, b"config", 4) for number in range(trials)], create_us)
+    story.begin()
+    return story
+
+
+async def reason_of(awaitable):
+    with pytest.raises(DomainError) as caught:
+        await awaitable
+    return caught.value.reason
+
+
+async def test_the_migrations_make_the_tables_of_the_schema(database):
+    def differences(connection):
+        return compare_metadata(MigrationContext.configure(connection), schema.metadata)
+
+    async with database.snapshot() as connection:
+        assert await connection.run_sync(differences) == []
+
+
+async def test_a_task_comes_back_as_it_was_kept(tasks):
+    story = a_story()
+    assert await tasks.create(story, {"team": "nlp"})
+    task, trials = await tasks.with_trials("task-1", "acme")
+    assert task == story.task
+    assert trials == list(story.trials.values())
+    assert await tasks.events_after("task-1", 0, 10) == story.events
+    assert tasks.changes == [("task-1", 1)]
+
+
+async def test_a_request_id_makes_one_task_however_many_calls_race(tasks, database):
+    stories = [a_story(f"task-{number}") for number in range(8)]
+    made = await asyncio.gather(*(tasks.create(story, {}) for story in stories))
+    assert sum(made) == 1
+    kept = await tasks.by_request("acme", "r1")
+    assert kept.task_id == stories[made.index(True)].task.task_id
+    assert len(await tasks.unfinished()) == 1
+    assert len(await Outbox(database).due(NOW_US, 10)) == 1
+
+
+async def test_a_request_id_belongs_to_its_tenant(tasks, database):
+    await DatasetStore(database).finish_upload(replace(a_dataset(), dataset_id="d2", tenant="other"), "upload")
+    other = a_story("task-2", tenant="other")
+    other.task.dataset_id = "d2"
+    assert await tasks.create(a_story(), {})
+    assert await tasks.create(other, {})
+
+
+async def test_a_task_of_a_dataset_that_is_gone_is_not_kept(tasks):
+    story = a_story()
+    story.task.dataset_id = "gone"
+    assert await reason_of(tasks.create(story, {})) == error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
+    assert await tasks.by_request("acme", "r1") is None
+
+
+async def test_another_tenant_sees_nothing(tasks):
+    await tasks.create(a_story(), {})
+    not_found = error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
+    assert await reason_of(tasks.get("task-1", "other")) == not_found
+    assert await reason_of(tasks.with_trials("task-1", "other")) == not_found
+    assert await tasks.page("other", TaskFilter(), None, 10) == []
+    with pytest.raises(DomainError):
+        async with tasks.story("task-1", "other"):
+            pytest.fail("opened another tenant's task")
+
+
+async def test_a_story_is_kept_whole_or_not_at_all(tasks, database):
+    await tasks.create(a_story(), {})
+    with pytest.raises(RuntimeError, match="in the middle"):
+        async with tasks.story("task-1") as story:
+            story.request(Request.CANCEL)
+            raise RuntimeError("in the middle")
+    assert (await tasks.get("task-1")).state == QUEUED
+    assert len(await tasks.events_after("task-1", 0, 10)) == 1
+    async with tasks.story("task-1") as story:
+        story.request(Request.CANCEL)
+    task, trials = await tasks.with_trials("task-1", "acme")
+    assert (task.state, task.revision, task.last_event_sequence) == (CANCELLED, 2, 4)
+    assert {trial.state for trial in trials} == {tuning_pb2.TRIAL_STATE_CANCELLED}
+    assert await tasks.unfinished() == []
+
+
+async def test_a_story_in_which_nothing_happens_changes_nothing(tasks):
+    await tasks.create(a_story(), {})
+    async with tasks.story("task-1"):
+        pass
+    assert (await tasks.get("task-1")).etag == "r1"
+
+
+async def test_writers_of_one_task_queue_and_leave_no_gap(tasks):
+    await tasks.create(a_story(), {})
+
+    async def report(number):
+        async with tasks.story("task-1") as story:
+            story.reported(1, progressed(number / 100))
+            story.reported(1, trained("t0", number + 1))
+
+    await asyncio.gather(*(report(number) for number in range(8)))
+    events = await tasks.events_after("task-1", 0, 100)
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+
+
+async def test_a_repeated_report_is_passed_over_and_an_older_epoch_refused(tasks):
+    await tasks.create(a_story(), {})
+    for epoch in (1, 2, 2):
+        async with tasks.story("task-1") as story:
+            if fence.admit(story.task, epoch, 1):
+                story.reported(epoch, started())
+    with pytest.raises(DomainError, match="superseded"):
+        async with tasks.story("task-1") as story:
+            fence.admit(story.task, 1, 2)
+    task = await tasks.get("task-1")
+    assert (task.epoch, task.reported_sequence) == (2, 1)
+    kinds = [event.WhichOneof("payload") for event in await tasks.events_after("task-1", 0, 100)]
+    assert kinds == ["task_state_changed", "task_state_changed", "execution_started", "execution_started"]
+
+
+async def test_a_step_is_one_point_of_the_curve(tasks):
+    await tasks.create(a_story(), {})
+    for _ in range(2):
+        async with tasks.story("task-1") as story:
+            for step in (1, 2):
+                story.reported(1, trained("t0", step))
+            story.reported(1, evaluated("t0", 2, 0.5))
+            story.reported(1, evaluated("t0", 2, 0.5))
+    points = await tasks.metrics("task-1", "t0", -1, 10)
+    assert [(point.step, point.train_loss, point.validation_loss) for point in points] == [(1, 2.0, None), (2, 1.0, 0.5)]
+    assert [point.step for point in await tasks.metrics("task-1", "t0", 1, 10)] == [2]
+
+
+async def test_old_events_go(tasks):
+    await tasks.create(a_story(), {})
+    for number in range(60):
+        async with tasks.story("task-1") as story:
+            story.reported(1, progressed(number / 60))
+    task = await tasks.get("task-1")
+    events = await tasks.events_after("task-1", 0, 100)
+    assert events[0].sequence == task.earliest_event_sequence
+    assert EVENTS_KEPT <= len(events) <= EVENTS_KEPT * 5 // 4
+    assert events[-1].sequence == task.last_event_sequence == 61
+
+
+async def test_pages_of_tasks_by_state_and_label(tasks):
+    for number in range(5):
+        # Two of one moment: the id decides.
+        story = a_story(f"task-{number}", f"r{number}", create_us=NOW_US + number // 2)
+        await tasks.create(story, {"team": "nlp" if number % 2 else "cv"})
+    async with tasks.story("task-3") as story:
+        story.request(Request.CANCEL)
+    everything = [task.task_id for task in await tasks.page("acme", TaskFilter(), None, 10)]
+    assert everything == ["task-4", "task-3", "task-2", "task-1", "task-0"]
+    after = None
+    paged = []
+    while page := await tasks.page("acme", TaskFilter(), after, 2):
+        paged += [task.task_id for task in page]
+        after = (page[-1].create_us, page[-1].task_id)
+    assert paged == everything
+    queued = TaskFilter(states=(QUEUED,), labels=(("team", "nlp"),))
+    assert [task.task_id for task in await tasks.page("acme", queued, None, 10)] == ["task-1"]
+
+
+@pytest.mark.parametrize("text", ["\0", "a\0b"])
+async def test_nul_is_refused_by_name(tasks, text):
+    assert await reason_of(tasks.get(text, "acme")) == error_pb2.ERROR_REASON_INVALID_FIELD
+
+
+async def test_deliveries_wait_for_those_before_them(tasks, database):
+    outbox = Outbox(database)
+    await tasks.create(a_story(), {})
+    await tasks.create(a_story("task-2", "r2"), {})
+    async with tasks.story("task-1") as story:
+        story.request(Request.PAUSE)
+    first, other = await outbox.due(NOW_US, 10)
+    assert (first.task_id, first.kind, other.task_id) == ("task-1", DeliveryKind.ENQUEUE, "task-2")
+    assert await outbox.claim(first, NOW_US + 5)
+    assert not await outbox.claim(first, NOW_US + 5), "another dispatcher was quicker"
+    assert [one.task_id for one in await outbox.due(NOW_US, 10)] == ["task-2"]
+    assert await outbox.next_due_us() == 0
+    await outbox.retry_at(first, NOW_US + 2)
+    (again,) = [one for one in await outbox.due(NOW_US + 3, 10) if one.task_id == "task-1"]
+    assert (again.kind, again.attempts) == (DeliveryKind.ENQUEUE, 1)
+    await outbox.delivered(again)
+    (update,) = [one for one in await outbox.due(NOW_US, 10) if one.task_id == "task-1"]
+    assert update.kind == DeliveryKind.UPDATE
+    assert await outbox.holds("task-1")
+
+
+async def test_a_dataset_in_use_stays(tasks, database):
+    datasets = DatasetStore(database)
+    await tasks.create(a_story(), {})
+    assert await reason_of(datasets.delete("d1", "acme")) == error_pb2.ERROR_REASON_DATASET_IN_USE
+    assert await reason_of(datasets.delete("d1", "other")) == error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
+    async with tasks.story("task-1") as story:
+        story.request(Request.CANCEL)
+    assert await datasets.delete("d1", "acme") == a_dataset().path
+    assert await reason_of(datasets.get("d1", "acme")) == error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
+
+
+async def test_an_upload_has_one_dataset(tasks, database):
+    datasets = DatasetStore(database)
+    first = Upload("acme", "u1", "hash", "d7", False, NOW_US)
+    assert await datasets.begin_upload(first) == first
+    assert await datasets.begin_upload(replace(first, dataset_id="d8")) == first
+    for _ in range(2):
+        await datasets.finish_upload(a_dataset("d7"), "u1")
+    assert (await datasets.upload("acme", "u1")).complete
+    await datasets.delete("d7", "acme")
+    assert await datasets.upload("acme", "u1") is None
+
+
+async def test_pages_of_datasets(tasks, database):
+    datasets = DatasetStore(database)
+    await datasets.finish_upload(a_dataset("d2"), "u2")
+    await datasets.finish_upload(a_dataset("d3", create_us=NOW_US + 1), "u3")
+    first = await datasets.page("acme", None, 2)
+    assert [dataset.dataset_id for dataset in first] == ["d3", "d2"]
+    rest = await datasets.page("acme", (first[-1].create_us, first[-1].dataset_id), 2)
+    assert [dataset.dataset_id for dataset in rest] == ["d1"]
