@@ -51,6 +51,8 @@ class Reported:
     progress: Progress
 
 
+INCARNATIONS_REMEMBERED = 16
+
 # A stop asked for by the task's owner replaces one asked for by the operator, never the other way round.
 _STOP_RANK = {
     StopReason.PREEMPTED: 0,
@@ -108,14 +110,20 @@ def update(
 
 
 def register(draft: Draft, spec: NodeSpec, incarnation: str, now: Moment, rules: Rules) -> NodeRow:
-    """Make a node known. Another incarnation means that its process restarted: what it had is over at once."""
+    """Make a node known. Another incarnation means that its process restarted: what it had is over at once.
+
+    Raises STATE_CONFLICT for an incarnation that was superseded: a call of a process that is gone, which came late.
+    """
     if spec.gpus > MAX_GPUS_PER_NODE:
         raise invalid_fields([Violation("node.gpus", spec.gpus, f"give at most {MAX_GPUS_PER_NODE} places a node")])
-    known = draft.node(spec.node_id)
-    if known is not None and known.incarnation != incarnation:
+    known = draft.node(spec.node_id) or NodeRow(spec, incarnation)
+    superseded = known.superseded
+    if known.incarnation != incarnation:
+        if incarnation in superseded:
+            raise _superseded(spec.node_id)
         _lose_assignments(draft, spec.node_id, now)
-    flags = known or NodeRow(spec, incarnation)
-    node = replace(flags, spec=spec, incarnation=incarnation, lost=False, last_seen_s=now.wall_s)
+        superseded = (*superseded, known.incarnation)[-INCARNATIONS_REMEMBERED:]
+    node = replace(known, spec=spec, incarnation=incarnation, superseded=superseded, lost=False, last_seen_s=now.wall_s)
     draft.put(node)
     _renew(draft, spec.node_id, now, rules)
     # A node that came back with fewer GPUs than its assignments hold cannot keep those.
@@ -131,11 +139,7 @@ def require_incarnation(draft: Draft, node_id: str, incarnation: str) -> NodeRow
     if node is None:
         raise not_found("node", node_id)
     if node.incarnation != incarnation:
-        raise DomainError(
-            error_pb2.ERROR_REASON_STATE_CONFLICT,
-            f"another process has registered as node {node_id!r}: this one must stop; "
-            "give each node an id of its own when this was not a restart",
-        )
+        raise _superseded(node_id)
     return node
 
 
@@ -257,6 +261,14 @@ def drain(draft: Draft, node_id: str) -> NodeRow:
     for row in draft.on_node(node_id):
         _ask_to_stop(draft, row, StopReason.DRAINED)
     return node
+
+
+def _superseded(node_id: str) -> DomainError:
+    return DomainError(
+        error_pb2.ERROR_REASON_STATE_CONFLICT,
+        f"another process has registered as node {node_id!r}: this one must stop; "
+        "give each node an id of its own when this was not a restart",
+    )
 
 
 def _settle(draft: Draft, task: TaskRow, now: Moment) -> TaskRow:

@@ -84,7 +84,10 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True)
 class NodeRow:
-    """A node. `incarnation` names the start of its process that counts; `last_seen_s` is wall time."""
+    """A node. `incarnation` names the start of its process that counts, `superseded` the latest of those before it.
+
+    `last_seen_s` is wall time.
+    """
 
     spec: NodeSpec
     incarnation: str
@@ -92,6 +95,7 @@ class NodeRow:
     draining: bool = False
     lost: bool = False
     last_seen_s: float = 0.0
+    superseded: tuple[str, ...] = ()
 
     @property
     def node_id(self) -> str:

@@ -48,6 +48,7 @@ nodes = sa.Table(
     sa.Column("draining", sa.Boolean, nullable=False),
     sa.Column("lost", sa.Boolean, nullable=False),
     sa.Column("last_seen_s", sa.Double, nullable=False),
+    sa.Column("superseded", sa.JSON, nullable=False),
 )
 
 tasks = sa.Table(
@@ -160,6 +161,7 @@ class PlacementStore:
             "draining": node.draining,
             "lost": node.lost,
             "last_seen_s": node.last_seen_s,
+            "superseded": list(node.superseded),
         }
         changed = await connection.execute(nodes.update().where(nodes.c.node_id == node.node_id).values(**values))
         if changed.rowcount == 0:
@@ -200,6 +202,7 @@ class PlacementStore:
 
 def _node(row: dict[str, Any]) -> NodeRow:
     spec = NodeSpec(**{name: row.pop(name) for name in NodeSpec.__dataclass_fields__})
+    row["superseded"] = tuple(row["superseded"])
     return NodeRow(spec=spec, **row)
 
 

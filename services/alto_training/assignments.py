@@ -98,8 +98,16 @@ class Assignments:
         self._highest_epoch: dict[str, int] = {}
         self._in_flight: deque[_InFlight] = deque()
 
-    def offer(self, assignment_id: str, task_id: str, epoch: int, gpu_indices: tuple[int, ...]) -> Held | None:
-        """Take up an assignment; None when it is known, or older than one of the same task that was taken up before."""
+    def offer(
+        self, assignment_id: str, task_id: str, epoch: int, gpu_indices: tuple[int, ...], now_s: float
+    ) -> Held | None:
+        """Take up an assignment; None when it is known, or older than one of the same task that was taken up before.
+
+        Without a lease nothing is taken up either: the offer may have waited in the stream for longer than it counts.
+        Placement repeats what still does.
+        """
+        if self.lease_end_s is None or now_s >= self.lease_end_s:
+            return None
         if assignment_id in self.held or epoch <= self._highest_epoch.get(task_id, 0):
             return None
         self._highest_epoch[task_id] = epoch

@@ -101,7 +101,11 @@ class TrainingNode:
         if self._is_closing:
             return
         held = self.assignments.offer(
-            assignment.assignment_id, assignment.work.task_id, assignment.epoch, tuple(assignment.gpu_indices)
+            assignment.assignment_id,
+            assignment.work.task_id,
+            assignment.epoch,
+            tuple(assignment.gpu_indices),
+            self.clock(),
         )
         if held is None:
             return

@@ -1,4 +1,4 @@
-"""Real processes over real sockets: alto-placement and alto-node, a tiny random Llama, and an admission that records."""
+"""Real processes over real sockets: alto-placement and alto-node, a tiny Llama, and an admission that records."""
 
 import asyncio
 import hashlib

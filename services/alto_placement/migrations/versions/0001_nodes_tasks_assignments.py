@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("draining", sa.Boolean, nullable=False),
         sa.Column("lost", sa.Boolean, nullable=False),
         sa.Column("last_seen_s", sa.Double, nullable=False),
+        sa.Column("superseded", sa.JSON, nullable=False),
     )
     op.create_table(
         "tasks",

@@ -1,0 +1,116 @@
+"""Leases, epochs and assignments under every kind of trouble; and that the simulation notices when a guard is missing."""
+
+import random
+
+import pytest
+from alto_placement import lifecycle
+from alto_training.assignments import Assignments
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .cluster_simulation import ROUGH_ACTIONS, WEIGHTED_ACTIONS, Admission, Cluster
+
+STEPS = st.lists(st.tuples(st.sampled_from(WEIGHTED_ACTIONS), st.integers(0, 5)), max_size=150)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS)
+def test_every_task_ends_once_whatever_happens(actions):
+    Cluster().run(actions)
+
+
+def long_run(seed, actions=800):
+    """Actions that hypothesis would rarely make: long and without a pattern."""
+    draws = random.Random(seed)
+    kinds = ROUGH_ACTIONS if seed % 2 else WEIGHTED_ACTIONS
+    return [(draws.choice(kinds), draws.randrange(6)) for _ in range(actions)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_long_runs(seed):
+    Cluster().run(long_run(seed))
+
+
+def is_noticed(seeds=40):
+    for seed in range(seeds):
+        try:
+            Cluster().run(long_run(seed))
+        except AssertionError:
+            return True
+    return False
+
+
+def test_an_epoch_that_does_not_grow_is_noticed(monkeypatch):
+    real = lifecycle.assign
+
+    def assign(draft, task_id, *rest):
+        row = real(draft, task_id, *rest)
+        if row is not None:
+            draft.put(type(row)(**{**{n: getattr(row, n) for n in row.__dataclass_fields__}, "epoch": 1}))
+        return row
+
+    monkeypatch.setattr(lifecycle, "assign", assign)
+    assert is_noticed()
+
+
+def test_a_lease_that_nodes_do_not_heed_is_noticed(monkeypatch):
+    monkeypatch.setattr(Assignments, "without_lease", lambda self, now_s: [])
+    assert is_noticed()
+
+
+FROZEN_AND_BACK = [
+    *[(action, 0) for action in ("connect", "hear", "read", "place", "heartbeat", "hear", "read", "read")],
+    *[("work", 0), ("report", 0), ("work", 0), ("freeze", 0)],
+    *[("connect", 1), ("hear", 1), ("read", 1), ("pass time", 3), ("pass time", 3), ("heartbeat", 1), ("hear", 1)],
+    *[("pass time", 3), ("place", 0), ("place", 0), *[("read", 1)] * 4, ("work", 1), ("report", 1)],
+    *[("thaw", 0), ("report", 0)],
+]
+
+
+def test_a_frozen_node_that_comes_back_is_refused():
+    cluster = Cluster(tasks=1)
+    for step in FROZEN_AND_BACK:
+        cluster.act(*step)
+    assert [epoch for epoch, _ in cluster.admission.story["task-0"]] == [1, 2]
+    assert cluster.nodes[0].workers == {}
+    cluster.run([])
+
+
+def test_admission_without_fencing_is_noticed(monkeypatch):
+    def report(self, task_id, epoch, what, worker):
+        self.story.setdefault(task_id, []).append((epoch, what))
+        return True
+
+    monkeypatch.setattr(Admission, "report", report)
+    with pytest.raises(AssertionError, match="a stale epoch was accepted"):
+        Cluster(tasks=1).run(FROZEN_AND_BACK)
+
+
+def test_a_restarted_node_that_keeps_its_assignments_is_noticed(monkeypatch):
+    monkeypatch.setattr(lifecycle, "_lose_assignments", lambda draft, node_id, now: None)
+    assert is_noticed()
+
+
+def test_a_node_that_takes_up_old_assignments_is_noticed(monkeypatch):
+    real = Assignments.offer
+
+    def offer(self, assignment_id, task_id, epoch, gpu_indices, now_s):
+        self._highest_epoch.clear()
+        self.held.pop(assignment_id, None)
+        return real(self, assignment_id, task_id, epoch, gpu_indices, now_s)
+
+    monkeypatch.setattr(Assignments, "offer", offer)
+    assert is_noticed()
+
+
+def test_an_end_that_is_forgotten_before_it_was_heard_is_noticed(monkeypatch):
+    real = Assignments.next_turn
+
+    def next_turn(self, now_s, first):
+        turn = real(self, now_s, first)
+        for notice in turn.notices:
+            self.drop(notice.assignment_id)
+        return turn
+
+    monkeypatch.setattr(Assignments, "next_turn", next_turn)
+    assert is_noticed()
