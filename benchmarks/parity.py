@@ -113,7 +113,7 @@ def _run_and_die(case: Scenario, workdir: Path, kill_after: int | None) -> None:
 
 
 def train_with_healthy_neighbour(case: Scenario, ended: int) -> Together:
-    """Train a scenario whose poisoned trial is in good health, and stopped at step `ended`, where the poison ended it."""
+    """Train a scenario whose poisoned trial is in good health, and stopped after step `ended`, as the poison did."""
     job = case.jobs[0]
     healthy = [
         replace(trial, config=replace(trial.config, learning_rate=1e-3)) if trial.trial_id == case.poisoned else trial

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from alto_common.tuning import ALL_LINEAR, Objective, ObjectiveKind, TrialConfig
+from alto_kernels.reference import keep_mask
 from alto_training.executor.adapter import AdaptedModule, Adapter
-from alto_training.executor.randomness import DataOrder, dropout_keep_mask, dropout_row_keys
+from alto_training.executor.randomness import DataOrder, dropout_row_keys
 from torch.nn.functional import cross_entropy, logsigmoid
 
 
@@ -81,7 +82,7 @@ def train_alone(
             masks.positions = list(micro_batch)
             rows = [order.row(position) for position in micro_batch]
             part = _loss(peft_model, data, rows, config, objective, masks) / denominator
-            part.backward()
+            part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
         result.tokens += sum(_tokens(data, order.row(position), config, objective) for position in positions)
         if config.max_grad_norm > 0:
@@ -153,7 +154,7 @@ class _SharedDropout(torch.nn.Module):
     def forward(self, x_BLK: torch.Tensor) -> torch.Tensor:
         batch, length, features = x_BLK.shape
         keys = dropout_row_keys(self._config.seed, self._masks.stream_keys, [length] * batch)
-        keep = dropout_keep_mask(keys, self._index, features, self._config.lora_dropout).view(x_BLK.shape)
+        keep = keep_mask(keys, self._index, features, self._config.lora_dropout).view(x_BLK.shape)
         return x_BLK * keep / (1.0 - self._config.lora_dropout)
 
 

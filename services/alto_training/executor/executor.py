@@ -33,7 +33,7 @@ from alto_training.executor.events import (
 from alto_training.executor.loading import OpenData, load_job_backbone, open_job_data
 from alto_training.executor.packer import choose_items
 from alto_training.executor.progress import ProgressMeter
-from alto_training.executor.settings import ExecutorSettings
+from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.slots import Slots
 from alto_training.executor.task_run import TaskRun
 from alto_training.executor.trial_run import TrialRun
@@ -124,7 +124,10 @@ class Executor:
             self._begin()
         else:
             self._resume(checkpoint)
-        self._backend = choose_backend(self._settings.backend)
+        # A resumed run goes on with the back end it had: another rounds otherwise.
+        before = checkpoint.state["backend"] if checkpoint and self._settings.backend is Backend.AUTO else None
+        name = before or self._settings.backend
+        self._backend = choose_backend(name, backbone.layers, len(self._slots.places), backbone.device)
         backbone.use_backend(self._backend)
         self._tell_started(None if checkpoint is None else checkpoint.tick)
         self._meter = ProgressMeter(self._clock)

@@ -25,9 +25,15 @@ class DenseLinear:
         weight: torch.Tensor = self._module.weight
         return weight.t() if self._transposed else weight
 
+    @property
+    def bias_N(self) -> torch.Tensor | None:
+        """The bias, [N], None without one."""
+        bias: torch.Tensor | None = self._module.bias
+        return bias
+
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         """Return W x + bias, a new [T, N]."""
-        return torch.nn.functional.linear(x_TK, self.weight_NK, self._module.bias)
+        return torch.nn.functional.linear(x_TK, self.weight_NK, self.bias_N)
 
     def input_gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """Return dY W, a new [T, K]."""

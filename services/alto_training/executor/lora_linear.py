@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from alto_kernels.reference import keep_mask
 from torch import nn
 
 from alto_training.executor.adapter import ModuleViews
-from alto_training.executor.randomness import dropout_keep_mask
 from alto_training.executor.tick import CurrentTick, Segment, Tick
 
 
@@ -35,14 +35,19 @@ class FrozenLinear(Protocol):
 
 
 class LoraBackend(Protocol):
-    """Adds the low-rank part of every segment of a tick, and differentiates it.
-
-    `module_index` names the layer. Gradients of A and B are added to the adapters' own flat buffers.
-    """
+    """Multiplies a frozen layer and the adapters of a tick. Gradients of A and B go into the adapters' own buffers."""
 
     name: str
 
-    def forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor, module_index: int, tick: Tick) -> Sequence[Any]:
+    def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
+        """Return [T, N], differentiable by `x_TK` [T, K]; `module_index` names the layer in the adapters' views."""
+        ...
+
+
+class LowRankProducts(Protocol):
+    """The low-rank part by itself, for back ends that add it to a frozen product made elsewhere."""
+
+    def forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor, module_index: int, tick: Tick) -> Any:
         """Add to `y_TN` in place; return what `backward` needs besides `x_TK`."""
         ...
 
@@ -50,13 +55,23 @@ class LoraBackend(Protocol):
         self,
         dy_TN: torch.Tensor,
         x_TK: torch.Tensor,
-        saved: Sequence[Any],
+        saved: Any,
         module_index: int,
         tick: Tick,
         dx_TK: torch.Tensor | None,
     ) -> None:
         """Add the gradients of A and B, and to `dx_TK` in place unless nobody needs it."""
         ...
+
+
+def frozen_plus_low_rank(
+    x_TK: torch.Tensor, frozen: FrozenLinear, products: LowRankProducts, module_index: int, tick: Tick
+) -> torch.Tensor:
+    """Return the frozen product with the low-rank part added, [T, N], differentiable by `x_TK`."""
+    y_TN: torch.Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
+        x_TK, tick.anchor, frozen, products, module_index, tick
+    )
+    return y_TN
 
 
 @dataclass(frozen=True)
@@ -75,8 +90,12 @@ class ReferenceBackend:
 
     name = "reference"
 
+    def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
+        """See `LoraBackend.linear`."""
+        return frozen_plus_low_rank(x_TK, frozen, self, module_index, tick)
+
     def forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor, module_index: int, tick: Tick) -> list[_Saved]:
-        """See `LoraBackend.forward`."""
+        """See `LowRankProducts.forward`."""
         saved = []
         for segment in tick.segments:
             adapter = segment.adapter
@@ -86,7 +105,7 @@ class ReferenceBackend:
             x_tK = x_TK[segment.start : segment.end]
             keep_tK = None
             if segment.row_keys_T is not None:
-                keep_tK = dropout_keep_mask(segment.row_keys_T, module_index, x_tK.shape[1], segment.dropout)
+                keep_tK = keep_mask(segment.row_keys_T, module_index, x_tK.shape[1], segment.dropout)
                 x_tK = _dropped(x_tK, keep_tK, segment.dropout)
             s_tR = x_tK @ views.a_RK.to(x_tK.dtype).t()
             y_TN[segment.start : segment.end].addmm_(s_tR, views.b_NR.to(x_tK.dtype).t(), alpha=adapter.scaling)
@@ -102,7 +121,7 @@ class ReferenceBackend:
         tick: Tick,
         dx_TK: torch.Tensor | None,
     ) -> None:
-        """See `LoraBackend.backward`."""
+        """See `LowRankProducts.backward`."""
         for part in saved:
             segment, views = part.segment, part.views
             dy_tN = dy_TN[segment.start : segment.end]
@@ -150,7 +169,7 @@ class MultiLoraLinear(nn.Module):
         x_TK = x.reshape(-1, self.frozen.in_features)
         y_TN: torch.Tensor
         if any(segment.adapter is not None and self.index in segment.adapter.views for segment in tick.segments):
-            y_TN = _AdaptedProduct.apply(x_TK, tick.anchor, self, tick)  # type: ignore[no-untyped-call]
+            y_TN = self.backend.linear(x_TK, self.frozen, self.index, tick)
         else:
             y_TN = _FrozenProduct.apply(x_TK, self.frozen)  # type: ignore[no-untyped-call]
         return y_TN.view(*x.shape[:-1], self.frozen.out_features)
@@ -173,20 +192,28 @@ class _AdaptedProduct(torch.autograd.Function):
     """The layer with adapters; their gradients go into their flat buffers, `anchor` only makes the graph reach here."""
 
     @staticmethod
-    def forward(ctx: Any, x_TK: torch.Tensor, anchor: torch.Tensor, layer: MultiLoraLinear, tick: Tick) -> torch.Tensor:
-        y_TN = layer.frozen.product(x_TK)
-        saved = layer.backend.forward(y_TN, x_TK, layer.index, tick)
+    def forward(
+        ctx: Any,
+        x_TK: torch.Tensor,
+        anchor: torch.Tensor,
+        frozen: FrozenLinear,
+        products: LowRankProducts,
+        module_index: int,
+        tick: Tick,
+    ) -> torch.Tensor:
+        y_TN = frozen.product(x_TK)
+        saved = products.forward(y_TN, x_TK, module_index, tick)
         if tick.training:
             ctx.save_for_backward(x_TK)
-            ctx.saved, ctx.layer, ctx.tick = saved, layer, tick
+            ctx.saved, ctx.frozen, ctx.products = saved, frozen, products
+            ctx.module_index, ctx.tick = module_index, tick
         return y_TN
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
         (x_TK,) = ctx.saved_tensors
-        layer: MultiLoraLinear = ctx.layer
         dy_TN = grad_outputs[0].contiguous()
-        dx_TK = layer.frozen.input_gradient(dy_TN) if ctx.needs_input_grad[0] else None
-        layer.backend.backward(dy_TN, x_TK, ctx.saved, layer.index, ctx.tick, dx_TK)
-        ctx.saved = ()
-        return dx_TK, None, None, None
+        dx_TK = ctx.frozen.input_gradient(dy_TN) if ctx.needs_input_grad[0] else None
+        ctx.products.backward(dy_TN, x_TK, ctx.saved, ctx.module_index, ctx.tick, dx_TK)
+        ctx.saved = None
+        return dx_TK, None, None, None, None, None

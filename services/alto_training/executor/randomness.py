@@ -1,4 +1,4 @@
-"""Randomness that belongs to a trial alone: seeds derived by name, data order, and dropout masks by position.
+"""Randomness that belongs to a trial alone: seeds derived by name, data order, and dropout keys by position.
 
 Nothing here is drawn from a shared stream, so a neighbour, the packing or a resume cannot shift what a trial draws.
 """
@@ -9,9 +9,6 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-
-_ROW_PRIME = 0x9E3779B97F4A7C15
-_MASK_64 = (1 << 64) - 1
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -51,41 +48,25 @@ class DataOrder:
 def dropout_row_keys(seed: int, stream_keys: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
     """Return one 32-bit key for each token, from the trial's seed, the sequence's place in its stream, and position.
 
+    `alto_kernels.reference.keep_mask` makes masks of them, the same on every device and for every packing.
+
     `stream_keys` names each sequence; `lengths` are their tokens. Shape of the answer: [sum(lengths)], int32.
     """
     keys = []
     for stream_key, length in zip(stream_keys, lengths, strict=True):
         start = derive_seed(seed, "dropout", stream_key)
-        positions = torch.arange(length, dtype=torch.int64)
-        mixed = positions * (_signed(_ROW_PRIME)) + start
-        mixed = (mixed ^ (mixed >> 29)) * _signed(0xBF58476D1CE4E5B9)
+        # splitmix64 of start + position, by its upper half.
+        mixed = torch.arange(length, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15) + start
+        mixed = (mixed ^ _shifted(mixed, 30)) * _signed(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ _shifted(mixed, 27)) * _signed(0x94D049BB133111EB)
         keys.append((mixed >> 32).to(torch.int32))
     return torch.cat(keys)
 
 
-def dropout_keep_mask(row_keys_T: torch.Tensor, module_key: int, features: int, probability: float) -> torch.Tensor:
-    """Return the boolean [T, features] mask of what dropout keeps; the same on every device and for every packing.
-
-    A counter-based hash (two rounds of the murmur3 finaliser) of the token's key, the module's and the feature's.
-    """
-    feature_keys = torch.arange(features, dtype=torch.int32, device=row_keys_T.device) * _signed_32(0x9E3779B1)
-    rows = (row_keys_T ^ _signed_32(module_key & 0xFFFFFFFF)) * _signed_32(0x85EBCA6B)
-    rows = rows ^ (rows >> 15)
-    bits = rows[:, None] ^ feature_keys[None, :]
-    bits = bits.mul_(_signed_32(0x85EBCA6B))
-    bits = bits.bitwise_xor_(bits >> 13)
-    bits = bits.mul_(_signed_32(0xC2B2AE35))
-    bits = bits.bitwise_xor_(bits >> 16)
-    # Uniform over the signed 32-bit integers: the lowest share `probability` of them is dropped.
-    threshold = int(probability * 2**32) - 2**31
-    return bits >= threshold
+def _shifted(words: torch.Tensor, by: int) -> torch.Tensor:
+    # A logical shift: torch's own fills with the sign.
+    return (words >> by) & ((1 << (64 - by)) - 1)
 
 
 def _signed(value: int) -> int:
-    value &= _MASK_64
     return value - (1 << 64) if value >> 63 else value
-
-
-def _signed_32(value: int) -> int:
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >> 31 else value

@@ -1,0 +1,109 @@
+"""The low-rank part by `alto_kernels`: compiled for the CPU, or CUTLASS on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from alto_kernels import AdapterTable, TickPlan, lora_linear, low_rank_backward, low_rank_forward
+
+from alto_training.executor.adapter import Adapter
+from alto_training.executor.frozen_linear import DenseLinear
+from alto_training.executor.lora_linear import FrozenLinear, frozen_plus_low_rank
+from alto_training.executor.tick import Tick
+
+
+@dataclass(frozen=True)
+class _Seated:
+    """Who sits in a seat: the adapter, the buffer that its weights were in, and the dropout it was seated with."""
+
+    adapter: Adapter
+    param_P: torch.Tensor
+    dropout: float
+
+
+class KernelBackend:
+    """Seats the adapters of each tick in an `AdapterTable` and plans the tick once for all layers.
+
+    `module_shapes[i]` are the input and output features of layer i. An adapter keeps its seat until another needs it.
+    """
+
+    def __init__(self, name: str, module_shapes: Sequence[tuple[int, int]], seats: int, device: torch.device) -> None:
+        self.name = name
+        self._table = AdapterTable(module_shapes, seats, device, backend=name)
+        self._seated: list[_Seated | None] = [None] * seats
+        self._planned: tuple[Tick, TickPlan] | None = None
+
+    def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
+        """See `LoraBackend.linear`. With CUTLASS the frozen product and the low-rank part are one kernel."""
+        if self.name == "cutlass" and isinstance(frozen, DenseLinear):
+            return lora_linear(x_TK, frozen.weight_NK, frozen.bias_N, self._plan(tick), module_index)
+        return frozen_plus_low_rank(x_TK, frozen, self, module_index, tick)
+
+    def forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor, module_index: int, tick: Tick) -> torch.Tensor:
+        """See `LowRankProducts.forward`."""
+        return low_rank_forward(y_TN, x_TK, self._plan(tick), module_index)
+
+    def backward(
+        self,
+        dy_TN: torch.Tensor,
+        x_TK: torch.Tensor,
+        saved: torch.Tensor,
+        module_index: int,
+        tick: Tick,
+        dx_TK: torch.Tensor | None,
+    ) -> None:
+        """See `LowRankProducts.backward`."""
+        low_rank_backward(dy_TN, x_TK, saved, self._plan(tick), module_index, dx_TK)
+
+    def _plan(self, tick: Tick) -> TickPlan:
+        if self._planned is None or self._planned[0] is not tick:
+            self._planned = (tick, self._make_plan(tick))
+        return self._planned[1]
+
+    def _make_plan(self, tick: Tick) -> TickPlan:
+        seats = self._seat(tick)
+        row_keys_T = None
+        if any(segment.row_keys_T is not None for segment in tick.segments):
+            row_keys_T = torch.cat(
+                [
+                    torch.zeros(segment.end - segment.start, dtype=torch.int32, device=tick.rows_R.device)
+                    if segment.row_keys_T is None
+                    else segment.row_keys_T
+                    for segment in tick.segments
+                ]
+            )
+        offsets = [0, *(segment.end for segment in tick.segments)]
+        # The optimiser changed weights since the last tick: whatever is derived from them is renewed.
+        self._table.refresh([seat for seat in seats if seat >= 0])
+        return TickPlan(self._table, seats, offsets, row_keys_T, tick.training)
+
+    def _seat(self, tick: Tick) -> list[int]:
+        """Return the seat of each segment's adapter, -1 for none; those who have no seat take one that is not used."""
+        present = {id(segment.adapter) for segment in tick.segments}
+        free = [seat for seat, seated in enumerate(self._seated) if seated is None or id(seated.adapter) not in present]
+        seats = []
+        for segment in tick.segments:
+            if segment.adapter is None:
+                seats.append(-1)
+                continue
+            found = next(
+                (seat for seat, one in enumerate(self._seated) if one is not None and one.adapter is segment.adapter),
+                None,
+            )
+            seat = free.pop() if found is None else found
+            self._set_slot(seat, segment.adapter, segment.dropout, tick.training)
+            seats.append(seat)
+        return seats
+
+    def _set_slot(self, seat: int, adapter: Adapter, dropout: float, training: bool) -> None:
+        seated = self._seated[seat]
+        same = seated is not None and seated.adapter is adapter and seated.param_P is adapter.param
+        if same and seated is not None and (not training or seated.dropout == dropout):
+            return
+        weights = {
+            index: (views.a_RK, views.b_NR, views.grad_a_RK, views.grad_b_NR) for index, views in adapter.views.items()
+        }
+        self._table.set_slot(seat, rank=adapter.lora_rank, scale=adapter.scaling, weights=weights, dropout=dropout)
+        self._seated[seat] = _Seated(adapter, adapter.param, dropout)
