@@ -38,6 +38,10 @@ def lora_linears(
     if not len(weights_NK) == len(module_indices) == len(biases):
         raise ValueError("weights_NK, module_indices, biases_N: must have the same length")
     _check_shapes(x_TK, weights_NK, plan, module_indices)
+    if type(x_TK) in _EAGER_TYPES and not torch.compiler.is_compiling():
+        plan.check_current()
+        outputs = _EagerLinears.apply(x_TK, plan.table.anchor, plan, tuple(module_indices), tuple(biases), *weights_NK)  # type: ignore[no-untyped-call]
+        return list(outputs)
     outputs = torch.ops.alto_kernels.lora_linears(
         x_TK,
         list(weights_NK),
@@ -87,18 +91,41 @@ def _check_shapes(x_TK: Tensor, weights_NK: Sequence[Tensor], plan: TickPlan, mo
             raise ValueError(f"x_TK: {x_TK.shape[1]} columns, module {module} has {in_features} in_features")
 
 
-@torch.library.custom_op("alto_kernels::lora_linears", mutates_args=())
-def _forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    anchor: Tensor,
-    handle: Tensor,
-    modules: Sequence[int],
-    saved_rows: int,
-    saved_columns: int,
+class _EagerLinears(torch.autograd.Function):
+    """The same without the operators' dispatch, which takes the host longer than the launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        plan: TickPlan,
+        modules: tuple[int, ...],
+        biases: tuple[Tensor | None, ...],
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        results = _linears_forward(x, weights, biases, plan, modules)
+        ctx.save_for_backward(x, *weights, *results[len(weights) :])
+        ctx.plan, ctx.modules = plan, modules
+        return tuple(results[: len(weights)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, *rest = ctx.saved_tensors
+        count = len(ctx.modules)
+        ctx.plan.check_current()
+        dys = [gradient.contiguous() for gradient in gradients]
+        dx = _linears_backward(dys, x, rest[:count], rest[count:], ctx.plan, ctx.modules, ctx.needs_input_grad[0])
+        return dx, None, None, None, None, *([None] * count)
+
+
+_EAGER_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _linears_forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], plan: TickPlan, modules: Sequence[int]
 ) -> list[Tensor]:
-    plan = plan_of(handle)
+    """Return the outputs and then what each module keeps for backward."""
     if plan.table.backend == "cutlass":
         from alto_kernels import cuda_products
 
@@ -110,6 +137,43 @@ def _forward(
         saved.append(products.low_rank_forward(y_TN, x, plan, module))
         outputs.append(y_TN)
     return outputs + saved
+
+
+def _linears_backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    plan: TickPlan,
+    modules: Sequence[int],
+    needs_dx: bool,
+) -> Tensor | None:
+    """Return dx of all modules together, None where it is not needed; add to the gradients of A and B."""
+    if plan.table.backend == "cutlass":
+        from alto_kernels import cuda_products
+
+        return cuda_products.linears_backward(dys, x, weights, saved, plan, modules, needs_dx)
+    products = _products(plan)
+    total_TK: Tensor | None = None
+    for dy_TN, weight, saved_TR, module in zip(dys, weights, saved, modules, strict=True):
+        part_TK = dy_TN @ weight if needs_dx else None
+        products.low_rank_backward(dy_TN, x, saved_TR, plan, module, part_TK)
+        total_TK = part_TK if total_TK is None or part_TK is None else total_TK.add_(part_TK)
+    return total_TK
+
+
+@torch.library.custom_op("alto_kernels::lora_linears", mutates_args=())
+def _forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    anchor: Tensor,
+    handle: Tensor,
+    modules: Sequence[int],
+    saved_rows: int,
+    saved_columns: int,
+) -> list[Tensor]:
+    return _linears_forward(x, weights, biases, plan_of(handle), modules)
 
 
 @_forward.register_fake
@@ -138,20 +202,8 @@ def _backward(
     modules: Sequence[int],
     needs_dx: bool,
 ) -> list[Tensor]:
-    plan = plan_of(handle)
-    anchor_gradient = x.new_zeros((), dtype=torch.float32)
-    if plan.table.backend == "cutlass":
-        from alto_kernels import cuda_products
-
-        dx_TK = cuda_products.linears_backward(dys, x, weights, saved, plan, modules, needs_dx)
-        return [x.new_empty(0) if dx_TK is None else dx_TK, anchor_gradient]
-    products = _products(plan)
-    total_TK = None
-    for dy_TN, weight, saved_TR, module in zip(dys, weights, saved, modules, strict=True):
-        part_TK = dy_TN @ weight if needs_dx else None
-        products.low_rank_backward(dy_TN, x, saved_TR, plan, module, part_TK)
-        total_TK = part_TK if total_TK is None or part_TK is None else total_TK.add_(part_TK)
-    return [x.new_empty(0) if total_TK is None else total_TK, anchor_gradient]
+    total_TK = _linears_backward(dys, x, weights, saved, plan_of(handle), modules, needs_dx)
+    return [x.new_empty(0) if total_TK is None else total_TK, x.new_zeros((), dtype=torch.float32)]
 
 
 @_backward.register_fake

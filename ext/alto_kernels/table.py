@@ -16,10 +16,10 @@ MAX_LORA_RANK = 256
 class AdapterWeights(NamedTuple):
     """One module of one adapter, fp32 and contiguous: A [R, in], B [out, R], and the gradients that are added to."""
 
-    a_RK: torch.Tensor  # noqa: N815
-    b_NR: torch.Tensor  # noqa: N815
-    grad_a_RK: torch.Tensor  # noqa: N815
-    grad_b_NR: torch.Tensor  # noqa: N815
+    a_RK: torch.Tensor
+    b_NR: torch.Tensor
+    grad_a_RK: torch.Tensor
+    grad_b_NR: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -65,17 +65,23 @@ class Outcome:
 
 
 def float64_oracle(
-    case: Case, xs: torch.Tensor, weights: Sequence[torch.Tensor], dys: Sequence[torch.Tensor], modules: Sequence[int]
+    case: Case,
+    xs: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    dys: Sequence[torch.Tensor],
+    modules: Sequence[int],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Outcome:
     """Run the case through autograd in float64 with nothing of the package but the dropout mask."""
-    table = case.table("reference", dtype=torch.float32)
+    table = case.table("reference", device, dtype)
     plan = case.plan(table)
-    x = xs.double().cpu().requires_grad_()
+    x = xs.double().to(device).requires_grad_()
     ys, grads = [], {}
     leaves = {}
     for weight, module in zip(weights, modules, strict=True):
         parts = []
-        y = x @ weight.double().cpu().t()
+        y = x @ weight.double().to(device).t()
         for slot, start, stop in zip(case.slots, case.offsets[:-1], case.offsets[1:], strict=True):
             part = y[start:stop]
             if slot >= 0 and module in case.tensors[slot]:
@@ -91,7 +97,7 @@ def float64_oracle(
                 part = part + (0.5 + slot) * (inside @ a.t() @ b.t())
             parts.append(part)
         ys.append(torch.cat(parts))
-    sum((y * dy.double().cpu()).sum() for y, dy in zip(ys, dys, strict=True)).backward()
+    sum((y * dy.double().to(device)).sum() for y, dy in zip(ys, dys, strict=True)).backward()
     for (slot, module), (a, b) in leaves.items():
         _, _, grad_a, grad_b = case.tensors[slot][module]
         zero_a, zero_b = torch.zeros_like(a), torch.zeros_like(b)

@@ -8,6 +8,7 @@ import alto_kernels
 import pytest
 import torch
 from alto_kernels import AdapterTable, BackendUnavailableError, TickPlan, lora_linear, lora_linears
+from alto_kernels.plan import plan_of
 
 
 def tensors(rank: int = 4, k: int = 8, n: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -94,13 +95,16 @@ def test_a_plan_is_refused_once_its_table_changed_or_it_is_gone() -> None:
     plan = TickPlan(made, [1], [0, 3])
     x = torch.zeros(3, 8)
     y = lora_linear(x, torch.zeros(6, 8), None, plan, 0)
+    handle = plan.handle
     made.clear_slot(0)
     with pytest.raises(ValueError, match="stale"):
         lora_linear(x, torch.zeros(6, 8), None, plan, 0)
-    del plan
+    with pytest.raises(ValueError, match="stale"):
+        y.sum().backward()
+    del plan, y
     gc.collect()
     with pytest.raises(RuntimeError, match="keep a reference"):
-        y.sum().backward()
+        plan_of(handle)
 
 
 def test_clearing_a_slot_leaves_all_tensors_alone() -> None:

@@ -1,0 +1,297 @@
+"""The low-rank part of a layer on one GPU: time beyond the frozen product ("LoRA tax"), ours and what peers do.
+
+    python benchmarks/kernels.py --output benchmarks/results/kernels-h100.json
+    python benchmarks/kernels.py --quick
+
+Each cell is one bundle of linear layers, forward and backward with the gradients of x and of all adapters, bf16, 8192
+tokens. Columns: the frozen product alone; `loop`: one adapter after another, as PEFT would; `grouped_mm`: two
+torch._grouped_mm over stacked weights padded to the largest rank; `ours`. Eager and replayed from a CUDA graph. The last
+line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from alto_kernels import AdapterStep, AdapterTable, TickPlan, adamw_step, cuda_available, lora_linears
+
+TOKENS = 8192
+BUNDLES = {
+    "4096->4096": [(4096, 4096)],
+    "4096->1024": [(4096, 1024)],
+    "4096->14336": [(4096, 14336)],
+    "14336->4096": [(14336, 4096)],
+    "q,k,v": [(4096, 4096), (4096, 1024), (4096, 1024)],
+    "gate,up": [(4096, 14336), (4096, 14336)],
+}
+RANKS = {"16": (16,), "64": (64,), "8-128": (8, 16, 32, 64, 128)}
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination that is measured."""
+
+    bundle: str
+    adapters: int
+    ranks: str
+    tokens: str
+
+    def lora_ranks(self) -> list[int]:
+        cycle = RANKS[self.ranks]
+        return [cycle[i % len(cycle)] for i in range(self.adapters)]
+
+    def offsets(self) -> list[int]:
+        if self.tokens == "equal":
+            return [TOKENS * i // self.adapters for i in range(self.adapters + 1)]
+        draws = torch.Generator().manual_seed(self.adapters)
+        shares = torch.rand(self.adapters, generator=draws) + 0.1
+        cuts = (shares.cumsum(0) / shares.sum() * TOKENS).round().long().tolist()
+        return [0, *cuts[:-1], TOKENS]
+
+
+@dataclass
+class Problem:
+    """Tensors of a cell, on the GPU: x [T, K], frozen weights [N, K], output gradients [T, N], fp32 masters of A and B."""
+
+    x: torch.Tensor
+    weights: list[torch.Tensor]
+    dys: list[torch.Tensor]
+    a: list[list[torch.Tensor]]
+    b: list[list[torch.Tensor]]
+
+
+def make_problem(cell: Cell) -> Problem:
+    shapes = BUNDLES[cell.bundle]
+    draws = torch.Generator("cuda").manual_seed(0)
+
+    def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
+        return torch.randn(rows, columns, device="cuda", generator=draws) * scale
+
+    return Problem(
+        x=normal(TOKENS, shapes[0][0], 1.0).bfloat16().requires_grad_(),
+        weights=[normal(n, k, k**-0.5).bfloat16() for k, n in shapes],
+        dys=[normal(TOKENS, n, 1.0).bfloat16() for _, n in shapes],
+        a=[[normal(r, k, k**-0.5) for r in cell.lora_ranks()] for k, _ in shapes],
+        b=[[normal(n, r, r**-0.5) for r in cell.lora_ranks()] for _, n in shapes],
+    )
+
+
+def backward(problem: Problem, ys: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
+    """Differentiate by x and the adapters' leaves; gradients are dropped, which favours the peers."""
+    torch.autograd.grad(ys, [problem.x, *leaves], problem.dys)
+
+
+def frozen_step(problem: Problem) -> Step:
+    def step() -> None:
+        backward(problem, [torch.nn.functional.linear(problem.x, weight) for weight in problem.weights], [])
+
+    return step
+
+
+def loop_step(cell: Cell, problem: Problem) -> Step:
+    offsets = cell.offsets()
+    a = [[m.bfloat16().requires_grad_() for m in row] for row in problem.a]
+    b = [[m.bfloat16().requires_grad_() for m in row] for row in problem.b]
+
+    def step() -> None:
+        ys = []
+        for weight, a_row, b_row in zip(problem.weights, a, b, strict=True):
+            parts = []
+            for i in range(cell.adapters):
+                inside = problem.x[offsets[i] : offsets[i + 1]]
+                parts.append(2.0 * ((inside @ a_row[i].t()) @ b_row[i].t()))
+            ys.append(torch.nn.functional.linear(problem.x, weight) + torch.cat(parts))
+        backward(problem, ys, [m for rows in (a, b) for row in rows for m in row])
+
+    return step
+
+
+def grouped_step(cell: Cell, problem: Problem) -> Step:
+    widest = max(cell.lora_ranks())
+    ends = torch.tensor(cell.offsets()[1:], dtype=torch.int32, device="cuda")
+
+    def stacked(matrices: list[torch.Tensor], along: int) -> torch.Tensor:
+        padded = [
+            torch.nn.functional.pad(m, (0, 0, 0, widest - m.shape[0]) if along == 0 else (0, widest - m.shape[1]))
+            for m in matrices
+        ]
+        return torch.stack(padded).bfloat16().requires_grad_()
+
+    a = [stacked(row, 0) for row in problem.a]
+    b = [stacked([2.0 * m for m in row], 1) for row in problem.b]
+
+    def step() -> None:
+        ys = []
+        for weight, a_GRK, b_GNR in zip(problem.weights, a, b, strict=True):
+            s_TR = torch._grouped_mm(problem.x, a_GRK.transpose(1, 2), ends)
+            low_rank = torch._grouped_mm(s_TR, b_GNR.transpose(1, 2), ends)
+            ys.append(torch.nn.functional.linear(problem.x, weight) + low_rank)
+        backward(problem, ys, [*a, *b])
+
+    return step
+
+
+def our_step(cell: Cell, problem: Problem, dropout: float = 0.0) -> Step:
+    table = AdapterTable(BUNDLES[cell.bundle], cell.adapters, "cuda", "cutlass")
+    for slot, rank in enumerate(cell.lora_ranks()):
+        weights = {}
+        for module, (a, b) in enumerate(zip(problem.a, problem.b, strict=True)):
+            weights[module] = (a[slot], b[slot], torch.zeros_like(a[slot]), torch.zeros_like(b[slot]))
+        table.set_slot(slot, rank=rank, scale=2.0, weights=weights, dropout=dropout)
+    row_keys = torch.arange(TOKENS, dtype=torch.int32)
+    plan = TickPlan(table, range(cell.adapters), cell.offsets(), row_keys)
+    modules = range(len(problem.weights))
+
+    def step() -> None:
+        backward(problem, lora_linears(problem.x, problem.weights, plan, modules), [])
+
+    return step
+
+
+def captured(step: Step) -> Step:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def milliseconds(step: Step, repeats: int) -> float:
+    """Return the median time of a step on the device, the host running ahead where it can."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+
+
+def bytes_beyond_frozen(cell: Cell) -> int:
+    """Return what the low-rank part must move at least: weights read thrice in bf16, gradients read and written."""
+    total = 0
+    for k, n in BUNDLES[cell.bundle]:
+        total += sum(rank * (k + n) * (2 * 2 + 2 * 4) for rank in cell.lora_ranks())
+    return total
+
+
+def measure(cell: Cell, repeats: int, peers: bool) -> dict[str, object]:
+    problem = make_problem(cell)
+    steps: dict[str, Callable[[], Step]] = {
+        "frozen": lambda: frozen_step(problem),
+        "ours": lambda: our_step(cell, problem),
+    }
+    if peers:
+        steps["grouped_mm"] = lambda: grouped_step(cell, problem)
+        steps["loop"] = lambda: loop_step(cell, problem)
+    row: dict[str, object] = asdict(cell)
+    for mode in ("eager", "graph"):
+        times = {}
+        for name, make in steps.items():
+            step = make()
+            times[name] = milliseconds(captured(step) if mode == "graph" else step, repeats)
+            del step
+        # Again at the end: the clock of a warm GPU drifts.
+        frozen = frozen_step(problem)
+        again = milliseconds(captured(frozen) if mode == "graph" else frozen, repeats)
+        base = (times["frozen"] + again) / 2
+        row[mode] = {
+            "frozen_ms": round(base, 4),
+            "frozen_spread_percent": round(abs(again - times["frozen"]) / base * 100, 1),
+            **{f"{name}_ms": round(value, 4) for name, value in times.items() if name != "frozen"},
+            **{
+                f"{name}_tax_percent": round((value / base - 1) * 100, 1)
+                for name, value in times.items()
+                if name != "frozen"
+            },
+        }
+    row["floor_tax_percent"] = round(bytes_beyond_frozen(cell) / 3.0e9 / row["graph"]["frozen_ms"] * 100, 1)  # type: ignore[index]
+    return row
+
+
+def measure_adamw(adapters: int, elements: int) -> dict[str, float]:
+    """Time one step of `adapters` adapters against reading and writing their state once (28 bytes an element)."""
+    steps = []
+    for i in range(adapters):
+        buffers = torch.randn(4, elements, device="cuda")
+        buffers[3].square_()
+        steps.append(
+            AdapterStep(*buffers.unbind(), step=3 + i, lr=1e-4, lr_b=1e-4, b_start=elements // 2, max_grad_norm=1.0)
+        )
+    ours = milliseconds(lambda: adamw_step(steps), 10)
+    source = torch.empty(adapters * elements * 14, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    floor = milliseconds(lambda: target.copy_(source), 10)
+    return {"adapters": adapters, "elements": elements, "ours_ms": ours, "floor_ms": floor, "ratio": ours / floor}
+
+
+def cells(quick: bool) -> list[Cell]:
+    counts = (1, 8, 64) if quick else (1, 4, 8, 32, 64)
+    ranks = ("16", "8-128") if quick else tuple(RANKS)
+    return [
+        Cell(bundle, count, rank, tokens)
+        for bundle in BUNDLES
+        for count in counts
+        for rank in ranks
+        for tokens in (("ragged",) if quick else ("equal", "ragged"))
+        if count > 1 or tokens == "equal" or quick
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cells, no peers")
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--only", default="", help="bundles whose name contains this")
+    parser.add_argument("--output", type=Path, help="write the JSON object there too")
+    options = parser.parse_args()
+    if not cuda_available():
+        print("benchmarks/kernels.py: needs the CUDA build and a GPU of compute capability 9.0", file=sys.stderr)
+        return 1
+    rows = []
+    for cell in cells(options.quick):
+        if options.only not in cell.bundle:
+            continue
+        row = measure(cell, options.repeats, peers=not options.quick)
+        rows.append(row)
+        figures = " ".join(
+            f"{mode}: {row[mode]['frozen_ms']:.3f} "  # type: ignore[index]
+            + " ".join(f"{k[:-12]} {v}%" for k, v in row[mode].items() if k.endswith("tax_percent"))  # type: ignore[attr-defined]
+            for mode in ("eager", "graph")
+        )
+        print(f"{cell.bundle:12} n={cell.adapters:<3} r={cell.ranks:6} {cell.tokens:7} {figures}", flush=True)
+        torch.cuda.empty_cache()
+    result = {
+        "benchmark": "kernels",
+        "command": "python " + " ".join(sys.argv),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "tokens": TOKENS,
+        "rows": rows,
+        # r = 16 over the seven projections of an 8B model is 42 million elements; 32 such adapters at a third of that
+        # size fit beside the copy they are held against.
+        "adamw": measure_adamw(32, 14_000_000),
+    }
+    print(json.dumps(result))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

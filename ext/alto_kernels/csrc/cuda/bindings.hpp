@@ -1,0 +1,10 @@
+// What the CUDA build adds to the Python module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace alto::cuda {
+
+void bind(pybind11::module_& module);
+
+}  // namespace alto::cuda

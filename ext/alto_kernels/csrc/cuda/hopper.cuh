@@ -1,0 +1,100 @@
+// The few Hopper instructions that the kernel needs, over CUTLASS's own wrappers.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <utility>
+
+namespace alto::cuda {
+
+using Major = cute::SM90::GMMA::Major;
+using ScaleOut = cute::SM90::GMMA::ScaleOut;
+
+// All operand tiles are boxes of 64 x 64 bf16 in 128-byte swizzle: 64 rows of 128 bytes.
+constexpr std::uint32_t kBoxBytes = 64 * 64 * 2;
+
+// Descriptor of an operand whose contraction index is contiguous (K-major) or whose other index is (MN-major).
+// K-major: groups of 8 rows lie 1024 bytes apart. MN-major: so do groups of 8 depths; the next 64 columns are the next
+// box (cute/atom/mma_traits_sm90_gmma.hpp, "canonical layouts").
+template <Major major>
+__device__ __forceinline__ std::uint64_t operand(std::uint32_t shared_address, int sixteen) {
+  const std::uint32_t step = major == Major::K ? 32u : 2048u;
+  const std::uint64_t address = (shared_address + static_cast<std::uint32_t>(sixteen) * step) >> 4;
+  const std::uint64_t leading = major == Major::K ? 1u : kBoxBytes >> 4;
+  return address | (leading << 16) | (static_cast<std::uint64_t>(1024 >> 4) << 32) | (1ull << 62);
+}
+
+template <typename Mma, int count, std::size_t... index>
+__device__ __forceinline__ void issue(std::uint64_t a, std::uint64_t b, float (&sum)[count], ScaleOut keep,
+                                      std::index_sequence<index...>) {
+  Mma::fma(a, b, sum[index]..., keep);
+}
+
+// sum += a b over a depth of 16, or sum = a b where keep is Zero.
+template <Major major_a, Major major_b>
+__device__ __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, float (&sum)[128], ScaleOut keep) {
+  issue<cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<major_a, major_b>>(a, b, sum, keep,
+                                                                          std::make_index_sequence<128>{});
+}
+template <Major major_a, Major major_b>
+__device__ __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, float (&sum)[32], ScaleOut keep) {
+  issue<cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<major_a, major_b>>(a, b, sum, keep,
+                                                                         std::make_index_sequence<32>{});
+}
+
+template <int count>
+__device__ __forceinline__ void fence_registers(float (&sum)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) cute::warpgroup_fence_operand(sum[i]);
+}
+
+__device__ __forceinline__ void load_box(const CUtensorMap& map, std::uint64_t* barrier, void* to, int column, int row) {
+  cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to,
+                               column, row);
+}
+
+// The same box into the shared memory of both blocks of the cluster.
+__device__ __forceinline__ void load_box_for_both(const CUtensorMap& map, std::uint64_t* barrier, void* to, int column,
+                                                  int row) {
+  cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, barrier, 3,
+                                         static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, column,
+                                         row);
+}
+
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier among the 128 threads of one warpgroup.
+__device__ __forceinline__ void warpgroup_barrier(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+}
+
+__device__ __forceinline__ void add_release(int* counter, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ int load_acquire(const int* counter) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+__device__ __forceinline__ void store_matrices(std::uint32_t shared_address, std::uint32_t r0, std::uint32_t r1,
+                                               std::uint32_t r2, std::uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(r0),
+               "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
+}  // namespace alto::cuda

@@ -1,0 +1,22 @@
+// TMA descriptors of bf16 matrices in boxes of 64 x 64, 128-byte swizzle.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <string>
+
+namespace alto::cuda {
+
+// A row-major matrix: `stride` elements from row to row.
+struct Matrix {
+  std::uintptr_t address = 0;
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  std::int64_t stride = 0;
+};
+
+// Encodes the map; throws std::invalid_argument that names the matrix where TMA cannot address it.
+CUtensorMap tensor_map(const Matrix& matrix, const std::string& name);
+
+}  // namespace alto::cuda

@@ -1,0 +1,123 @@
+"""Back end `cutlass`: what the device needs to know of one tick, built on the host once and uploaded in one piece."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from alto_kernels.availability import require_compiled
+from alto_kernels.cuda_pools import CudaPools
+
+if TYPE_CHECKING:
+    from alto_kernels.plan import TickPlan
+
+BLOCK_COLUMNS = 64
+_BLOCK_ROWS = 128
+_ALIGNMENT = 256
+
+
+class LaunchShape(NamedTuple):
+    """The shape of one launch: features summed over, features of the output, and those of the gradients of B and A."""
+
+    contraction: int
+    outputs: int
+    grad_b_features: int
+    grad_a_features: int
+
+    @staticmethod
+    def forward(in_features: int, out_features: int) -> LaunchShape:
+        """Return the shape of a module's forward launch."""
+        return LaunchShape(in_features, out_features, 0, 0)
+
+    @staticmethod
+    def backward(in_features: int, out_features: int, needs_dx: bool) -> LaunchShape:
+        """Return the shape of a module's backward launch."""
+        return LaunchShape(out_features, in_features if needs_dx else 0, out_features, in_features)
+
+
+class Schedule(NamedTuple):
+    """Device addresses of one launch's items and of the offsets of each cluster's."""
+
+    items: int
+    offsets: int
+
+
+class TickJobs:
+    """The layout of a tick on tiles and, for each shape of layer, the schedule of its launches.
+
+    Launches of one plan must follow each other on one stream: they share counters.
+    """
+
+    def __init__(self, plan: TickPlan) -> None:
+        pools = plan.table.pools
+        assert isinstance(pools, CudaPools)
+        self.clusters = resident_clusters()
+        self.drops = plan.row_keys is not None
+        self._device = plan.table.device
+        self._layout = require_compiled().TickLayout(
+            tokens=plan.tokens,
+            segments=[
+                (s.slot, s.start, s.stop, s.rank, pools.first_column(s.slot), s.scale, s.dropout) for s in plan.segments
+            ],
+        )
+        self.saved_shape = (max(self._layout.saved_rows, _BLOCK_ROWS), BLOCK_COLUMNS)
+        self.ready = torch.zeros(self._layout.tiles + 1, dtype=torch.int32, device=self._device)
+        # C++ launches by module and shape, made on first use.
+        self.launches: dict[tuple[int, LaunchShape], object] = {}
+        self._keep: list[torch.Tensor] = []
+        self._schedules: dict[LaunchShape, Schedule] = {}
+        shapes = set()
+        for in_features, out_features in plan.table.module_shapes:
+            shapes.add(LaunchShape.forward(in_features, out_features))
+            if plan.training:
+                shapes.add(LaunchShape.backward(in_features, out_features, True))
+        parts = [self._layout.segments(), self._layout.extras(), self._layout.ready_target(), *_by_token(plan)]
+        ordered = sorted(shapes)
+        for shape in ordered:
+            parts.extend(self._make(shape))
+        addresses = self._upload(parts)
+        self.segments, self.extras, self.ready_target, self.thresholds, self.keep_factors = addresses[:5]
+        for i, shape in enumerate(ordered):
+            self._schedules[shape] = Schedule(*addresses[5 + 2 * i : 7 + 2 * i])
+
+    def schedule(self, shape: LaunchShape) -> Schedule:
+        """Return the schedule for `shape`; those of the table's modules are there already."""
+        if shape not in self._schedules:
+            self._schedules[shape] = Schedule(*self._upload(self._make(shape)))
+        return self._schedules[shape]
+
+    def _make(self, shape: LaunchShape) -> tuple[bytes, bytes]:
+        made: tuple[bytes, bytes] = self._layout.schedule(**shape._asdict(), drops=self.drops, clusters=self.clusters)
+        return made
+
+    def _upload(self, parts: list[bytes] | tuple[bytes, bytes]) -> list[int]:
+        joined = bytearray()
+        offsets = []
+        for part in parts:
+            joined.extend(b"\0" * (-len(joined) % _ALIGNMENT))
+            offsets.append(len(joined))
+            joined.extend(part or b"\0" * _ALIGNMENT)
+        on_device = torch.frombuffer(joined, dtype=torch.uint8).to(self._device)
+        self._keep.append(on_device)
+        return [on_device.data_ptr() + offset for offset in offsets]
+
+
+@cache
+def resident_clusters() -> int:
+    """Return how many clusters of two thread blocks run at once on the device."""
+    return int(require_compiled().resident_clusters())
+
+
+def _by_token(plan: TickPlan) -> tuple[bytes, bytes]:
+    """Return each token's dropout threshold (int32) and keep factor (fp32), empty where nothing drops."""
+    if plan.row_keys is None:
+        return b"", b""
+    thresholds_T = torch.full((plan.tokens,), -(2**31), dtype=torch.int32)
+    factors_T = torch.ones(plan.tokens)
+    for segment in plan.segments:
+        if segment.dropout > 0.0:
+            thresholds_T[segment.start : segment.stop] = int(segment.dropout * 2**32) - 2**31
+            factors_T[segment.start : segment.stop] = 1.0 / (1.0 - segment.dropout)
+    return thresholds_T.numpy().tobytes(), factors_T.numpy().tobytes()

@@ -1,0 +1,100 @@
+"""Back end `cutlass`: the bf16 copies of all adapters' weights, and where their fp32 masters and gradients lie.
+
+A module's pools are A [P, in] and B [out, P]; an adapter owns the same range of the P columns in every module, its rank
+padded with zeros to a multiple of 16. Addresses go to the device when a slot's occupant changes, never per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from alto_kernels.availability import require_compiled
+
+if TYPE_CHECKING:
+    from alto_kernels.table import AdapterTable, Occupant
+
+_GRANULE = 16
+_FIRST_CAPACITY = 256
+
+
+class CudaPools:
+    """The pools of one table. Every value in them is finite, so that a diverged adapter cannot reach its neighbours."""
+
+    def __init__(self, table: AdapterTable) -> None:
+        for in_features, out_features in table.module_shapes:
+            if in_features % 8 or out_features % 8:
+                raise ValueError(
+                    f"module_shapes: ({in_features}, {out_features}), must be multiples of 8 for 'cutlass'"
+                )
+        self._table = table
+        self._ranges: dict[int, range] = {}
+        self.slot_is_bad = torch.zeros(table.max_slots, dtype=torch.int32, device=table.device)
+        # Rows are C++ SlotPointers: addresses of A, B and their gradients, 0 where a module is not adapted.
+        self.pointers = torch.zeros(
+            len(table.module_shapes), table.max_slots, 4, dtype=torch.int64, device=table.device
+        )
+        self._allocate(_FIRST_CAPACITY)
+
+    def seat(self, slot: int, occupant: Occupant | None) -> None:
+        """Give `slot` its columns and copy its weights, or free them."""
+        self._ranges.pop(slot, None)
+        rows = torch.zeros(len(self._table.module_shapes), 4, dtype=torch.int64)
+        if occupant is not None:
+            for module, weights in occupant.weights.items():
+                rows[module] = torch.tensor([tensor.data_ptr() for tensor in weights])
+        self.pointers[:, slot] = rows.to(self.pointers.device)
+        if occupant is None:
+            return
+        width = -(-occupant.rank // _GRANULE) * _GRANULE
+        self._ranges[slot] = self._find(width)
+        self.refresh([slot])
+
+    def first_column(self, slot: int) -> int:
+        """Return the first pool column of the adapter in `slot`."""
+        return self._ranges[slot].start
+
+    def refresh(self, slots: Sequence[int]) -> None:
+        """Copy the fp32 masters of `slots` into the pools, in one launch."""
+        if not slots:
+            return
+        columns = [
+            (slot, self._ranges[slot].start, self._table.occupant(slot).rank, len(self._ranges[slot])) for slot in slots
+        ]
+        listed = torch.tensor(columns, dtype=torch.int32).to(self._table.device)
+        self.slot_is_bad[listed[:, 0].long()] = 0
+        require_compiled().refresh_pools(
+            modules=self._modules.data_ptr(),
+            module_count=len(self._table.module_shapes),
+            slots=listed.data_ptr(),
+            slot_count=len(columns),
+            pointers=self.pointers.data_ptr(),
+            max_slots=self._table.max_slots,
+            pool_columns=self.capacity,
+            slot_is_bad=self.slot_is_bad.data_ptr(),
+            stream=torch.cuda.current_stream(self._table.device).cuda_stream,
+        )
+
+    def _allocate(self, capacity: int) -> None:
+        device = self._table.device
+        self.capacity = capacity
+        shapes = self._table.module_shapes
+        self.a_PK = [torch.zeros(capacity, k, dtype=torch.bfloat16, device=device) for k, _ in shapes]
+        self.b_NP = [torch.zeros(n, capacity, dtype=torch.bfloat16, device=device) for _, n in shapes]
+        addresses = [
+            (a.data_ptr(), b.data_ptr(), k, n) for a, b, (k, n) in zip(self.a_PK, self.b_NP, shapes, strict=True)
+        ]
+        self._modules = torch.tensor(addresses, dtype=torch.int64).to(device)
+
+    def _find(self, width: int) -> range:
+        start = 0
+        for taken in sorted(self._ranges.values(), key=lambda columns: columns.start):
+            if taken.start - start >= width:
+                break
+            start = taken.stop
+        if start + width > self.capacity:
+            self._allocate(max(2 * self.capacity, -(-(start + width) // 64) * 64))
+            self.refresh(tuple(self._ranges))
+        return range(start, start + width)

@@ -1,0 +1,285 @@
+"""Back end `cutlass` against float64 on the GPU: every shape class, poisoned outputs, ragged and empty groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from alto_kernels import AdapterStep, TickPlan, adamw_step, cuda_available, lora_linear, lora_linears
+
+from .lora_cases import Case, Outcome, float64_oracle, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not cuda_available(), reason="no CUDA build, or no GPU of compute capability 9.0"),
+]
+
+BF16_BOUND = 6e-3
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every new tensor with NaN, so that what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def frozen(case: Case, modules: Sequence[int]) -> list[torch.Tensor]:
+    draws = torch.Generator().manual_seed(2)
+    shapes = [case.shapes[module] for module in modules]
+    return [(torch.randn(n, k, generator=draws) / k**0.5).bfloat16().cuda() for k, n in shapes]
+
+
+def inputs(case: Case, modules: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    x = case.rows(case.shapes[modules[0]][0], 1).bfloat16().cuda()
+    dys = [case.rows(case.shapes[m][1], 3 + m).bfloat16().cuda() for m in modules]
+    return x, frozen(case, modules), dys
+
+
+def run(case: Case, modules: Sequence[int]) -> Outcome:
+    x, weights, dys = inputs(case, modules)
+    table = case.table("cutlass", "cuda", torch.bfloat16)
+    plan = case.plan(table)
+    x.requires_grad_()
+    with poisoned_memory():
+        ys = lora_linears(x, weights, plan, modules)
+        torch.autograd.backward(ys, dys)
+    assert x.grad is not None
+    return Outcome([y.detach() for y in ys], x.grad, gradients(case, modules))
+
+
+def gradients(case: Case, modules: Sequence[int]) -> dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        (slot, module): (tensors[2].clone(), tensors[3].clone())
+        for slot, weights in case.tensors.items()
+        for module, tensors in weights.items()
+        if module in modules
+    }
+
+
+def assert_matches(case: Case, modules: Sequence[int]) -> None:
+    found = run(case, modules)
+    x, weights, dys = inputs(case, modules)
+    expected = float64_oracle(case, x, weights, dys, modules, "cuda", torch.bfloat16)
+    for y, wanted in zip(found.ys, expected.ys, strict=True):
+        assert relative_error(y, wanted) < BF16_BOUND
+    assert relative_error(found.dx, expected.dx) < BF16_BOUND * len(modules)
+    for key, wanted_pair in expected.grads.items():
+        for grad, wanted in zip(found.grads[key], wanted_pair, strict=True):
+            assert relative_error(grad, wanted) < BF16_BOUND, key
+
+
+def ragged(count: int, tokens: int, seed: int) -> list[int]:
+    draws = torch.Generator().manual_seed(seed)
+    cuts = torch.randint(0, tokens + 1, (count - 1,), generator=draws).sort().values.tolist()
+    return [0, *cuts, tokens]
+
+
+def mixed_case(
+    shapes: Sequence[tuple[int, int]], count: int, tokens: int, ranks: Sequence[int], dropout: float, seed: int = 0
+) -> Case:
+    """Return `count` adapters of cycling ranks, every third without the last module, every other with dropout."""
+    modules = tuple(range(len(shapes)))
+    adapters = {
+        slot: (
+            ranks[slot % len(ranks)],
+            dropout if slot % 2 == 0 else 0.0,
+            modules[:-1] if len(modules) > 1 and slot % 3 == 2 else modules,
+        )
+        for slot in range(count)
+    }
+    return Case(shapes, adapters, list(range(count)), ragged(count, tokens, seed), seed)
+
+
+SHAPE_CLASSES = {
+    "tiny ragged": ([(576, 1536)], 5, 777, (8, 3, 128, 16)),
+    "one token": ([(1536, 4096)], 1, 1, (64,)),
+    "one adapter": ([(1024, 1024)], 1, 8192, (16,)),
+    "many adapters": ([(4096, 1024)], 64, 8192, (8, 16, 64, 128)),
+    "256 groups": ([(576, 576)], 256, 4000, (8, 16)),
+    "wide": ([(1024, 14336)], 8, 2000, (16, 40, 64)),
+    "deep": ([(14336, 4096)], 4, 1000, (128, 8)),
+    "odd sizes": ([(200, 72)], 3, 300, (1, 7, 200)),
+    "largest rank": ([(512, 512)], 2, 500, (256, 100)),
+    "shared input": ([(4096, 4096), (4096, 1024), (4096, 1024)], 4, 1500, (16, 64)),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", SHAPE_CLASSES)
+def test_matches_float64(name: str, dropout: float) -> None:
+    shapes, count, tokens, ranks = SHAPE_CLASSES[name]
+    assert_matches(mixed_case(shapes, count, tokens, ranks, dropout), list(range(len(shapes))))
+
+
+def test_empty_groups_and_tokens_of_no_adapter() -> None:
+    case = Case(
+        [(576, 1536)],
+        {0: (16, 0.0, (0,)), 1: (8, 0.5, (0,)), 2: (64, 0.0, (0,)), 3: (24, 0.0, (0,))},
+        [1, -1, 0, 3, 2],
+        [0, 0, 130, 300, 300, 513],
+    )
+    assert_matches(case, [0])
+
+
+def test_runs_are_bitwise_equal() -> None:
+    case = mixed_case([(1024, 2048)], 9, 3000, (8, 64, 100), 0.2)
+    first, second = run(case, [0]), run(case, [0])
+    assert torch.equal(first.ys[0], second.ys[0])
+    assert torch.equal(first.dx, second.dx)
+    for key, pair in first.grads.items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, second.grads[key], strict=True))
+
+
+def test_rows_are_the_same_alone_and_among_others() -> None:
+    case = mixed_case([(1024, 2048)], 5, 1000, (8, 64), 0.0)
+    together = run(case, [0])
+    x, weights, dys = inputs(case, [0])
+    table = case.table("cutlass", "cuda", torch.bfloat16)
+    start, stop = case.offsets[2], case.offsets[3]
+    alone = TickPlan(table, [2], [0, stop - start])
+    x = x[start:stop].clone().requires_grad_()
+    y = lora_linear(x, weights[0], None, alone, 0)
+    y.backward(dys[0][start:stop])
+    assert x.grad is not None
+    assert torch.equal(y, together.ys[0][start:stop])
+    assert torch.equal(x.grad, together.dx[start:stop])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_neighbour_of_nan_leaks_nothing(dropout: float) -> None:
+    case = mixed_case([(1024, 2048)], 5, 1000, (8, 64, 16), dropout)
+    clean = run(case, [0])
+    x, weights, dys = inputs(case, [0])
+    table = case.table("cutlass", "cuda", torch.bfloat16)
+    case.tensors[2][0][0].fill_(float("nan"))
+    case.tensors[2][0][1].fill_(float("inf"))
+    table.refresh([2])
+    plan = case.plan(table)
+    rows = slice(case.offsets[2], case.offsets[3])
+    others = torch.ones(1000, dtype=torch.bool)
+    others[rows] = False
+    for poison_inputs in (False, True):
+        if poison_inputs:
+            x.detach()[rows] = float("nan")
+            dys[0][rows] = float("inf")
+        leaf = x.clone().requires_grad_()
+        y = lora_linear(leaf, weights[0], None, plan, 0)
+        y.backward(dys[0])
+        assert leaf.grad is not None
+        assert y[rows].isnan().all()
+        assert torch.equal(y[others], clean.ys[0][others])
+        assert torch.equal(leaf.grad[others], clean.dx[others])
+    table.set_slot(2, rank=16, scale=1.0, weights={0: tuple(torch.zeros_like(t) for t in case.tensors[2][0])})
+    assert table.pools.slot_is_bad.sum() == 0  # type: ignore[attr-defined]
+
+
+def test_gradients_of_others_are_not_touched_by_nan() -> None:
+    case = mixed_case([(1024, 512)], 4, 700, (8, 64), 0.0)
+    clean = run(case, [0])
+    x, weights, dys = inputs(case, [0])
+    table = case.table("cutlass", "cuda", torch.bfloat16)
+    rows = slice(case.offsets[1], case.offsets[2])
+    x[rows], dys[0][rows] = float("nan"), float("nan")
+    lora_linear(x, weights[0], None, case.plan(table), 0).backward(dys[0])
+    found = gradients(case, [0])
+    for slot in (0, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(found[slot, 0], clean.grads[slot, 0], strict=True))
+
+
+def test_bias() -> None:
+    case = mixed_case([(576, 1536)], 2, 300, (8, 16), 0.0)
+    x, weights, _ = inputs(case, [0])
+    plan = case.plan(case.table("cutlass", "cuda", torch.bfloat16))
+    bias = torch.randn(1536, device="cuda").bfloat16()
+    without = lora_linear(x, weights[0], None, plan, 0)
+    with_bias = lora_linear(x, weights[0], bias, plan, 0)
+    assert relative_error(with_bias, without.double() + bias.double()) < BF16_BOUND
+
+
+def test_a_captured_graph_replays() -> None:
+    case = mixed_case([(1024, 2048)], 6, 1500, (8, 64), 0.1)
+    expected = run(case, [0])
+    x, weights, dys = inputs(case, [0])
+    table = case.table("cutlass", "cuda", torch.bfloat16)
+    plan = case.plan(table)
+    x.requires_grad_()
+    start = [(tensors[0][2].clone(), tensors[0][3].clone()) for tensors in case.tensors.values()]
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        y = lora_linear(x, weights[0], None, plan, 0)
+        (dx,) = torch.autograd.grad(y, x, dys[0])
+        return y, dx
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, dx = step()
+    for tensors, saved in zip(case.tensors.values(), start, strict=True):
+        tensors[0][2].copy_(saved[0])
+        tensors[0][3].copy_(saved[1])
+    y.fill_(float("nan"))
+    dx.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected.ys[0])
+    assert torch.equal(dx, expected.dx)
+    for key, pair in gradients(case, [0]).items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, expected.grads[key], strict=True))
+
+
+def test_compiles_to_one_graph() -> None:
+    case = mixed_case([(576, 1536)], 3, 500, (8, 16), 0.0)
+    x, weights, _ = inputs(case, [0])
+    table = case.table("cutlass", "cuda", torch.bfloat16)
+
+    def layer(x: torch.Tensor, plan: TickPlan) -> torch.Tensor:
+        return lora_linear(x.sin(), weights[0], None, plan, 0).float().square().sum()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (500, 437):
+        plan = TickPlan(table, [0, 1, 2], [0, 100, 300, tokens])
+        leaf, eager = x[:tokens].clone().requires_grad_(), x[:tokens].clone().requires_grad_()
+        compiled(leaf, plan).backward()
+        layer(eager, plan).backward()
+        assert leaf.grad is not None
+        assert eager.grad is not None
+        assert torch.equal(leaf.grad, eager.grad)
+
+
+def test_adamw_equals_the_reference() -> None:
+    draws = torch.Generator().manual_seed(0)
+    made: dict[str, list[AdapterStep]] = {"cuda": [], "cpu": []}
+    for i, size in enumerate((1, 17, 70_001, 16_384)):
+        buffers = [torch.randn(size, generator=draws) for _ in range(4)]
+        buffers[3] = buffers[3].square() * 0.01 + 1e-3
+        if i == 3:
+            buffers[1][77] = float("inf")
+        for device, steps in made.items():
+            moved = [buffer.clone().to(device) for buffer in buffers]
+            steps.append(
+                AdapterStep(
+                    *moved,
+                    step=1 + 5 * i,
+                    lr=1e-3,
+                    lr_b=4e-3,
+                    b_start=size // 3,
+                    weight_decay=0.1,
+                    max_grad_norm=0.5 if i else 0.0,
+                    grad_scale=0.5,
+                )
+            )
+    reports = {device: adamw_step(steps, zero_grad=True) for device, steps in made.items()}
+    assert reports["cuda"].finite.tolist() == [True, True, True, False]
+    torch.testing.assert_close(reports["cuda"].grad_norm[:3].cpu(), reports["cpu"].grad_norm[:3], rtol=1e-5, atol=0.0)
+    for mine, wanted in zip(made["cuda"], made["cpu"], strict=True):
+        for name in ("param", "exp_avg", "exp_avg_sq", "grad"):
+            torch.testing.assert_close(getattr(mine, name).cpu(), getattr(wanted, name), rtol=2e-6, atol=2e-7)
