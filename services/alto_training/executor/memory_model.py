@@ -30,10 +30,10 @@ from alto_common.tuning import TrialConfig
 # fp32 weight, gradient, two moments of AdamW, and the copy of the best weights.
 ADAPTER_BYTES_PER_PARAMETER = 20.0
 # Activations kept for the backward pass, as a multiple of the inputs and outputs of all linear layers: 1.2 measured for
-# an 8B Llama in bf16 on an H100, more for smaller models.
-ACTIVATION_FACTOR = 1.5
-# What torch, its libraries and the chunk of logits take beside the weights.
-RUNTIME_BYTES = 6e8
+# an 8B Llama in bf16 on an H100, 1.33 for SmolLM2-135M in fp32 on a CPU.
+ACTIVATION_FACTOR = 1.3
+# What torch, its libraries and the chunk of logits take beside the weights (measured with SmolLM2 on a CPU).
+RUNTIME_BYTES = 4.3e8
 # To move a coefficient by its whole prior value costs as much as a relative error of this size in one measurement.
 PRIOR_PULL = 1e-3
 
@@ -64,7 +64,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one tick took. `is_evaluation`: a pass without gradients."""
+    """What one tick took; `is_evaluation` for a pass without gradients.
+
+    To be taken with a copy of each adapter's weights in place, since a run keeps its best.
+    """
 
     load: Load
     peak_bytes: float
@@ -166,7 +169,7 @@ def prior(facts: ModelFacts, bytes_per_value: int, flops_per_s: float) -> CostMo
         bytes_per_token=activations,
         bytes_per_token_rank=2.0 * bytes_per_value * len(facts.linear_modules),
         bytes_per_parameter=ADAPTER_BYTES_PER_PARAMETER,
-        bytes_per_evaluation_token=activations / max(1, facts.layers),
+        bytes_per_evaluation_token=2.0 * activations / max(1, facts.layers),
         base_seconds=1e-3,
         seconds_per_token=4.0 * facts.parameters / flops_per_s,
         seconds_per_rank=1e-5,
@@ -176,7 +179,8 @@ def prior(facts: ModelFacts, bytes_per_value: int, flops_per_s: float) -> CostMo
 def calibration_loads(facts: ModelFacts, most_tokens: int, configs: Sequence[TrialConfig]) -> list[Load]:
     """Return the training ticks that a profile should measure: each coefficient is seen at two sizes at least.
 
-    Half and all of the tokens, with the smallest configuration alone, and with all configurations (evenly).
+    A quarter, half and all of the tokens, with the smallest configuration alone and with all of them in equal parts.
+    Between two ticks, freed memory must go back to the system (glibc: malloc_trim) and the peak be reset.
     """
     smallest = min(configs, key=lambda config: adapter_parameters(facts, config))
     loads = []

@@ -48,6 +48,23 @@ def test_a_slope_at_the_threshold_counts_and_one_below_resets_the_count() -> Non
     assert drive(KEEP_ALL, {"a": curve(interrupted)}).stopped == {}
 
 
+@pytest.mark.parametrize("policy", ["paper", "alto", "hyperband"])
+def test_counts_survive_a_reload_before_every_evaluation(policy: str) -> None:
+    settings = EarlyExit(policy, keep_fraction=1.0, patience=3, window=3)
+    rising = curve([2.0 + 0.1 * index for index in range(10)])
+    gaping = curve([2.0 + 0.1 * index for index in range(10)], train=[2.0 - 0.1 * index for index in range(10)])
+    run = drive(settings, {"rising": rising, "gaping": gaping}, reload=True)
+    assert run.stopped == {"rising": "divergence", "gaping": "overfitting"}
+
+
+@pytest.mark.parametrize("policy", ["paper", "alto", "hyperband", "asha", "median"])
+def test_nothing_is_stopped_at_its_last_step(policy: str) -> None:
+    worst = curve([1.0, 1.0, 2.0, 3.0])
+    others = {name: curve([0.5] * 4) for name in names(4)}
+    late = EarlyExit(policy, warmup_fraction=0.99)
+    assert "late" in drive(late, {**others, "late": worst}).completed
+
+
 def test_overfitting_needs_the_gap_for_patience_evaluations_running() -> None:
     train = [1.0] * 6
     assert drive(KEEP_ALL, {"a": curve([1.0, 1.2, 1.05, 1.2, 1.2, 1.0], train)}).stopped == {"a": "overfitting"}
