@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,7 @@ def train_tick(backbone: Backbone, shares: Sequence[Share]) -> list[float]:
     Raises `TickTooLargeError` when memory runs out.
     """
     tick = build_tick(shares, training=True, device=backbone.device)
-    try:
+    with _out_of_memory_told(backbone):
         loss_I = _item_losses(backbone, tick)
         loss_G = torch.zeros(len(shares), dtype=loss_I.dtype, device=loss_I.device)
         loss_G = loss_G.index_add(0, tick.share_of_item_I, loss_I * tick.weight_I)
@@ -31,21 +32,20 @@ def train_tick(backbone: Backbone, shares: Sequence[Share]) -> list[float]:
         loss_G.backward(torch.ones_like(loss_G))  # type: ignore[no-untyped-call]
         losses: list[float] = loss_G.tolist()
         return losses
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TickTooLargeError(str(error)) from error
-    finally:
-        backbone.end_tick()
 
 
 @torch.no_grad()
 def item_losses(backbone: Backbone, shares: Sequence[Share], tokens_per_tick: int) -> list[list[float]]:
-    """Return the loss of each item of each share, without gradients, in ticks of at most `tokens_per_tick` tokens."""
+    """Return the loss of each item of each share, without gradients, in ticks of at most `tokens_per_tick` tokens.
+
+    Raises `TickTooLargeError` when memory runs out.
+    """
     losses: list[list[float]] = [[] for _ in shares]
     for piece in _pieces(shares, tokens_per_tick):
         tick = build_tick([share for _, share in piece], training=False, device=backbone.device)
-        for owner, loss in zip(tick.share_of_item_I.tolist(), _item_losses(backbone, tick).tolist(), strict=True):
+        with _out_of_memory_told(backbone):
+            loss_I = _item_losses(backbone, tick)
+        for owner, loss in zip(tick.share_of_item_I.tolist(), loss_I.tolist(), strict=True):
             losses[piece[owner][0]].append(loss)
     return losses
 
@@ -69,6 +69,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+@contextmanager
+def _out_of_memory_told(backbone: Backbone) -> Iterator[None]:
+    """Tell memory that ran out from other errors, and leave the backbone ready for another tick."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise TickTooLargeError(str(error)) from error
+    finally:
+        backbone.end_tick()
 
 
 def _sequence_sums(backbone: Backbone, tick: Tick) -> torch.Tensor:

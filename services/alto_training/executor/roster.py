@@ -1,0 +1,182 @@
+"""Where each trial of all tasks is: in a slot, waiting, parked or ended; and how verdicts and commands move it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from alto_training.early_exit import Decision
+from alto_training.executor.control import Cancel, Command, ReviveTrial, StopTrial
+from alto_training.executor.errors import ExecutorError
+from alto_training.executor.events import Event, TrialDecided, TrialStarted, TrialState, Verdict
+from alto_training.executor.slots import Slots
+from alto_training.executor.task_run import TaskRun
+from alto_training.executor.trial_run import TrialRun
+
+
+class Roster:
+    """Moves trials between slots, queue and car park, and tells of it. Adapters outside of slots lie on the host.
+
+    `revivable_trials` is how many stopped trials of a task keep their state.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[TaskRun],
+        slots: int,
+        device: torch.device,
+        emit: Callable[[Event], None],
+        revivable_trials: int,
+    ) -> None:
+        self.tasks = tuple(tasks)
+        self.slots: Slots[TrialRun] = Slots(slots)
+        self.cancelled = False
+        self._device = device
+        self._emit = emit
+        self._revivable_trials = revivable_trials
+        self._task_of: dict[TrialRun, TaskRun] = {}
+
+    def __iter__(self) -> Iterator[TrialRun]:
+        """Iterate over the trials in slots, in slot order."""
+        return iter(self.slots)
+
+    def task_of(self, run: TrialRun) -> TaskRun:
+        """Return the task that a trial belongs to."""
+        return self._task_of[run]
+
+    def admit_all(self) -> None:
+        """Make every trial ready and let it wait for a slot; one that cannot be trained fails, and no other."""
+        for task in self.tasks:
+            for trial in task.job.trials:
+                try:
+                    run = task.prepare(trial)
+                except ExecutorError as error:
+                    task.refuse(trial, str(error))
+                    self.apply(task, task.policy.trial_ended(trial.trial_id))
+                else:
+                    self._task_of[run] = task
+                    self.slots.enqueue(run)
+
+    def apply(self, task: TaskRun, decisions: Sequence[Decision]) -> None:
+        """Act on a policy's decisions."""
+        for decision in decisions:
+            run = task.runs.get(decision.trial_id)
+            if run is None or decision.trial_id in task.finished or decision.trial_id in task.unjudged:
+                continue
+            verdict = Verdict(decision.verdict.value)
+            self.decided(
+                task, run, verdict, decision.rule, decision.reason, dict(decision.evidence), decision.threshold
+            )
+            if verdict is Verdict.STOP:
+                self.end(run, TrialState.STOPPED, decision.reason)
+            elif verdict is Verdict.PAUSE:
+                self.slots.leave(run)
+                run.adapter.move(torch.device("cpu"))
+                task.parked.add(run.trial_id)
+            elif run.trial_id in task.parked:
+                task.parked.discard(run.trial_id)
+                self.slots.enqueue(run)
+
+    def decided(
+        self,
+        task: TaskRun,
+        run: TrialRun,
+        verdict: Verdict,
+        rule: str,
+        reason: str,
+        evidence: dict[str, float] | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        """Tell of a verdict."""
+        self._emit(TrialDecided(task.task_id, run.trial_id, run.step, verdict, rule, reason, evidence or {}, threshold))
+
+    def end(self, run: TrialRun, state: TrialState, reason: str) -> None:
+        """End a trial: its slot is free, its best adapter is written, and the policy may release others."""
+        task = self._task_of[run]
+        self.slots.leave(run)
+        run.adapter.move(torch.device("cpu"))
+        task.finish(run, state, reason)
+        self.apply(task, task.policy.trial_ended(run.trial_id))
+        task.forget_oldest(self._revivable_trials)
+
+    def fill_slots(self) -> None:
+        """Give free slots to waiting trials."""
+        if not self.slots.waiting and not any(True for _ in self.slots):
+            self._release_parked()
+        for slot, run in self.slots.fill():
+            run.adapter.move(self._device)
+            task = self._task_of[run]
+            self._emit(TrialStarted(task.task_id, run.trial_id, slot, run.step, run.total_steps, run.adapter.size))
+
+    def _release_parked(self) -> None:
+        """Carry on with parked trials that no one is left to release: a policy must not be able to hang a task."""
+        for task in self.tasks:
+            for trial_id in sorted(task.parked):
+                self.slots.enqueue(task.runs[trial_id])
+            task.parked.clear()
+
+    def obey(self, command: Command) -> None:
+        """Carry out a command about trials."""
+        if isinstance(command, Cancel):
+            self._cancel(command.reason)
+        elif isinstance(command, StopTrial):
+            for task, run in self._named(command.task_id, command.trial_id):
+                if run.trial_id not in task.finished:
+                    self.decided(task, run, Verdict.STOP, "user", command.reason)
+                    self.end(run, TrialState.CANCELLED, command.reason)
+        elif isinstance(command, ReviveTrial):
+            for task, run in self._named(command.task_id, command.trial_id):
+                self._revive(task, run)
+
+    def _named(self, task_id: str | None, trial_id: str) -> list[tuple[TaskRun, TrialRun]]:
+        return [
+            (task, task.runs[trial_id])
+            for task in self.tasks
+            if trial_id in task.runs and task_id in (None, task.task_id)
+        ]
+
+    def _cancel(self, reason: str) -> None:
+        self.cancelled = True
+        for run, task in list(self._task_of.items()):
+            if run.trial_id in task.runs and run.trial_id not in task.finished:
+                self.end(run, TrialState.CANCELLED, reason)
+
+    def _revive(self, task: TaskRun, run: TrialRun) -> None:
+        ended = task.finished.get(run.trial_id)
+        if run.trial_id not in task.parked and (ended is None or ended.state is not TrialState.STOPPED):
+            return
+        task.finished.pop(run.trial_id, None)
+        task.parked.discard(run.trial_id)
+        task.unjudged.add(run.trial_id)
+        self.decided(task, run, Verdict.REVIVE, "user", "revived by its user; no policy judges it any more")
+        self.slots.enqueue(run, first=True)
+
+    def state(self) -> dict[str, Any]:
+        """Return who is where, as JSON; the tasks' own states are apart."""
+        return {
+            "slots": [None if run is None else self._name(run) for run in self.slots.places],
+            "waiting": [self._name(run) for run in self.slots.waiting],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put the trials of tasks that have taken up their states where they were."""
+        for task in self.tasks:
+            self._task_of |= dict.fromkeys(task.runs.values(), task)
+        self.slots = Slots(len(state["slots"]))
+        for slot, name in enumerate(state["slots"]):
+            if name is not None:
+                run = self._by_name(name)
+                run.adapter.move(self._device)
+                self.slots.places[slot] = run
+        for name in state["waiting"]:
+            self.slots.enqueue(self._by_name(name))
+
+    def _name(self, run: TrialRun) -> tuple[int, str]:
+        return self.tasks.index(self._task_of[run]), run.trial_id
+
+    def _by_name(self, name: Sequence[Any]) -> TrialRun:
+        number, trial_id = name
+        run: TrialRun = self.tasks[number].runs[trial_id]
+        return run
