@@ -131,7 +131,7 @@ class PlacementEngine:
     async def update(
         self, task_id: str, held: bool | None, priority: int | None, stop_trial_ids: Sequence[str]
     ) -> TaskRow:
-        """Hold, let go, change the priority, stop trials. Raises RESOURCE_NOT_FOUND, STATE_CONFLICT."""
+        """Hold, let go, change the priority, stop trials. Raises RESOURCE_NOT_FOUND."""
         return await self._commit(
             lambda draft, now: lifecycle.update(
                 draft, task_id, now, held=held, priority=priority, stop_trial_ids=stop_trial_ids

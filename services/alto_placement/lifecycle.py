@@ -93,12 +93,15 @@ def update(
     priority: int | None = None,
     stop_trial_ids: Sequence[str] = (),
 ) -> TaskRow:
-    """Hold a task back or let it go, change its priority, stop trials. Raises RESOURCE_NOT_FOUND, STATE_CONFLICT."""
+    """Hold a task back or let it go, change its priority, stop trials. Raises RESOURCE_NOT_FOUND.
+
+    A task that has ended stays as it is: an update may always come too late.
+    """
     task = draft.task(task_id)
     if task is None:
         raise not_found("task", task_id)
     if task.ended is not None:
-        raise DomainError(error_pb2.ERROR_REASON_STATE_CONFLICT, f"task {task_id} has ended: it cannot be changed")
+        return task
     task = replace(
         task,
         held=task.held if held is None else held,

@@ -28,7 +28,7 @@ class PlanView:
     ended: tuple[TaskRow, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class PlanWatch:
     """One watcher. A slow one skips plans, never a task's end: those wait here."""
 

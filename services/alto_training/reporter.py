@@ -77,7 +77,9 @@ class Reporter:
                     raise StaleEpochError from error
                 if reason == "RESOURCE_NOT_FOUND":
                     raise UnknownTaskError from error
-                log.warning("admission did not take a report; trying again", task_id=self._task_id, error=str(error))
+                log.warning(
+                    "admission did not take a report; trying again", task_id=self._task_id, error=in_words(error)
+                )
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
@@ -95,3 +97,8 @@ class Reporter:
             yield report_service_pb2.ReportEventsRequest(
                 task_id=self._task_id, epoch=self._epoch, sequence=record.sequence, event=record.event
             )
+
+
+def in_words(error: grpc.RpcError) -> str:
+    """Return a failed call's code and details on one line."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)

@@ -15,6 +15,7 @@ from alto_common.rpc.status import reason_in
 
 from alto_training.assignments import EndedNotice, EndKind, Held, Turn
 from alto_training.node import TrainingNode
+from alto_training.reporter import in_words
 
 MIN_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 2.0
@@ -65,10 +66,10 @@ class PlacementSession:
                 await self._talk()
             except grpc.RpcError as error:
                 if reason_in(error) == "STATE_CONFLICT":
-                    raise SupersededError(str(error)) from error
+                    raise SupersededError(in_words(error)) from error
                 if self.is_connected:
                     backoff_s = MIN_BACKOFF_S
-                log.warning("placement does not answer; trying again", error=str(error), wait_s=backoff_s)
+                log.warning("placement does not answer; trying again", error=in_words(error), wait_s=backoff_s)
             finally:
                 self.is_connected = False
             await asyncio.sleep(backoff_s)

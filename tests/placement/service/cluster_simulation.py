@@ -28,7 +28,6 @@ from alto_placement.state import (
     WorkSize,
 )
 from alto_training.assignments import Assignments, Ending, EndKind
-from alto_training.assignments import StopReason as NodeStop
 
 LEASE_S = 10.0
 RULES = Rules(lease_s=LEASE_S, max_failures=3, retry_delay_s=1.0)
@@ -397,8 +396,7 @@ class Cluster:
                 if node.node_id in self.state.nodes:
                     self.commit(lambda draft, at: lifecycle.cordon(draft, node.node_id, False))
             case "hold" | "let go":
-                if self.state.tasks[task_id].ended is None:
-                    self.commit(lambda draft, at: lifecycle.update(draft, task_id, at, held=action == "hold"))
+                self.commit(lambda draft, at: lifecycle.update(draft, task_id, at, held=action == "hold"))
             case "dequeue":
                 self.dequeued.add(task_id)
                 self.commit(lambda draft, at: lifecycle.dequeue(draft, task_id, at))

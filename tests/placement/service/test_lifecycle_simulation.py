@@ -1,4 +1,4 @@
-"""Leases, epochs and assignments under every kind of trouble; and that the simulation notices when a guard is missing."""
+"""Leases, epochs and assignments under every kind of trouble; and that the simulation notices a missing guard."""
 
 import random
 

@@ -1,0 +1,314 @@
+"""PlacementService over a real socket: what callers see, and the conversation with a node."""
+
+import asyncio
+
+import grpc
+import pytest
+from alto.v1 import placement_pb2, placement_service_pb2, placement_service_pb2_grpc, tuning_pb2
+from alto_common.rpc.authentication import Scope
+from alto_common.rpc.channel import bearer_metadata, service_channel
+from alto_common.rpc.status import reason_in
+from alto_placement.server import PlacementServer
+from alto_placement.servicer import SCOPES
+from alto_placement.settings import PlacementSettings
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+METADATA = bearer_metadata("secret")
+wire = placement_service_pb2
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return PlacementSettings(
+        listen="127.0.0.1:0",
+        database_url=f"sqlite+aiosqlite:///{tmp_path / 'placement.db'}",
+        service_token="secret",
+        lease_s=0.8,
+        heartbeat_s=0.2,
+        retry_delay_s=0.05,
+        refresh_s=0.2,
+    )
+
+
+@pytest.fixture
+async def placement(settings):
+    server = PlacementServer(settings)
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def stub(placement):
+    async with service_channel(f"127.0.0.1:{placement.server.port}") as channel:
+        yield placement_service_pb2_grpc.PlacementServiceStub(channel)
+
+
+def work(task_id="task"):
+    return placement_pb2.TuningWork(task_id=task_id, base_model="tiny", artifact_folder=f"tasks/{task_id}")
+
+
+async def enqueue(stub, task_id="task", gpus=1, **fields):
+    request = wire.EnqueueTaskRequest(
+        tenant="acme", work=work(task_id), resources=tuning_pb2.Resources(gpus=gpus), **fields
+    )
+    return (await stub.EnqueueTask(request, metadata=METADATA, timeout=10)).task
+
+
+class TestNode:
+    """A node that says what a test tells it to."""
+
+    __test__ = False
+
+    def __init__(self, stub, node_id="node-a", incarnation="start-1", gpus=1):
+        self.stub, self.node_id, self.incarnation, self.gpus = stub, node_id, incarnation, gpus
+        self.up = asyncio.Queue()
+        self.call = None
+
+    async def register(self):
+        node = placement_pb2.Node(node_id=self.node_id, gpu_kind="cpu", gpus=self.gpus)
+        request = wire.RegisterNodeRequest(node=node, incarnation=self.incarnation)
+        return await self.stub.RegisterNode(request, metadata=METADATA, timeout=10)
+
+    async def connect(self, *listed):
+        await self.register()
+        self.call = self.stub.NodeSession(self._requests(), metadata=METADATA)
+        self.heartbeat(*listed)
+        return self
+
+    async def _requests(self):
+        while True:
+            yield await self.up.get()
+
+    def heartbeat(self, *listed):
+        statuses = [
+            wire.AssignmentStatus(assignment_id=a.assignment_id, task_id=a.work.task_id, epoch=a.epoch) for a in listed
+        ]
+        self.up.put_nowait(
+            wire.NodeSessionRequest(
+                node_id=self.node_id,
+                incarnation=self.incarnation,
+                heartbeat=wire.NodeHeartbeat(assignments=statuses),
+            )
+        )
+
+    def ended(self, assignment, outcome, message=""):
+        cause = tuning_pb2.Failure(reason="EXECUTION_FAILED", message=message) if message else None
+        notice = wire.AssignmentEnded(
+            assignment_id=assignment.assignment_id, epoch=assignment.epoch, outcome=outcome, failure=cause
+        )
+        self.up.put_nowait(
+            wire.NodeSessionRequest(node_id=self.node_id, incarnation=self.incarnation, assignment_ended=notice)
+        )
+
+    async def hears(self, kind):
+        """The next message of a kind, passing over others."""
+        while True:
+            message = await asyncio.wait_for(self.call.read(), 10)
+            assert message is not grpc.aio.EOF
+            if message.WhichOneof("message") == kind:
+                return getattr(message, kind)
+
+
+async def plan_of(stub):
+    return (await stub.GetPlan(wire.GetPlanRequest(), metadata=METADATA, timeout=10)).plan
+
+
+async def watched(stub, condition):
+    """The first plan of a watch that meets a condition."""
+    async with asyncio.timeout(10):
+        async for response in stub.WatchPlan(wire.WatchPlanRequest(), metadata=METADATA):
+            if condition(response.plan):
+                return response.plan
+
+
+def state_of(plan, task_id="task"):
+    return next((task.state for task in plan.tasks if task.task_id == task_id), None)
+
+
+async def test_every_method_has_a_scope():
+    service = wire.DESCRIPTOR.services_by_name["PlacementService"]
+    assert set(SCOPES) == {f"/{service.full_name}/{method.name}" for method in service.methods}
+    assert set(SCOPES.values()) == {Scope.SERVICE}
+
+
+async def test_a_wrong_token_is_refused(stub):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetPlan(wire.GetPlanRequest(), metadata=bearer_metadata("guess"), timeout=10)
+    assert reason_in(caught.value) == "CREDENTIAL_INVALID"
+
+
+async def test_health_says_serving(placement):
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{placement.server.port}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for _ in range(100):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service="alto.v1.PlacementService"), timeout=5)
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+            await asyncio.sleep(0.05)
+        pytest.fail("never SERVING")
+
+
+async def test_the_same_task_again_changes_nothing(stub):
+    first = await enqueue(stub, priority=5)
+    again = await enqueue(stub, priority=9)
+    assert (first.task_id, first.state) == ("task", placement_pb2.PLACEMENT_STATE_WAITING)
+    assert len((await plan_of(stub)).tasks) == 1
+    assert again.state == placement_pb2.PLACEMENT_STATE_WAITING
+    assert again.queue.reason == "NO_NODE_READY"
+
+
+async def test_a_task_that_no_node_can_ever_hold_is_refused(stub):
+    await TestNode(stub, gpus=2).register()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await enqueue(stub, gpus=3)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason_in(caught.value) == "TASK_UNPLACEABLE"
+    with pytest.raises(grpc.aio.AioRpcError):
+        request = wire.EstimateTaskRequest(base_model="tiny", resources=tuning_pb2.Resources(gpus=3))
+        await stub.EstimateTask(request, metadata=METADATA, timeout=10)
+
+
+async def test_an_estimate_says_what_it_rests_on(stub):
+    size = wire.WorkSize(train_tokens=1_000_000, base_parameters=135_000_000, expected_share=0.5)
+    answer = await stub.EstimateTask(
+        wire.EstimateTaskRequest(base_model="tiny", size=size), metadata=METADATA, timeout=10
+    )
+    assert 0 < answer.duration.expected.ToSeconds() < answer.duration.upper.ToSeconds()
+    assert "measured" in answer.basis
+
+
+async def test_an_assignment_is_repeated_until_it_is_listed_and_over_when_told_so(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    first = await node.hears("assignment")
+    assert (first.epoch, list(first.gpu_indices), first.work) == (1, [0], work())
+    node.heartbeat()
+    assert await node.hears("assignment") == first
+    node.heartbeat(first)
+    await node.hears("lease_renewed")
+    assert state_of(await plan_of(stub)) == placement_pb2.PLACEMENT_STATE_ASSIGNED
+    node.ended(first, placement_pb2.ASSIGNMENT_OUTCOME_COMPLETED)
+    plan = await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_FINISHED)
+    assert plan.nodes[0].gpus_in_use == 0
+    assert state_of(await plan_of(stub)) is None
+    assert (await enqueue(stub)).state == placement_pb2.PLACEMENT_STATE_FINISHED
+
+
+async def test_a_silent_node_is_lost_and_told_so_when_it_comes_back(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    first = await node.hears("assignment")
+    lost = await watched(stub, lambda plan: plan.nodes[0].state == placement_pb2.NODE_STATE_LOST)
+    assert state_of(lost) == placement_pb2.PLACEMENT_STATE_WAITING
+    node.heartbeat(first)
+    stop = await node.hears("assignment_stop")
+    assert (stop.assignment_id, stop.reason) == (first.assignment_id, placement_pb2.STOP_REASON_SUPERSEDED)
+    node.heartbeat()
+    assert (await node.hears("assignment")).epoch == 2
+
+
+async def test_a_restarted_node_gets_its_task_again_under_a_higher_epoch(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    await node.hears("assignment")
+    restarted = await TestNode(stub, incarnation="start-2").connect()
+    assert (await restarted.hears("assignment")).epoch == 2
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await node.register()
+    assert reason_in(caught.value) == "STATE_CONFLICT"
+
+
+async def test_a_task_that_keeps_failing_is_given_up_with_the_reason(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    for epoch in (1, 2, 3):
+        assignment = await node.hears("assignment")
+        assert assignment.epoch == epoch
+        node.heartbeat(assignment)
+        node.ended(assignment, placement_pb2.ASSIGNMENT_OUTCOME_FAILED_RETRIABLE, f"crash {epoch}")
+        node.heartbeat()
+    plan = await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
+    task = plan.tasks[0]
+    assert (task.failure.message, task.attempts) == ("crash 3", 3)
+    # A watcher that connects later hears of it too.
+    await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
+
+
+async def test_pausing_stops_holds_and_lets_go(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    assignment = await node.hears("assignment")
+    node.heartbeat(assignment)
+    held = await stub.UpdateTask(wire.UpdateTaskRequest(task_id="task", held=True), metadata=METADATA, timeout=10)
+    assert held.task.state == placement_pb2.PLACEMENT_STATE_STOPPING
+    assert (await node.hears("assignment_stop")).reason == placement_pb2.STOP_REASON_PAUSED
+    node.ended(assignment, placement_pb2.ASSIGNMENT_OUTCOME_STOPPED)
+    node.heartbeat()
+    await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_HELD)
+    await stub.UpdateTask(wire.UpdateTaskRequest(task_id="task", held=False), metadata=METADATA, timeout=10)
+    assert (await node.hears("assignment")).epoch == 2
+
+
+async def test_trials_are_stopped_on_the_node_and_in_later_assignments(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    assignment = await node.hears("assignment")
+    node.heartbeat(assignment)
+    update = wire.UpdateTaskRequest(task_id="task", stop_trial_ids=["trial-1"])
+    await stub.UpdateTask(update, metadata=METADATA, timeout=10)
+    assert list((await node.hears("trials_stop")).trial_ids) == ["trial-1"]
+    restarted = await TestNode(stub, incarnation="start-2").connect()
+    assert list((await restarted.hears("assignment")).stopped_trial_ids) == ["trial-1"]
+
+
+async def test_a_drained_node_gives_back_what_it_has_and_takes_no_more(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    assignment = await node.hears("assignment")
+    node.heartbeat(assignment)
+    await stub.DrainNode(wire.DrainNodeRequest(node_id="node-a"), metadata=METADATA, timeout=10)
+    assert (await node.hears("assignment_stop")).reason == placement_pb2.STOP_REASON_DRAINED
+    node.ended(assignment, placement_pb2.ASSIGNMENT_OUTCOME_STOPPED)
+    node.heartbeat()
+    plan = await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_WAITING)
+    assert plan.nodes[0].state == placement_pb2.NODE_STATE_DRAINING
+    other = await TestNode(stub, "node-b").connect()
+    assert (await other.hears("assignment")).epoch == 2
+
+
+async def test_cancelling_reaches_the_node_and_a_waiting_task_ends_at_once(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    assignment = await node.hears("assignment")
+    node.heartbeat(assignment)
+    await enqueue(stub, "other")
+    for task_id in ("task", "other", "unknown"):
+        await stub.DequeueTask(wire.DequeueTaskRequest(task_id=task_id), metadata=METADATA, timeout=10)
+    assert (await node.hears("assignment_stop")).reason == placement_pb2.STOP_REASON_CANCELLED
+    plan = await plan_of(stub)
+    assert state_of(plan) == placement_pb2.PLACEMENT_STATE_STOPPING
+    assert state_of(plan, "other") is None
+
+
+async def test_a_restarted_placement_knows_everything_and_gives_nothing_away_twice(settings, stub, placement):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    assignment = await node.hears("assignment")
+    node.heartbeat(assignment)
+    await node.hears("lease_renewed")
+    await placement.stop()
+    again = PlacementServer(settings)
+    await again.start()
+    try:
+        async with service_channel(f"127.0.0.1:{again.server.port}") as channel:
+            stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
+            node = await TestNode(stub).connect(assignment)
+            await node.hears("lease_renewed")
+            plan = await plan_of(stub)
+            assert (plan.tasks[0].epoch, state_of(plan)) == (1, placement_pb2.PLACEMENT_STATE_ASSIGNED)
+            node.ended(assignment, placement_pb2.ASSIGNMENT_OUTCOME_COMPLETED)
+            await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_FINISHED)
+            node.call.cancel()
+    finally:
+        await again.stop()
