@@ -17,6 +17,10 @@ from alto_admission.placement_client import PlacementClient
 from alto_admission.store.outbox import Outbox
 from alto_admission.store.tasks import TaskStore
 
+GRACE_S = 15.0
+TICK_S = 5.0
+RECONNECT_S = 1.0
+
 log = structlog.get_logger("alto.admission.plan")
 
 
@@ -28,16 +32,13 @@ class PlanWatcher:
         placement: PlacementClient,
         tasks: TaskStore,
         outbox: Outbox,
-        grace_s: float = 15.0,
-        reconnect_s: float = 1.0,
-        tick_s: float = 5.0,
+        grace_s: float = GRACE_S,
     ) -> None:
         self._placement = placement
         self._tasks = tasks
         self._outbox = outbox
         self._grace_s = grace_s
-        self._reconnect_s = reconnect_s
-        self._tick_s = tick_s
+        self._tick_s = min(TICK_S, grace_s / 2)
         self._missing_since: dict[str, float] = {}
         self._plan: placement_pb2.Plan | None = None
         self._news = asyncio.Event()
@@ -60,7 +61,7 @@ class PlanWatcher:
                     log.warning("placement is away", error=f"{error.code().name}: {error.details()}")
             self._plan = None
             self._news.set()
-            await asyncio.sleep(self._reconnect_s)
+            await asyncio.sleep(RECONNECT_S)
 
     async def _apply(self) -> None:
         while True:

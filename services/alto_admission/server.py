@@ -81,7 +81,7 @@ class AdmissionServer:
         )
         self._placement = PlacementClient(settings.placement_address, settings.service_token)
         self._dispatcher = Dispatcher(outbox, self.tasks, tuning_tasks, self._placement, clock_us)
-        self._plan_watcher = PlanWatcher(self._placement, self.tasks, outbox)
+        self._plan_watcher = PlanWatcher(self._placement, self.tasks, outbox, settings.plan_grace_s)
         watches = Watches(
             self.tasks, self.hub, clock_us, WatchSettings(settings.heartbeat_s, max_lag=settings.max_watch_lag)
         )

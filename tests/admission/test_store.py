@@ -195,7 +195,10 @@ async def test_a_step_is_one_point_of_the_curve(tasks):
             story.reported(1, evaluated("t0", 2, 0.5))
             story.reported(1, evaluated("t0", 2, 0.5))
     points = await tasks.metrics("task-1", "t0", -1, 10)
-    assert [(point.step, point.train_loss, point.validation_loss) for point in points] == [(1, 2.0, None), (2, 1.0, 0.5)]
+    assert [(point.step, point.train_loss, point.validation_loss) for point in points] == [
+        (1, 2.0, None),
+        (2, 1.0, 0.5),
+    ]
     assert [point.step for point in await tasks.metrics("task-1", "t0", 1, 10)] == [2]
 
 

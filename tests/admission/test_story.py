@@ -12,7 +12,7 @@ from alto_common.errors import DomainError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ..reporting import (
+from .reporting import (
     adapter_ready,
     decided,
     evaluated,

@@ -1,0 +1,157 @@
+"""Uploading over real sockets: kept over a break, checked line by line, limited."""
+
+import asyncio
+import hashlib
+import json
+from contextlib import suppress
+
+import grpc
+import pytest
+from alto.v1 import admission_service_pb2 as messages
+from alto.v1 import dataset_pb2
+from alto_common.rpc.status import reason_in
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from .conftest import ROWS, upload_messages
+
+
+def header_of(content=ROWS, **fields):
+    values = {
+        "request_id": "upload-1",
+        "file_name": "rows.jsonl",
+        "size_bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    return values | fields
+
+
+async def send(client, header, content, offset=0):
+    messages_ = upload_messages(header, content, offset)
+    return (await client.stub.UploadDataset(messages_, metadata=client.metadata, timeout=20)).dataset
+
+
+async def failure(awaitable):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await awaitable
+    return caught.value
+
+
+def detail(error, kind):
+    found = kind()
+    assert any(one.Unpack(found) for one in rpc_status.from_call(error).details)
+    return found
+
+
+async def test_an_uploaded_file_becomes_a_dataset(admission, tmp_path):
+    client = await admission.client()
+    content = ROWS + ROWS[:100].splitlines(keepends=True)[0]
+    dataset = await client.upload(content, display_name="questions")
+    assert (dataset.display_name, dataset.format) == ("questions", dataset_pb2.DATASET_FORMAT_PROMPT_COMPLETION)
+    assert (dataset.row_count, dataset.duplicate_count, dataset.size_bytes) == (21, 1, len(content))
+    (kept,) = (tmp_path / "artifacts").rglob("rows.jsonl")
+    assert kept.read_bytes() == content
+    assert not list((tmp_path / "uploads").iterdir())
+    listed = await client.call("ListDatasets", messages.ListDatasetsRequest())
+    assert list(listed.datasets) == [dataset]
+
+
+async def test_an_upload_carries_on_after_a_break(admission):
+    client = await admission.client()
+    header = header_of()
+    call = client.stub.UploadDataset(metadata=client.metadata)
+    begun = list(upload_messages(header, ROWS))[:4]
+    for message in begun:
+        await call.write(message)
+    status = messages.GetDatasetUploadRequest(request_id="upload-1")
+    missing = messages.GetDatasetUploadRequest(request_id="upload-2")
+    assert reason_in(await failure(client.call("GetDatasetUpload", missing))) == "RESOURCE_NOT_FOUND"
+    committed = 0
+    while committed < 300:
+        await asyncio.sleep(0.02)
+        with suppress(grpc.aio.AioRpcError):
+            committed = (await client.call("GetDatasetUpload", status)).committed_bytes
+    call.cancel()
+    wrong = await failure(send(client, header, ROWS, committed + 1))
+    assert reason_in(wrong) == "OFFSET_MISMATCH"
+    assert detail(wrong, error_details_pb2.ErrorInfo).metadata["committed_bytes"] == str(committed)
+    dataset = await send(client, header, ROWS, committed)
+    assert dataset.row_count == 20
+    assert await send(client, header, ROWS) == dataset, "the same request_id returns its dataset"
+    kept = await client.call("GetDatasetUpload", status)
+    assert (kept.committed_bytes, kept.dataset) == (len(ROWS), dataset)
+
+
+async def test_a_request_id_with_another_header_is_refused(admission):
+    client = await admission.client()
+    await send(client, header_of(), ROWS)
+    error = await failure(send(client, header_of(display_name="other"), ROWS))
+    assert (error.code(), reason_in(error)) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
+
+
+async def test_wrong_bytes_are_refused_and_forgotten(admission):
+    client = await admission.client()
+    error = await failure(send(client, header_of(sha256="0" * 64), ROWS))
+    assert (error.code(), reason_in(error)) == (grpc.StatusCode.DATA_LOSS, "CONTENT_MISMATCH")
+    assert (await send(client, header_of(), ROWS)).row_count == 20
+
+
+@pytest.mark.parametrize("size", [len(ROWS) - 1, len(ROWS) + 1])
+async def test_more_or_fewer_bytes_than_announced(admission, size):
+    client = await admission.client()
+    error = await failure(send(client, header_of(size_bytes=size), ROWS))
+    assert reason_in(error) == "CONTENT_MISMATCH"
+
+
+async def test_a_malformed_line_is_named(admission):
+    client = await admission.client()
+    content = b'{"text": "a"}\n{"text": 1}\n{"text": "b"\n'
+    error = await failure(client.upload(content))
+    assert (error.code(), reason_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "DATASET_MALFORMED")
+    found = detail(error, error_details_pb2.BadRequest).field_violations
+    assert [one.field for one in found] == ["line[2].text", "line[3]"]
+    assert "give a string" in found[0].description
+
+
+@pytest.mark.parametrize(
+    ("limits", "field"), [({"max_dataset_bytes": 100}, "header.size_bytes"), ({"max_dataset_rows": 5}, "dataset")]
+)
+async def test_what_is_over_a_limit_is_refused(started, limits, field):
+    admission = await started(**limits)
+    client = await admission.client()
+    error = await failure(client.upload())
+    assert reason_in(error) == "DATASET_TOO_LARGE"
+    assert detail(error, error_details_pb2.BadRequest).field_violations[0].field == field
+
+
+async def test_what_is_no_upload_is_refused(admission):
+    client = await admission.client()
+    chunk = messages.UploadDatasetRequest(chunk=messages.DatasetChunk(data=b"a"))
+    for sent in ([], [chunk], [*upload_messages(header_of(), b""), *upload_messages(header_of(), b"")]):
+        error = await failure(client.stub.UploadDataset(iter(sent), metadata=client.metadata))
+        assert reason_in(error) == "INVALID_FIELD"
+    error = await failure(client.upload(file_name="rows.csv"))
+    assert reason_in(error) == "INVALID_FIELD"
+
+
+async def test_a_dataset_is_deleted_once_no_task_needs_it(admission, placement, tmp_path):
+    client = await admission.client()
+    task = await client.create()
+    request = messages.DeleteDatasetRequest(dataset_id=task.spec.dataset_id)
+    error = await failure(client.call("DeleteDataset", request))
+    assert (error.code(), reason_in(error)) == (grpc.StatusCode.FAILED_PRECONDITION, "DATASET_IN_USE")
+    await client.call("CancelTuningTask", messages.CancelTuningTaskRequest(task_id=task.task_id))
+    await client.call("DeleteDataset", request)
+    assert not list((tmp_path / "artifacts").rglob("rows.jsonl"))
+    assert reason_in(await failure(client.call("DeleteDataset", request))) == "RESOURCE_NOT_FOUND"
+
+
+async def test_other_formats_are_known(admission):
+    client = await admission.client()
+    for row, wanted in (
+        ({"text": "a"}, dataset_pb2.DATASET_FORMAT_TEXT),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, dataset_pb2.DATASET_FORMAT_MESSAGES),
+        ({"instruction": "a", "output": "b"}, dataset_pb2.DATASET_FORMAT_ALPACA),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, dataset_pb2.DATASET_FORMAT_PREFERENCE),
+    ):
+        assert (await client.upload(json.dumps(row).encode())).format == wanted
