@@ -241,9 +241,9 @@ def _hub_config(location: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(location, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # what transformers raises for a damaged configuration is not bounded by a contract
         raise UnusableModelError(
-            location,
+            _name_of(location),
             f"has no usable configuration ({_first_line(error)})",
             "give a causal language model whose architecture the installed transformers knows; code that comes with a "
             "checkpoint is never run",
@@ -259,18 +259,17 @@ def _gather(location: str) -> ModelFacts:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+    except Exception as error:
         raise UnusableModelError(
-            location,
+            _name_of(location),
             f"cannot be built ({_first_line(error)})",
             "give a causal language model that the installed transformers can build from its config.json",
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise UnusableModelError(
-            location, f"has no usable tokenizer ({_first_line(error)})", "put its tokenizer files beside config.json"
-        ) from error
+    except Exception as error:
+        cure = "put its tokenizer files beside config.json"
+        raise UnusableModelError(_name_of(location), f"has no usable tokenizer ({_first_line(error)})", cure) from error
     text = config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     width = (config.dtype or torch.float32).itemsize
@@ -289,6 +288,11 @@ def _gather(location: str) -> ModelFacts:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _name_of(location: str) -> str:
+    """Return how to call a model in a message: whoever asks need not learn where it lies."""
+    return Path(location).name if Path(location).is_absolute() else location
 
 
 def _first_line(error: Exception) -> str:

@@ -158,6 +158,19 @@ def test_a_model_that_needs_its_own_code_or_lacks_a_tokenizer_is_unusable(root: 
         inspect(str(root / "tiny-llama"), tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    ["", "[1]", '{"model_type": null}', {"num_attention_heads": 0}, {"vocab_size": -1}, {"num_hidden_layers": "three"}],
+)
+def test_a_damaged_configuration_is_unusable_whatever_transformers_raises(
+    root: Path, tmp_path: Path, damage: str | dict[str, object]
+) -> None:
+    file = root / "tiny-llama" / "config.json"
+    file.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(UnusableModelError, match=r"^base model 'tiny-llama' "):
+        inspect(str(root / "tiny-llama"), tmp_path / "cache")
+
+
 def test_selection_by_end_path_all_and_layers(facts: ModelFacts) -> None:
     assert len(select_modules(facts, ["q_proj"])) == 3
     assert select_modules(facts, ["self_attn.q_proj"], [1]) == ["model.layers.1.self_attn.q_proj"]

@@ -150,6 +150,9 @@ def test_preferences_share_their_prompt(tmp_path: Path) -> None:
     chosen, rejected = data.preference(0, 12)
     assert marked(tokenizer, rejected) == "<s>say: [no way]"
     assert marked(tokenizer, chosen) == "<s>say: [yes</s>]"
+    chosen, rejected = data.preference(0, 10)
+    assert marked(tokenizer, rejected) == "<s>ay: [no wa]", "the longer answer decides what the prompt loses"
+    assert marked(tokenizer, chosen) == "<s>ay: [yes</s>]"
     chosen, rejected = data.preference(0, 8)
     assert marked(tokenizer, rejected) == "<s>y: [no w]"
     assert marked(tokenizer, chosen) == "<s>y: [yes</s>]"

@@ -156,8 +156,9 @@ def test_more_trials_than_slots_rotate_through_warm_up() -> None:
 def test_median_stops_what_is_worse_than_the_median_of_the_others() -> None:
     curves = {name: curve([float(loss)] * 20) for name, loss in zip(names(5), [1, 2, 3, 4, 5], strict=True)}
     run = drive(EarlyExit("median"), curves)
-    assert set(run.stopped) >= {"trial-004", "trial-005"}
-    assert run.completed[:1] == ["trial-001"]
+    assert run.stopped == {"trial-004": "median", "trial-005": "median"}
+    tied = {name: curve([loss] * 20) for name, loss in zip(names(5), [1.0, 2.0, 2.0, 2.0, 2.0], strict=True)}
+    assert drive(EarlyExit("median"), tied).stopped == {}, "what equals the median stays"
     assert drive(EarlyExit("median"), dict(list(curves.items())[:3])).stopped == {}, "three have only two others"
 
 

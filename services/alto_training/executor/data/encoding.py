@@ -15,7 +15,7 @@ from alto_common.dataset_rows import (
     Row,
     TextRow,
 )
-from alto_common.tuning import LossScope, Objective, ObjectiveKind
+from alto_common.tuning import LossScope, Objective
 from alto_common.violations import Violation
 
 from alto_training.executor.data.chat import ChatTemplateError, render
@@ -34,8 +34,7 @@ class RowEncoder:
     def __init__(self, tokenizer: Tokenizer, objective: Objective) -> None:
         self._tokenizer = tokenizer
         self._encoder = SegmentEncoder(tokenizer)
-        # A preference is about answers to a given prompt: its prompt is never learnt.
-        self._learn_all = objective.loss_scope is LossScope.ALL and objective.kind is ObjectiveKind.SFT
+        self._learn_all = objective.loss_scope is LossScope.ALL
 
     @property
     def prefix_length(self) -> int:
@@ -71,6 +70,7 @@ class RowEncoder:
         if isinstance(row, PromptCompletionRow):
             return [[Segment(row.prompt, self._learn_all), Segment(row.completion, True)]]
         if isinstance(row, PreferenceRow):
+            # Whatever the scope of an SFT loss: a preference is about answers, its prompt is never learnt.
             prompt = Segment(row.prompt, False)
             return [[prompt, Segment(row.chosen, True)], [prompt, Segment(row.rejected, True)]]
         raise TypeError(f"rows of one dataset have one format, but here is a {type(row).__name__} among others")
