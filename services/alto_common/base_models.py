@@ -112,7 +112,7 @@ def resolve(
     """
     root = models_root or default_models_root()
     absolute = Path(name).is_absolute()
-    if absolute or (_NAME.fullmatch(name) and ".." not in name):
+    if absolute or _NAME.fullmatch(name):
         folder = Path(os.path.realpath(name if absolute else root / name))
         allowed = [Path(os.path.realpath(one)) for one in (root, *allowed_folders)]
         inside = any(folder.is_relative_to(one) and folder != one for one in allowed)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from alto_common.tuning import Schedule, ScheduleKind, TrialConfig
-from alto_common.violations import Violation
 
 
 class FieldTypeError(ValueError):
@@ -124,22 +123,3 @@ def with_field(config: TrialConfig, name: str, value: object) -> TrialConfig:
         _, inner = name.split(".")
         return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, **{inner: read}))  # type: ignore[arg-type]
     return dataclasses.replace(config, **{name: read})  # type: ignore[arg-type]
-
-
-def read_config(raw: object, base: TrialConfig, field_prefix: str) -> tuple[TrialConfig, list[Violation]]:
-    """Return `base` with the fields of `raw` (a mapping from names to loose values) set, and what is wrong with them.
-
-    Types alone are judged; `TrialConfig.violations` judges the numbers.
-    """
-    if not isinstance(raw, Mapping):
-        return base, [Violation(field_prefix.rstrip("."), raw, "give fields and their values")]
-    found = []
-    for name, value in raw.items():
-        if name not in CONFIG_FIELDS:
-            found.append(Violation(f"{field_prefix}{name}", value, "give one of " + ", ".join(CONFIG_FIELDS)))
-            continue
-        try:
-            base = with_field(base, name, value)
-        except FieldTypeError as error:
-            found.append(Violation(f"{field_prefix}{name}", value, str(error)))
-    return base, found

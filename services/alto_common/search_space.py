@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from alto_common.config_fields import CONFIG_FIELDS, WHOLE_NUMBER_FIELDS, FieldTypeError, read_config, with_field
+from alto_common.config_fields import CONFIG_FIELDS, WHOLE_NUMBER_FIELDS, FieldTypeError, with_field
 from alto_common.tuning import Trial, TrialConfig
 from alto_common.violations import Violation
 
@@ -226,89 +226,3 @@ def _value_violations(base: TrialConfig, name: str, where: str, value: object) -
         for violation in config.violations()
         if violation.field == name or violation.field.startswith(f"{name}.")
     ]
-
-
-def parse_search_space(raw: object, field_prefix: str = "search_space.") -> SearchSpace:
-    """Return the search space that a file (YAML, JSON) describes; raise `SearchSpaceError` when its shape is wrong.
-
-    Beside an optional `base` (fields of a configuration) it has exactly one of
-
-        grid:    {field: [value, ...], ...}
-        random:  {trials: 20, seed: 0, dimensions: {field: [value, ...] or {uniform: [low, high]} or
-                 {log_uniform: [low, high]}, ...}}
-        configs: [{field: value, ...}, ...], each on top of the base
-    """
-    found: list[Violation] = []
-    raw = _mapping(found, field_prefix.rstrip("."), raw, ("base", "grid", "random", "configs"))
-    kinds = [name for name in ("grid", "random", "configs") if name in raw]
-    if len(kinds) != 1 and not found:
-        found.append(Violation(field_prefix.rstrip("."), sorted(raw), "give exactly one of grid, random, configs"))
-    base, wrong = read_config(raw.get("base") or {}, TrialConfig(), field_prefix + "base.")
-    found += wrong
-    kind: Kind = ExplicitSearch(())
-    if kinds == ["grid"]:
-        kind = GridSearch(_dimensions(found, field_prefix + "grid", raw["grid"]))
-    elif kinds == ["random"]:
-        where = field_prefix + "random"
-        random_search = _mapping(found, where, raw["random"], ("trials", "seed", "dimensions"))
-        dimensions = _dimensions(found, where + ".dimensions", random_search.get("dimensions", {}))
-        trials, seed = (_count(found, f"{where}.{name}", random_search.get(name, 0)) for name in ("trials", "seed"))
-        kind = RandomSearch(dimensions, trials, seed)
-    elif kinds == ["configs"]:
-        where = field_prefix + "configs"
-        configs = []
-        for index, one in enumerate(_list(found, where, raw["configs"])):
-            config, wrong = read_config(one, base, f"{where}[{index}].")
-            configs.append(config)
-            found += wrong
-        kind = ExplicitSearch(tuple(configs))
-    if found:
-        raise SearchSpaceError(found)
-    return SearchSpace(kind, base)
-
-
-def _dimensions(found: list[Violation], where: str, raw: object) -> tuple[Dimension, ...]:
-    dimensions = []
-    for name, domain in _mapping(found, where, raw).items():
-        place = f"{where}.{name}"
-        if not isinstance(domain, Mapping):
-            dimensions.append(Dimension(name, Values(tuple(_list(found, place, domain)))))
-            continue
-        ranges = _mapping(found, place, domain, ("uniform", "log_uniform"))
-        for kind, bounds in ranges.items():
-            match bounds:
-                case [int() | float() as low, int() | float() as high]:
-                    made = Uniform(low, high) if kind == "uniform" else LogUniform(low, high)
-                    dimensions.append(Dimension(name, made))
-                case _:
-                    found.append(Violation(f"{place}.{kind}", bounds, "give two numbers: [low, high]"))
-        if not ranges:
-            found.append(Violation(place, dict(domain), "give uniform or log_uniform, or a list of values"))
-    return tuple(dimensions)
-
-
-def _mapping(
-    found: list[Violation], where: str, raw: object, allowed: tuple[str, ...] | None = None
-) -> dict[str, object]:
-    if not isinstance(raw, Mapping):
-        found.append(
-            Violation(where, raw, "give fields and their values" + (f": {', '.join(allowed)}" if allowed else ""))
-        )
-        return {}
-    unknown = [str(name) for name in raw if allowed is not None and name not in allowed]
-    found += [Violation(f"{where}.{name}", raw[name], f"give one of {', '.join(allowed or ())}") for name in unknown]
-    return {str(name): value for name, value in raw.items() if str(name) not in unknown}
-
-
-def _count(found: list[Violation], where: str, raw: object) -> int:
-    if isinstance(raw, int) and not isinstance(raw, bool) and raw >= 0:
-        return raw
-    found.append(Violation(where, raw, "give a whole number, not below 0"))
-    return 0
-
-
-def _list(found: list[Violation], where: str, raw: object) -> list[object]:
-    if isinstance(raw, list | tuple):
-        return list(raw)
-    found.append(Violation(where, raw, "give a list"))
-    return []

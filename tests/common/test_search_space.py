@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import pytest
-import yaml
 from alto_common.config_fields import CONFIG_FIELDS, FieldTypeError, with_field
 from alto_common.search_space import (
     Dimension,
@@ -17,7 +16,6 @@ from alto_common.search_space import (
     Uniform,
     Values,
     expand,
-    parse_search_space,
 )
 from alto_common.tuning import Schedule, ScheduleKind, TrialConfig
 from hypothesis import given
@@ -183,49 +181,6 @@ def test_the_number_of_trials_is_bounded_before_any_is_made() -> None:
     assert faults(grid(seed=(1, 2, 3)), max_trials=2)[0][0] == D
     assert faults(draws(3, max_steps=Uniform(1, 9)), max_trials=2)[0][0] == "search_space.random.trials"
     assert faults(SearchSpace(ExplicitSearch((TrialConfig(),) * 3)), max_trials=2)[0][1] == 3
-
-
-def test_a_file_describes_each_kind() -> None:
-    space = parse_search_space(
-        yaml.safe_load("{base: {epochs: 2, schedule: cosine}, grid: {learning_rate: [1e-4, 5e-4], lora_rank: [8]}}")
-    )
-    assert [one.config.learning_rate for one in expand(space)] == [1e-4, 5e-4]
-    assert space.base == TrialConfig(epochs=2, schedule=Schedule(ScheduleKind.COSINE))
-    text = (
-        "{random: {trials: 4, seed: 3, dimensions: {learning_rate: {log_uniform: [1.0e-5, 1.0e-3]}, lora_rank: [8]}}}"
-    )
-    expected = (Dimension("learning_rate", LogUniform(1e-5, 1e-3)), Dimension("lora_rank", Values((8,))))
-    assert parse_search_space(yaml.safe_load(text)).kind == RandomSearch(expected, 4, 3)
-    text = "{base: {batch_size: 2}, configs: [{lora_rank: 4}, {}]}"
-    assert [one.config for one in expand(parse_search_space(yaml.safe_load(text)))] == [
-        TrialConfig(batch_size=2, lora_rank=4),
-        TrialConfig(batch_size=2),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "field"),
-    [
-        ("[1]", "search_space"),
-        ("{}", "search_space"),
-        ("{grid: {lora_rank: [8]}, configs: []}", "search_space"),
-        ("{gird: {lora_rank: [8]}, grid: {seed: [1]}}", "search_space.gird"),
-        ("{base: {rank: 8}, grid: {seed: [1]}}", "search_space.base.rank"),
-        ("{base: 3, grid: {seed: [1]}}", "search_space.base"),
-        ("{grid: {lora_rank: 8}}", "search_space.grid.lora_rank"),
-        ("{grid: [1]}", "search_space.grid"),
-        ("{random: {trials: many, dimensions: {seed: [1]}}}", "search_space.random.trials"),
-        ("{random: {trials: 1, dimensions: {seed: {normal: [0, 1]}}}}", "search_space.random.dimensions.seed.normal"),
-        ("{random: {trials: 1, dimensions: {seed: {uniform: [0]}}}}", "search_space.random.dimensions.seed.uniform"),
-        ("{random: {trials: 1, dimensions: {seed: {}}}}", "search_space.random.dimensions.seed"),
-        ("{configs: [{lora_rank: wide}]}", "search_space.configs[0].lora_rank"),
-        ("{configs: {lora_rank: 8}}", "search_space.configs"),
-    ],
-)
-def test_a_file_of_the_wrong_shape_names_the_place(text: str, field: str) -> None:
-    with pytest.raises(SearchSpaceError) as caught:
-        parse_search_space(yaml.safe_load(text))
-    assert caught.value.violations[0].field == field
 
 
 def test_a_wrong_type_says_what_would_do() -> None:
