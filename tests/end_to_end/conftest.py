@@ -1,0 +1,156 @@
+"""The whole house as a user has it: `alto up` with its three processes, a tiny Llama on disk, and the SDK."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from alto_client import AltoClient
+
+PORTS = 4
+
+
+def free_port_base():
+    """Return a port with three free ones behind it."""
+    for base in range(20_000 + os.getpid() % 10_000, 60_000, PORTS):
+        try:
+            for port in range(base, base + PORTS):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return base
+    raise RuntimeError("no free ports")
+
+
+@pytest.fixture(scope="session")
+def models_root(tmp_path_factory):
+    """A models root with `tiny`: a random Llama of two layers and a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("models")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(["<s>", "</s>"])
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(root / "tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(alphabet) + 2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "tiny")
+    return root
+
+
+class House:
+    """`alto up` in a home folder of its own."""
+
+    def __init__(self, home: Path, models_root: Path) -> None:
+        self.home = home
+        self.environment = {
+            **os.environ,
+            "ALTO_HOME": str(home),
+            "ALTO_MODELS": str(models_root),
+            "OMP_NUM_THREADS": "1",
+        }
+        self.port_base = free_port_base()
+
+    def alto(self, *arguments, check=True):
+        """Run the `alto` command and return its standard output."""
+        command = [sys.executable, "-m", "alto_cli", *map(str, arguments)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=240)
+        if check and done.returncode != 0:
+            raise AssertionError(f"alto {arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def start(self):
+        self.alto("up", "--detach", "--port-base", self.port_base)
+
+    def stop(self):
+        self.alto("down")
+
+    def client(self):
+        credentials = json.loads((self.home / "client.json").read_text())
+        return AltoClient(credentials["address"], credentials["api_key"])
+
+    def process_of(self, service):
+        """Return the process id of a service that serves."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            services = json.loads(self.alto("status", "--json", check=False).stdout)["services"]
+            found = next(one for one in services if one["name"] == service)
+            if found["state"] == "serving" and found["pid"]:
+                return found["pid"]
+            time.sleep(0.2)
+        raise AssertionError(f"{service} does not serve")
+
+    def kill(self, service):
+        """Kill a service as the kernel would."""
+        os.kill(self.process_of(service), signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory, models_root):
+    """The services, running."""
+    opened = House(tmp_path_factory.mktemp("home"), models_root)
+    opened.start()
+    yield opened
+    opened.stop()
+
+
+@pytest.fixture
+def client(house):
+    with house.client() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """A small dataset that a byte model can learn: a word and its letters, spelled."""
+    folder = tmp_path_factory.mktemp("data")
+    words = [f"{a}{b}{c}" for a in "bcdfgh" for b in "aeiou" for c in "lmnr"]
+    rows = [{"prompt": f"Spell {word}: ", "completion": "-".join(word.upper())} for word in words]
+    for name, part in (("train", rows[24:]), ("validation", rows[:24])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+@pytest.fixture
+def task_file(data_folder, tmp_path):
+    """Write a task file: `task_file(search={...}, ...)` gives its path; what is named replaces the default."""
+    import yaml
+
+    def write(**changes):
+        content = {
+            "name": "spelling",
+            "base_model": "tiny",
+            "dataset": str(data_folder / "train.jsonl"),
+            "validation": str(data_folder / "validation.jsonl"),
+            "search": {
+                "base": {"batch_size": 4, "max_steps": 24, "max_length": 64},
+                "grid": {"learning_rate": [1.0e-4, 3.0e-3, 1.0e-2], "lora_rank": [4, 8]},
+            },
+            "early_exit": {"policy": "paper", "warmup_fraction": 0.25, "keep_fraction": 0.34},
+            "evaluation": {"count": 8},
+            "output": str(tmp_path / "adapter"),
+            **changes,
+        }
+        path = tmp_path / "task.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
