@@ -1,0 +1,112 @@
+"""Whatever is killed in the middle, the task ends once and with the same adapters as undisturbed."""
+
+import os
+import signal
+
+import pytest
+from alto.v1 import placement_pb2, placement_service_pb2, tuning_pb2
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """What the task comes to without any trouble; the first test finds out."""
+    return {}
+
+
+async def begin(house, wait_until, **settings):
+    """Start a task and wait until it is well under way, with a checkpoint on the disk."""
+    await house.start_node(**settings)
+    await house.enqueue(house.work(steps=STEPS))
+    await wait_until(lambda: house.admission.events("checkpoint_written"), what="a checkpoint")
+
+
+def result(house):
+    """What a task came to, which no trouble may change."""
+    validation = {key: curve for key, curve in house.admission.measurements().items() if key[1] == "validation"}
+    return house.admission.adapters(), validation
+
+
+def check(house, undisturbed):
+    admission = house.admission
+    assert admission.states()[-1] == tuning_pb2.TASK_STATE_SUCCEEDED
+    assert admission.states().count(tuning_pb2.TASK_STATE_SUCCEEDED) == 1
+    curves = admission.measurements()
+    for trial in ("trial-0", "trial-1"):
+        assert sorted(curves[trial, "train"]) == list(range(1, STEPS + 1))
+    assert result(house) == undisturbed.setdefault("result", result(house))
+
+
+async def test_nothing_happens(house, wait_until, undisturbed):
+    await begin(house, wait_until)
+    await wait_until(house.ended)
+    check(house, undisturbed)
+
+
+async def test_the_worker_is_killed(house, wait_until, undisturbed):
+    await begin(house, wait_until)
+    os.kill(house.worker_process(), signal.SIGKILL)
+    await wait_until(house.ended)
+    check(house, undisturbed)
+    assert house.admission.highest_epoch["task"] == 2
+
+
+async def test_the_node_is_killed(house, wait_until, undisturbed):
+    await begin(house, wait_until)
+    worker = house.worker_process()
+    await house.nodes["node-a"].kill()
+    await wait_until(lambda: not os.path.exists(f"/proc/{worker}"), what="the worker's end with its node")
+    await house.nodes["node-a"].start()
+    await wait_until(house.ended)
+    check(house, undisturbed)
+    assert house.admission.highest_epoch["task"] == 2
+
+
+async def test_placement_is_killed(house, wait_until, undisturbed):
+    await begin(house, wait_until)
+    worker = house.worker_process()
+    await house.placement.kill()
+    await house.placement.start()
+    plan = await house.plan()
+    assert [task.state for task in plan.tasks] in ([placement_pb2.PLACEMENT_STATE_ASSIGNED], [])
+    await wait_until(house.ended)
+    check(house, undisturbed)
+    assert house.admission.highest_epoch["task"] == 1
+    assert house.worker_process() in (worker, None)
+
+
+async def test_admission_is_away_for_a_while(house, wait_until, undisturbed):
+    await house.start_node()
+    house.admission.refuse = True
+    await house.enqueue(house.work(steps=STEPS))
+    journal = house.folder / "node-a" / "tasks" / "task" / "assignments" / "1" / "journal"
+    await wait_until(lambda: journal.exists() and journal.stat().st_size > 4000, what="something in the journal")
+    assert house.admission.reports == []
+    assert not await house.ended()
+    house.admission.refuse = False
+    await wait_until(house.ended)
+    check(house, undisturbed)
+
+
+async def test_a_drained_node_hands_over_to_another(house, wait_until, metadata):
+    await begin(house, wait_until)
+    await house.start_node("node-b")
+    await house.stub.DrainNode(placement_service_pb2.DrainNodeRequest(node_id="node-a"), metadata=metadata, timeout=20)
+    await wait_until(house.ended)
+    # node-b has no checkpoint of node-a's: it begins again and comes to the same.
+    started = [event.execution_started.node_id for event in house.admission.events("execution_started")]
+    assert started == ["node-a", "node-b"]
+    assert tuning_pb2.TASK_STATE_QUEUED in house.admission.states()
+    assert house.admission.states()[-1] == tuning_pb2.TASK_STATE_SUCCEEDED
+
+
+async def test_a_node_that_is_stopped_gives_its_task_back_with_a_checkpoint(house, wait_until, undisturbed):
+    await begin(house, wait_until)
+    await house.nodes["node-a"].kill(signal.SIGTERM)
+    assert house.nodes["node-a"].process.returncode == 0
+    assert house.admission.states()[-1] == tuning_pb2.TASK_STATE_QUEUED
+    await house.nodes["node-a"].start()
+    await wait_until(house.ended)
+    check(house, undisturbed)
+    assert house.admission.events("execution_started")[-1].execution_started.resumed
