@@ -51,3 +51,14 @@ def test_retry_and_quota_travel():
     (quota,) = unpacked(status, error_details_pb2.QuotaFailure)
     assert retry.retry_delay.ToMilliseconds() == 1500
     assert quota.violations[0].subject == "tenant:a"
+
+
+def test_a_status_stays_within_what_a_client_accepts():
+    long = "ü" * 5000
+    violations = [Violation(f"field[{number}]{long}", long, "cure") for number in range(500)]
+    error = invalid_fields(violations)
+    error.metadata["long"] = long
+    status = status_of(error)
+    assert status.ByteSize() * 4 / 3 + 3 * len(status.message.encode()) < 8192
+    (bad_request,) = unpacked(status, error_details_pb2.BadRequest)
+    assert bad_request.field_violations[0].description.endswith("cure")

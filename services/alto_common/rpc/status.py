@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc
 from alto.v1 import error_pb2
 from google.protobuf import any_pb2
@@ -9,8 +11,14 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from alto_common.errors import DomainError, Reason, reason_name
+from alto_common.violations import Violation
 
 DOMAIN = "alto.v1"
+
+# A client accepts 8 KiB of metadata for a call unless it says otherwise; a status beyond that reaches it as
+# RESOURCE_EXHAUSTED and hides what it tells. Texts may come from the request, so each is cut, and so is their number.
+MAX_TEXT_BYTES = 400
+MAX_VIOLATIONS_BYTES = 3500
 
 CODES: dict[Reason, grpc.StatusCode] = {
     error_pb2.ERROR_REASON_CREDENTIAL_INVALID: grpc.StatusCode.UNAUTHENTICATED,
@@ -48,21 +56,35 @@ def packed(message: Message) -> any_pb2.Any:
     return box
 
 
+def shortened(text: str) -> str:
+    """Return the text, its middle left out when it is long: both ends tell most."""
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= MAX_TEXT_BYTES:
+        return text
+    half = MAX_TEXT_BYTES // 2 - 3
+    return f"{raw[:half].decode('utf-8', 'ignore')} ... {raw[-half:].decode('utf-8', 'ignore')}"
+
+
+def bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+    """Return the detail that names the fields at fault: the first ones, as many as fit."""
+    message = error_details_pb2.BadRequest()
+    for found in violations:
+        message.field_violations.add(field=shortened(found.field), description=shortened(str(found)))
+        if message.ByteSize() > MAX_VIOLATIONS_BYTES:
+            del message.field_violations[-1]
+            break
+    return message
+
+
 def status_of(error: DomainError) -> status_pb2.Status:
     """Return the status of a domain error: exactly one ErrorInfo, and the details that fit."""
     code = CODES[error.reason]
+    metadata = {name: shortened(value) for name, value in error.metadata.items()}
     details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=reason_name(error.reason), domain=DOMAIN, metadata=error.metadata)
+        error_details_pb2.ErrorInfo(reason=reason_name(error.reason), domain=DOMAIN, metadata=metadata)
     ]
     if error.violations:
-        details.append(
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(field=found.field, description=str(found))
-                    for found in error.violations
-                ]
-            )
-        )
+        details.append(bad_request(error.violations))
     if error.quota is not None:
         subject, description = error.quota
         violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=description)
@@ -72,7 +94,9 @@ def status_of(error: DomainError) -> status_pb2.Status:
         retry.retry_delay.FromMilliseconds(int(error.retry_after_s * 1000))
         details.append(retry)
     return status_pb2.Status(
-        code=code_pb2.Code.Value(code.name), message=error.message, details=[packed(detail) for detail in details]
+        code=code_pb2.Code.Value(code.name),
+        message=shortened(error.message),
+        details=[packed(detail) for detail in details],
     )
 
 
