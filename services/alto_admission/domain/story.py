@@ -17,6 +17,7 @@ from alto.v1 import error_pb2, event_pb2, placement_service_pb2, tuning_pb2
 from alto_common.errors import reason_name
 
 from alto_admission.domain import trial_story
+from alto_admission.domain.moments import moment_us, span_us
 from alto_admission.domain.task import (
     TRIAL_CANCELLED,
     TRIAL_FAILED,
@@ -111,8 +112,8 @@ class Story:
         task = self.task
         if task.state != QUEUED:
             return
-        start_us = _time_us(status, "predicted_start_time")
-        end_us = _time_us(status, "predicted_end_time")
+        start_us = moment_us(status.predicted_start_time)
+        end_us = moment_us(status.predicted_end_time)
         if (
             (task.queue_reason, task.queue_explanation) == (status.reason, status.explanation)
             and _near(task.predicted_start_us, start_us)
@@ -139,7 +140,7 @@ class Story:
         """Apply one event that the node of `epoch` reported. An event that is no news leaves no trace."""
         if self.task.ended:
             return
-        time_us = event.time.ToMicroseconds() if event.HasField("time") else self._now_us
+        time_us = moment_us(event.time) or self._now_us
         if event.trial_id:
             trial = self.trials.get(event.trial_id)
             if trial is not None:
@@ -204,7 +205,7 @@ class Story:
             return
         self.task.fraction_done = fraction
         if progress.HasField("time_remaining"):
-            self.task.time_remaining_us = max(0, progress.time_remaining.ToMicroseconds())
+            self.task.time_remaining_us = span_us(progress.time_remaining)
         self._tell(time_us, task_progressed=progress)
 
     def _report(self, report: Report, failure: tuning_pb2.Failure | None = None) -> None:
@@ -285,10 +286,6 @@ def _rank(trial: Trial) -> float | None:
 
 def _execution_failed(message: str) -> tuning_pb2.Failure:
     return tuning_pb2.Failure(reason=reason_name(error_pb2.ERROR_REASON_EXECUTION_FAILED), message=message)
-
-
-def _time_us(status: tuning_pb2.QueueStatus, name: str) -> int | None:
-    return getattr(status, name).ToMicroseconds() if status.HasField(name) else None  # type: ignore[arg-type]
 
 
 def _near(one: int | None, other: int | None) -> bool:

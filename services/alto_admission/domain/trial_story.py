@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from alto.v1 import event_pb2, tuning_pb2
 
+from alto_admission.domain.moments import moment_us
+from alto_admission.domain.search import MAX_SAMPLES
 from alto_admission.domain.task import TRIAL_TERMINAL, Metric, Trial, finite
 
 
@@ -41,7 +43,7 @@ def state_event(trial: Trial) -> event_pb2.TaskEvent:
 
 def _state_changed(trial: Trial, epoch: int, changed: event_pb2.TrialStateChanged) -> event_pb2.TaskEvent | None:
     _advance(trial, changed.step, changed.total_steps, changed.samples_trained)
-    if changed.state == trial.state:
+    if changed.state in (trial.state, tuning_pb2.TRIAL_STATE_UNSPECIFIED):
         return None
     if epoch > trial.state_epoch and (
         changed.step < trial.state_step or (trial.ended and changed.state not in TRIAL_TERMINAL)
@@ -58,8 +60,7 @@ def _measured(
     trial: Trial, measured: event_pb2.TrialMeasured, time_us: int, metrics: list[Metric]
 ) -> event_pb2.TaskEvent | None:
     metric = measured.metric
-    if metric.HasField("time"):
-        time_us = metric.time.ToMicroseconds()
+    time_us = moment_us(metric.time) or time_us
     train_loss = finite(metric.train_loss) if metric.HasField("train_loss") else None
     smoothed = finite(metric.train_loss_smoothed) if metric.HasField("train_loss_smoothed") else None
     validation_loss = finite(metric.validation_loss) if metric.HasField("validation_loss") else None
@@ -106,4 +107,4 @@ def _adapter_ready(trial: Trial, ready: event_pb2.AdapterReady) -> event_pb2.Tas
 def _advance(trial: Trial, step: int, total_steps: int, samples_trained: int) -> None:
     trial.step = max(trial.step, step)
     trial.total_steps = total_steps or trial.total_steps
-    trial.samples_trained = max(trial.samples_trained, samples_trained)
+    trial.samples_trained = max(trial.samples_trained, min(samples_trained, MAX_SAMPLES))
