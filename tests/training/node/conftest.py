@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +16,12 @@ import grpc
 import pytest
 from alto.v1 import (
     error_pb2,
-    event_pb2,
     placement_pb2,
     placement_service_pb2,
     placement_service_pb2_grpc,
     report_service_pb2,
     report_service_pb2_grpc,
+    training_node_service_pb2_grpc,
     tuning_pb2,
 )
 from alto_common.errors import DomainError
@@ -29,7 +30,6 @@ from alto_common.rpc.channel import bearer_metadata, service_channel
 from alto_common.rpc.server import Server
 from alto_common.tuning import TrialConfig
 from alto_common.tuning_wire import trial_config_to_wire
-from google.protobuf.duration_pb2 import Duration  # noqa: F401  (its messages are read below)
 
 TOKEN = "token-of-the-tests"
 METADATA = bearer_metadata(TOKEN)
@@ -303,21 +303,16 @@ async def house(tmp_path, tiny_model, request):
 
 @pytest.fixture
 def node_stub(house):
-    """A function from a node's name to a stub of its TrainingNodeService."""
-    from alto.v1 import training_node_service_pb2_grpc
+    """Opens a stub of a node's TrainingNodeService."""
 
-    def make(node_id="node-a"):
-        channel = grpc.aio.insecure_channel(f"127.0.0.1:{house.node_ports[node_id]}")
-        return training_node_service_pb2_grpc.TrainingNodeServiceStub(channel)
+    @asynccontextmanager
+    async def open_stub(node_id="node-a"):
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{house.node_ports[node_id]}") as channel:
+            yield training_node_service_pb2_grpc.TrainingNodeServiceStub(channel)
 
-    return make
+    return open_stub
 
 
 @pytest.fixture
 def metadata():
     return METADATA
-
-
-@pytest.fixture
-def empty_event():
-    return event_pb2.TaskEvent

@@ -1,0 +1,86 @@
+"""Rows on a host: verified, cached by content, and split the same way everywhere."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from alto.v1 import placement_pb2
+from alto_common.artifacts import ArtifactStore
+from alto_common.dataset_rows import read_rows
+from alto_common.errors import DomainError
+from alto_training.datasets import fetch, split
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+
+def rows_of(path):
+    return [line for line in path.read_bytes().splitlines() if line]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ArtifactStore(str(tmp_path / "artifacts"))
+
+
+def stored(store, content):
+    file = store.write("datasets/rows", [content])
+    return placement_pb2.Artifact(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
+
+
+def test_a_dataset_is_fetched_once_and_again_when_its_copy_is_damaged(store, tmp_path):
+    artifact = stored(store, b'{"text": "a"}\n')
+    copy = fetch(store, artifact, tmp_path / "cache")
+    copy.write_bytes(b"damaged")
+    assert fetch(store, artifact, tmp_path / "cache").read_bytes() == b'{"text": "a"}\n'
+    store.delete(artifact.path)
+    assert fetch(store, artifact, tmp_path / "cache") == copy
+
+
+def test_content_that_is_not_what_was_uploaded_is_refused(store, tmp_path):
+    artifact = stored(store, b"rows")
+    artifact.sha256 = "0" * 64
+    with pytest.raises(DomainError, match="SHA-256"):
+        fetch(store, artifact, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=40), st.floats(0.01, 0.5))
+def test_a_split_loses_nothing_and_keeps_repeated_rows_together(tmp_path, numbers, fraction):
+    dataset = tmp_path / "rows"
+    rows = [json.dumps({"text": str(number)}).encode() for number in numbers]
+    dataset.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join(rows))
+    for old in tmp_path.glob("rows.*"):
+        old.unlink()
+    train, validation = (rows_of(path) for path in split(dataset, fraction, tmp_path))
+    assert sorted(train + validation) == sorted(rows)
+    assert train
+    assert validation
+    if len(set(rows)) > 1:
+        assert not set(train) & set(validation)
+    assert train == [row for row in rows if row in train][: len(train)]
+
+
+def test_a_split_is_the_same_for_rows_in_another_order(tmp_path):
+    rows = [json.dumps({"text": str(number)}).encode() for number in range(50)]
+    chosen = []
+    for name, order in (("one", rows), ("two", rows[::-1])):
+        (tmp_path / name).write_bytes(b"\n".join(order))
+        _, validation = split(tmp_path / name, 0.2, tmp_path)
+        chosen.append(sorted(rows_of(validation)))
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) == 10
+
+
+def test_parquet_is_split_into_rows_that_can_be_read(tmp_path):
+    table = pyarrow.table({"prompt": [f"p{i}" for i in range(10)], "completion": [f"c{i}" for i in range(10)]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows")
+    train, validation = split(tmp_path / "rows", 0.3, tmp_path)
+    assert [len(list(read_rows(path))) for path in (train, validation)] == [7, 3]
+
+
+def test_one_row_cannot_be_split(tmp_path):
+    (tmp_path / "rows").write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(DomainError, match="at least two"):
+        split(tmp_path / "rows", 0.1, tmp_path)

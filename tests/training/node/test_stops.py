@@ -1,0 +1,128 @@
+"""Stops on request, tasks that cannot be trained, and a lease that runs out: real processes again."""
+
+import asyncio
+import os
+import signal
+
+import grpc
+import pytest
+from alto.v1 import placement_pb2, placement_service_pb2, training_node_service_pb2, tuning_pb2
+from alto_common.rpc.authentication import Scope
+from alto_common.rpc.status import reason_in
+from alto_training.servicer import SCOPES
+
+wire = placement_service_pb2
+
+
+async def test_stop_a_trial_pause_resume_cancel(house, node_stub, metadata, wait_until):
+    admission = house.admission
+
+    def ends(trial_id):
+        return [e.trial_state_changed.state for e in admission.events("trial_state_changed") if e.trial_id == trial_id]
+
+    async def update(**fields):
+        await house.stub.UpdateTask(wire.UpdateTaskRequest(task_id="task", **fields), metadata=metadata, timeout=20)
+
+    await house.start_node()
+    await house.enqueue(house.work(steps=100_000, trials=3))
+    await wait_until(lambda: admission.events("task_progressed"), what="progress")
+
+    async with node_stub() as stub:
+        executors = (
+            await stub.GetExecutorState(
+                training_node_service_pb2.GetExecutorStateRequest(), metadata=metadata, timeout=20
+            )
+        ).executors
+        assert [(e.task_id, e.epoch, e.process_id) for e in executors] == [("task", 1, house.worker_process())]
+        node = (await stub.GetNode(training_node_service_pb2.GetNodeRequest(), metadata=metadata, timeout=20)).node
+        assert (node.gpu_kind, node.gpus, node.gpus_in_use) == ("cpu", 1, 1)
+        request = training_node_service_pb2.WatchAssignmentRequest(assignment_id=executors[0].assignment_id)
+        async for response in stub.WatchAssignment(request, metadata=metadata):
+            assert response.event.task_state_changed.state == tuning_pb2.TASK_STATE_RUNNING
+            break
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            unknown = training_node_service_pb2.WatchAssignmentRequest(assignment_id="unknown")
+            await anext(aiter(stub.WatchAssignment(unknown, metadata=metadata)))
+        assert reason_in(caught.value) == "RESOURCE_NOT_FOUND"
+
+    await update(stop_trial_ids=["trial-0"])
+    await wait_until(lambda: ends("trial-0")[-1:] == [tuning_pb2.TRIAL_STATE_CANCELLED], what="the trial's end")
+    assert admission.states() == [tuning_pb2.TASK_STATE_RUNNING]
+
+    await update(held=True)
+    await wait_until(lambda: admission.states()[-1] == tuning_pb2.TASK_STATE_PAUSED, what="the pause")
+    await wait_until(lambda: house.worker_process() is None)
+    assert (await house.planned()).state in (placement_pb2.PLACEMENT_STATE_HELD, placement_pb2.PLACEMENT_STATE_STOPPING)
+
+    await update(held=False)
+    await wait_until(lambda: admission.states()[-1] == tuning_pb2.TASK_STATE_RUNNING, what="the resumption")
+    assert admission.events("execution_started")[-1].execution_started.resumed
+    assert max(curve_steps(admission, "trial-0")) < min(curve_steps(admission, "trial-1")[-5:])
+
+    await house.stub.DequeueTask(wire.DequeueTaskRequest(task_id="task"), metadata=metadata, timeout=20)
+    await wait_until(lambda: admission.states()[-1] == tuning_pb2.TASK_STATE_CANCELLED, what="the cancellation")
+    assert ends("trial-1")[-1] == ends("trial-2")[-1] == tuning_pb2.TRIAL_STATE_CANCELLED
+    await wait_until(house.ended)
+
+
+def curve_steps(admission, trial_id):
+    return sorted(admission.measurements()[trial_id, "train"])
+
+
+async def test_what_cannot_be_trained_says_why(house, wait_until, metadata):
+    ended = {}
+
+    async def watch():
+        async for response in house.stub.WatchPlan(wire.WatchPlanRequest(), metadata=metadata, wait_for_ready=True):
+            over = (placement_pb2.PLACEMENT_STATE_FINISHED, placement_pb2.PLACEMENT_STATE_GIVEN_UP)
+            ended.update((task.task_id, task) for task in response.plan.tasks if task.state in over)
+
+    watching = asyncio.create_task(watch())
+    await house.start_node()
+    await house.enqueue(house.work("no-such-model", base_model="unknown"))
+    damaged = house.work("damaged")
+    damaged.train.sha256 = "0" * 64
+    await house.enqueue(damaged)
+    missing = house.work("missing")
+    missing.train.path, missing.train.sha256 = "datasets/nowhere.jsonl", "1" * 64
+    await house.enqueue(missing)
+    await wait_until(lambda: len(ended) == 3, timeout_s=120, what="the end of all three")
+    watching.cancel()
+
+    for task_id, reason in (("no-such-model", "UNKNOWN_BASE_MODEL"), ("damaged", "CONTENT_MISMATCH")):
+        assert ended[task_id].attempts == 1
+        last = house.admission.events("task_state_changed", task_id)[-1].task_state_changed
+        assert (last.state, last.failure.reason) == (tuning_pb2.TASK_STATE_FAILED, reason)
+    # What another attempt may cure is tried again, and given up with the end of the worker's log.
+    assert (ended["missing"].state, ended["missing"].attempts) == (placement_pb2.PLACEMENT_STATE_GIVEN_UP, 3)
+    assert "FileNotFoundError" in ended["missing"].failure.message
+
+
+async def test_a_node_without_a_lease_stops_by_itself(house, wait_until):
+    await house.start_node()
+    await house.enqueue(house.work(steps=60))
+    await wait_until(lambda: house.admission.events("checkpoint_written"), what="a checkpoint")
+    os.kill(house.placement.process.pid, signal.SIGSTOP)
+    await wait_until(lambda: house.worker_process() is None, what="the worker's end without a lease")
+    early = [e for e in house.admission.states() if e == tuning_pb2.TASK_STATE_SUCCEEDED]
+    os.kill(house.placement.process.pid, signal.SIGCONT)
+    await wait_until(house.ended)
+    assert house.admission.states().count(tuning_pb2.TASK_STATE_SUCCEEDED) == 1
+    assert early or house.admission.highest_epoch["task"] > 1
+
+
+async def test_every_method_has_a_scope():
+    service = training_node_service_pb2.DESCRIPTOR.services_by_name["TrainingNodeService"]
+    assert set(SCOPES) == {f"/{service.full_name}/{method.name}" for method in service.methods}
+    assert set(SCOPES.values()) == {Scope.SERVICE}
+
+
+async def test_a_second_process_with_the_same_id_makes_the_first_one_stop(house, wait_until):
+    first = await house.start_node(work_root=house.folder / "first")
+    await wait_until(lambda: listed(house), what="the node")
+    await house.start_node(work_root=house.folder / "second")
+    assert await asyncio.wait_for(first.process.wait(), 60) == 3
+
+
+async def listed(house):
+    return (await house.plan()).nodes
