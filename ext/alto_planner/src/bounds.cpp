@@ -135,15 +135,39 @@ double bound_on(const Problem& problem, const std::vector<char>& classes, int wi
     return low;
 }
 
+struct Fluid {
+    double area, seconds;
+};
+
+// Sum of completions. Fluid on one machine, least area first, a task ends at least at its mean busy time plus half its
+// duration. A task also takes at least its duration, and leaving it out of the fluid leaves a bound for the others: from
+// the largest area down, each task is counted in the way that gives the greater sum.
+double fluid_bound(std::vector<Fluid>& tasks, double gpus) {
+    std::sort(tasks.begin(), tasks.end(), [](const Fluid& a, const Fluid& b) { return a.area < b.area; });
+    double before = 0, total = 0;
+    for (const Fluid& task : tasks) before += task.area;
+    double later = 0;  // tasks of the fluid with a larger area
+    for (std::size_t i = tasks.size(); i-- > 0;) {
+        const Fluid& task = tasks[i];
+        before -= task.area;
+        const double in_fluid = (before + task.area / 2 + later * task.area) / gpus + task.seconds / 2;
+        if (in_fluid >= task.seconds) {
+            total += (before + task.area / 2) / gpus + task.seconds / 2;
+            later += 1;
+        } else {
+            // Larger tasks of the fluid were counted as if this one ran before them.
+            total += task.seconds - later * task.area / gpus;
+        }
+    }
+    return total;
+}
+
 }  // namespace
 
 Bounds lower_bounds(const Problem& problem, double known_makespan_s, std::size_t dff_tasks) {
     Bounds bounds;
     for (const Pinned& pinned : problem.pinned)
         bounds.makespan_s = std::max(bounds.makespan_s, pinned.end_s - problem.now_s);
-    struct Fluid {
-        double area, seconds;
-    };
     std::vector<Fluid> fluid;
     fluid.reserve(problem.tasks.size());
     std::vector<char> any(problem.classes.size(), 0);
@@ -161,14 +185,8 @@ Bounds lower_bounds(const Problem& problem, double known_makespan_s, std::size_t
         fluid.push_back(least);
     }
     if (fluid.empty()) return bounds;
-    std::sort(fluid.begin(), fluid.end(), [](const Fluid& a, const Fluid& b) { return a.area < b.area; });
     const double gpus = problem.ready_gpus();
-    double before = 0, total = 0;
-    for (const Fluid& task : fluid) {
-        total += (before + task.area / 2) / gpus + task.seconds / 2;
-        before += task.area;
-    }
-    bounds.mean_completion_s = total / static_cast<double>(fluid.size());
+    bounds.mean_completion_s = fluid_bound(fluid, gpus) / static_cast<double>(fluid.size());
 
     std::set<std::vector<char>> groups;
     groups.insert(std::vector<char>(problem.classes.size(), 1));

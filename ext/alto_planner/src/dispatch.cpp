@@ -7,7 +7,7 @@
 namespace alto {
 namespace {
 
-constexpr int kMaxHolds = 64;       // tasks that are given GPUs ahead of the list at the same time
+constexpr int kMaxHolds = 16;       // tasks that are given GPUs ahead of the list at the same time
 constexpr int kBackfillDepth = 64;  // how far into a queue to look for a task short enough for a held node
 constexpr double kSameTime = 1e-9;
 constexpr int kNone = std::numeric_limits<int>::max();

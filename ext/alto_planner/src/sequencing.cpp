@@ -21,19 +21,18 @@ class Tree {
     std::vector<int> order;
     Worth worth;
 
+    // Narrow before wide never exceeds the largest load. Otherwise: smallest area first, as long as every GPU of the
+    // task could still finish what is left for it in time; what would break that goes to the end, narrow before wide.
     void choose_start(double limit) {
-        std::vector<int> best;
-        for (int rule = 0; rule < 3; ++rule) {
-            std::vector<int> tried = order;
-            std::stable_sort(tried.begin(), tried.end(), [&](int a, int b) { return key(a, rule) < key(b, rule); });
+        order = by_key(0);
+        worth = decode(order, nullptr);
+        for (int rule = 1; rule < 3; ++rule) {
+            std::vector<int> tried = within(limit, by_key(rule));
             const Worth found = decode(tried, nullptr);
-            // Rule 0, narrow before wide, never exceeds the largest load.
-            if (rule == 0 || (found.end <= limit && found.weighted < worth.weighted)) {
-                worth = found;
-                best = tried;
-            }
+            if (found.end > limit || found.weighted >= worth.weighted) continue;
+            worth = found;
+            order = std::move(tried);
         }
-        order = best;
     }
 
     void improve(double limit, Random& random, int moves) {
@@ -88,6 +87,52 @@ class Tree {
     }
 
   private:
+    static constexpr std::size_t kRetried = 48;  // postponed tasks that are tried again after each that is placed
+
+    [[nodiscard]] std::vector<int> by_key(int rule) const {
+        std::vector<int> sorted = order;
+        std::stable_sort(sorted.begin(), sorted.end(), [&](int a, int b) { return key(a, rule) < key(b, rule); });
+        return sorted;
+    }
+
+    std::vector<int> within(double limit, const std::vector<int>& wanted) {
+        std::vector<double> left(free_.size(), 0);  // work still to be placed, by leaf
+        for (int p : wanted) {
+            const Unit& unit = packing_->units()[packing_->unit_of(p)];
+            for (int i = 0; i < unit.width; ++i) left[unit.first_leaf - first_leaf_ + i] += packing_->seconds(p);
+        }
+        for (std::size_t i = 0; i < free_.size(); ++i) free_[i] = packing_->offset(first_leaf_ + static_cast<int>(i));
+        std::vector<int> placed, postponed;
+        const auto place = [&](int p) {
+            const Unit& unit = packing_->units()[packing_->unit_of(p)];
+            double* free = &free_[unit.first_leaf - first_leaf_];
+            double* rest = &left[unit.first_leaf - first_leaf_];
+            double end = 0;
+            for (int i = 0; i < unit.width; ++i) end = std::max(end, free[i]);
+            end += packing_->seconds(p);
+            for (int i = 0; i < unit.width; ++i)
+                if (end + rest[i] - packing_->seconds(p) > limit) return false;
+            for (int i = 0; i < unit.width; ++i) {
+                free[i] = end;
+                rest[i] -= packing_->seconds(p);
+            }
+            placed.push_back(p);
+            return true;
+        };
+        for (int p : wanted) {
+            for (std::size_t i = 0; i < std::min(postponed.size(), kRetried);) {
+                if (place(postponed[i]))
+                    postponed.erase(postponed.begin() + static_cast<std::ptrdiff_t>(i));
+                else
+                    ++i;
+            }
+            if (!place(p)) postponed.push_back(p);
+        }
+        std::stable_sort(postponed.begin(), postponed.end(), [&](int a, int b) { return key(a, 0) < key(b, 0); });
+        placed.insert(placed.end(), postponed.begin(), postponed.end());
+        return placed;
+    }
+
     [[nodiscard]] double key(int p, int rule) const {
         const double width = packing_->units()[packing_->unit_of(p)].width, seconds = packing_->seconds(p);
         if (rule == 0) return width * 1e12 + seconds / (*weights_)[p];

@@ -41,9 +41,17 @@ def applicable(snapshot: Snapshot, most_tasks: int) -> bool:
 
 
 def improve(
-    snapshot: Snapshot, known: Sequence[Placement], makespan_s: float, budget_s: float, seed: int
+    snapshot: Snapshot,
+    known: Sequence[Placement],
+    makespan_s: float,
+    budget_s: float,
+    seed: int,
+    deterministic_s: float | None = None,
 ) -> ExactAnswer:
-    """Minimise the makespan from the plan `known` (seconds from now) within `budget_s` of wall time."""
+    """Minimise the makespan from the plan `known` (`makespan_s` long) within `budget_s` of wall time.
+
+    `deterministic_s` is the limit in the solver's own unit of work, by default half of the budget.
+    """
     from ortools.sat.python import cp_model
 
     scale = TICKS / makespan_s
@@ -92,7 +100,7 @@ def improve(
     solver.parameters.symmetry_level = 0
     solver.parameters.random_seed = seed % (1 << 31)
     solver.parameters.max_time_in_seconds = budget_s
-    solver.parameters.max_deterministic_time = budget_s * DETERMINISTIC_S_PER_S
+    solver.parameters.max_deterministic_time = deterministic_s or budget_s * DETERMINISTIC_S_PER_S
     status = solver.solve(model)
     bound = max(0.0, solver.best_objective_bound) / scale
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE) or solver.wall_time >= budget_s:

@@ -74,18 +74,19 @@ class Easy(_NoWake):
             position += 1
         if position < len(queue):
             shadow_s, kept = _shadow(queue[position].gpus, cluster.gpus_per_node, ends)
-            refused = 1 << 30
+            # The narrowest refused so far, among those that would delay the head and those that would not.
+            refused = {False: 1 << 30, True: 1 << 30}
             for job in queue[position + 1 :]:
                 short = now_s + job.predicted_s <= shadow_s
-                if job.gpus >= refused and short:
+                if job.gpus >= refused[short]:
                     continue
                 parts = cluster.fit(job.gpus, frozenset() if short else kept)
                 if parts is not None:
                     self._start(job, parts, now_s, starts, cluster, ends)
-                elif short:
-                    refused = min(refused, job.gpus)
-                    if refused == 1:
-                        break
+                    continue
+                refused[short] = job.gpus
+                if refused[True] == 1:
+                    break
         _undo(cluster, starts)
         return [], starts
 
