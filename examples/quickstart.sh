@@ -14,7 +14,8 @@ alto models fetch
 
 say "Starting the three services on loopback: admission, placement, one training node"
 trap 'say "Stopping the services"; alto down' EXIT
-alto up --detach
+# Ports of its own, so that services you run already stay as they are.
+alto up --detach --port-base "${QUICKSTART_PORT_BASE:-7510}"
 
 say "Searching: examples/gsm8k-small/task.yaml"
 alto tune examples/gsm8k-small/task.yaml --output "$output"
