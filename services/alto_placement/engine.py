@@ -37,7 +37,7 @@ from alto_placement.state import (
     WorkSize,
 )
 from alto_placement.store import PlacementStore
-from alto_placement.watches import PlanView, PlanWatch
+from alto_placement.watches import PlanFacts, PlanView, PlanWatch, facts_of
 
 _Answer = TypeVar("_Answer")
 
@@ -78,7 +78,7 @@ class PlacementEngine:
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._revision = 0
-        self._plan: planner.Plan | None = None
+        self._facts = PlanFacts()
         self._links: dict[str, NodeLink] = {}
         self._watches: set[PlanWatch] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -219,21 +219,7 @@ class PlacementEngine:
 
     def view(self, ended: Sequence[TaskRow] = ()) -> PlanView:
         """Return the plan as it is now."""
-        now = self._clock()
-        plan = self._plan
-        placements = plan.placements if plan is not None else ()
-        snapshot = snapshot_of(self.state, self._estimator, now, self._revision)
-        return PlanView(
-            revision=self._revision,
-            moment=now,
-            state=self.state,
-            explanations=dict(plan.explanations) if plan is not None else {},
-            planned_nodes={p.task_id: (p.parts[0].node_id, p.parts[0].gpu_indices) for p in placements},
-            expected_end_s={task.task_id: task.expected_end_s for task in snapshot.running},
-            makespan_s=plan.makespan_s if plan is not None else 0.0,
-            lower_bound_s=plan.lower_bound_s if plan is not None else 0.0,
-            ended=tuple(ended),
-        )
+        return PlanView(self._revision, self._clock(), self.state, self._facts, tuple(ended))
 
     def open_watch(self) -> PlanWatch:
         """Begin a watch; it first sees the plan as it is, and the tasks that ended in the last hour."""
@@ -324,7 +310,7 @@ class PlacementEngine:
         now = self._clock()
         snapshot = snapshot_of(self.state, self._estimator, now, self._revision)
         plan = await asyncio.to_thread(planner.plan, snapshot, budget_s=self._settings.plan_budget_s)
-        self._plan = plan
+        self._facts = facts_of(plan, snapshot)
         for placement in plan.starting:
             part = placement.parts[0]
             row = await self._commit(

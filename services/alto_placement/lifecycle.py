@@ -224,7 +224,7 @@ def assign(
     row = AssignmentRow(
         assignment_id=assignment_id,
         task_id=task_id,
-        epoch=task.epoch + 1,
+        epoch=next_epoch(task),
         node_id=node_id,
         incarnation=node.incarnation,
         gpu_indices=tuple(gpu_indices),
@@ -234,6 +234,15 @@ def assign(
     draft.put(replace(task, epoch=row.epoch, attempts=task.attempts + 1, assignment_id=assignment_id))
     draft.base.retry_at_s.pop(task_id, None)
     return row
+
+
+def next_epoch(task: TaskRow) -> int:
+    """Return the epoch of a task's next assignment.
+
+    A task's epochs begin at the second at which it was queued: a placement that lost its database and is given the
+    task again never gives out an epoch that a node or admission has seen.
+    """
+    return max(task.epoch + 1, int(task.enqueued_s))
 
 
 def preempt(draft: Draft, task_id: str, reason: StopReason) -> None:

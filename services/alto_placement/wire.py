@@ -191,7 +191,7 @@ def task_to_wire(task: TaskRow, view: PlanView) -> placement_pb2.PlannedTask:
         message.node_id = row.node_id
         message.gpu_indices.extend(row.gpu_indices)
         message.start_time.CopyFrom(timestamp(row.started_s))
-        message.end_time.CopyFrom(timestamp(view.expected_end_s.get(task.task_id, view.moment.wall_s)))
+        message.end_time.CopyFrom(timestamp(view.facts.expected_end_s.get(task.task_id, view.moment.wall_s)))
     elif where is TaskState.WAITING:
         _add_queue(message, task, view)
     elif task.ended_s is not None:
@@ -200,7 +200,7 @@ def task_to_wire(task: TaskRow, view: PlanView) -> placement_pb2.PlannedTask:
 
 
 def _add_queue(message: placement_pb2.PlannedTask, task: TaskRow, view: PlanView) -> None:
-    explanation = view.explanations.get(task.task_id)
+    explanation = view.facts.explanations.get(task.task_id)
     reason, sentence = queue_words(task, explanation, view)
     queue = tuning_pb2.QueueStatus(reason=reason, explanation=sentence)
     if (
@@ -212,7 +212,7 @@ def _add_queue(message: placement_pb2.PlannedTask, task: TaskRow, view: PlanView
         queue.predicted_end_time.CopyFrom(timestamp(explanation.predicted_end_s))
         message.start_time.CopyFrom(queue.predicted_start_time)
         message.end_time.CopyFrom(queue.predicted_end_time)
-        node_id, indices = view.planned_nodes.get(task.task_id, ("", ()))
+        node_id, indices = view.facts.places.get(task.task_id, ("", ()))
         message.node_id = node_id
         message.gpu_indices.extend(indices)
     message.queue.CopyFrom(queue)
@@ -226,6 +226,6 @@ def plan_to_wire(view: PlanView) -> placement_pb2.Plan:
         time=timestamp(view.moment.wall_s),
         tasks=[task_to_wire(task, view) for task in (*tasks, *view.ended)],
         nodes=[node_to_wire(node, view.state) for node in view.state.nodes.values()],
-        makespan=duration(view.makespan_s),
-        makespan_lower_bound=duration(view.lower_bound_s),
+        makespan=duration(view.facts.makespan_s),
+        makespan_lower_bound=duration(view.facts.lower_bound_s),
     )

@@ -22,6 +22,8 @@ def fetch(store: ArtifactStore, artifact: placement_pb2.Artifact, cache: Path) -
     """Return a local file with the artifact's content. Raises CONTENT_MISMATCH when it is not what was announced."""
     target = cache / artifact.sha256
     if target.exists() and _digest(target) == artifact.sha256:
+        # What is in use is not swept away.
+        target.touch()
         return target
     cache.mkdir(parents=True, exist_ok=True)
     aside = cache / f"{artifact.sha256}.{secrets.token_hex(6)}.part"
@@ -51,6 +53,8 @@ def split(dataset: Path, validation_fraction: float, cache: Path) -> tuple[Path,
     name = f"{dataset.name}.{validation_fraction:.6f}"
     train, validation = cache / f"{name}.train", cache / f"{name}.validation"
     if train.exists() and validation.exists():
+        train.touch()
+        validation.touch()
         return train, validation
     rows = list(_rows(dataset))
     if len(rows) < 2:

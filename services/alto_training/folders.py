@@ -7,7 +7,9 @@ datasets/                              rows by content, and their tokens
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,3 +52,26 @@ class AssignmentFolders:
         epochs = [int(path.name) for path in (self.task / "assignments").glob("*") if path.name.isdigit()]
         before = max((epoch for epoch in epochs if epoch < self.epoch), default=None)
         return self.task / "assignments" / str(before) if before is not None else None
+
+    def remove_training_state(self) -> None:
+        """Delete checkpoints and adapters of a task that will not be trained again; its journals stay for a while."""
+        for folder in self.task.glob("executor*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(work_root: Path, untouched_since_s: float) -> None:
+    """Delete what nobody has touched since (Unix time): folders of tasks, and copies of datasets."""
+    for folder in (work_root / "tasks").glob("*"):
+        if _touched_s(folder) < untouched_since_s:
+            shutil.rmtree(folder, ignore_errors=True)
+    for path in (work_root / "datasets").glob("*"):
+        if path.is_file() and path.stat().st_mtime < untouched_since_s:
+            path.unlink(missing_ok=True)
+
+
+def _touched_s(folder: Path) -> float:
+    """Return when anything in a folder last changed, as Unix time."""
+    times = [folder.stat().st_mtime]
+    for parent, _, names in os.walk(folder):
+        times.extend((Path(parent) / name).stat().st_mtime for name in names)
+    return max(times)

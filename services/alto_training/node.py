@@ -22,7 +22,7 @@ from alto_training.devices import Devices
 from alto_training.folders import AssignmentFolders
 from alto_training.reporter import Reporter
 from alto_training.settings import NodeSettings
-from alto_training.supervisor import Supervisor, remove_training_state
+from alto_training.supervisor import Supervisor
 from alto_training.worker_order import WorkerOrder
 
 LEASE_CHECK_S = 0.1
@@ -159,9 +159,9 @@ class TrainingNode:
         else:
             log.info("assignment ended", task_id=held.task_id, epoch=held.epoch, outcome=ending.kind.value)
             self.assignments.end(held.assignment_id, ending)
-            if ending.kind in (EndKind.COMPLETED, EndKind.FAILED):
+            if ending.kind in (EndKind.COMPLETED, EndKind.FAILED) or supervisor.is_cancelled:
                 folders = AssignmentFolders(self._settings.work_root, held.task_id, held.epoch)
-                await asyncio.to_thread(remove_training_state, folders.task)
+                await asyncio.to_thread(folders.remove_training_state)
         self.changed.set()
 
     def _reporter(self, folder: Path, task_id: str, epoch: int) -> Reporter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import secrets
+import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ from alto_common.rpc.server import Server
 
 from alto_training.assignments import StopReason
 from alto_training.devices import Devices, find_devices
+from alto_training.folders import sweep
 from alto_training.node import TrainingNode
 from alto_training.servicer import SCOPES, SERVICE, TrainingNodeServicer
 from alto_training.session import PlacementSession, SupersededError
@@ -47,6 +49,7 @@ class NodeServer:
         """Serve, then look for placement. Raises RuntimeError when another node uses the same work folder."""
         settings = self._settings
         self._lock = _lock(settings.work_root)
+        await asyncio.to_thread(sweep, settings.work_root, time.time() - settings.keep_s)
         devices = await asyncio.to_thread(find_devices, settings.gpus, settings.gpu_kind, settings.device)
         self._channels = [service_channel(settings.placement_address), service_channel(settings.report_address)]
         node = self._node = TrainingNode(settings, devices, self._channels[1])

@@ -20,7 +20,8 @@ class NodeSettings(ServiceSettings):
     "auto" is "cuda" where there are GPUs. `slots`, `tokens_per_tick` and `threads` left out are chosen by the executor
     (threads: the CPUs shared out evenly among the places). `model_folders` (separated by commas or the system's path
     separator) are further roots of which tasks may name folders by absolute path. A worker that is asked to stop has
-    `stop_grace_s` to write its checkpoint before it is ended.
+    `stop_grace_s` to write its checkpoint before it is ended. What nobody touched for `keep_s` in the work folder is
+    deleted when the node starts.
     """
 
     prefix: ClassVar[str] = "ALTO_NODE_"
@@ -45,6 +46,7 @@ class NodeSettings(ServiceSettings):
     checkpoint_interval_s: float = Field(default=60.0, gt=0)
     stop_grace_s: float = Field(default=60.0, gt=0)
     shutdown_grace_s: float = Field(default=10.0, ge=0)
+    keep_s: float = Field(default=7 * 86400.0, gt=0)
 
     @property
     def allowed_folders(self) -> tuple[Path, ...]:

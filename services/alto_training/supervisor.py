@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -77,6 +76,11 @@ class Supervisor:
             self._must_end.set()
 
     @property
+    def is_cancelled(self) -> bool:
+        """Whether the task was cancelled: it will not be trained again."""
+        return self._stop is StopReason.CANCELLED
+
+    @property
     def is_ending(self) -> bool:
         """Whether its worker is gone, or is being ended without a checkpoint."""
         return self._must_end.is_set()
@@ -114,7 +118,9 @@ class Supervisor:
             return None if self._is_superseded() else self._ending(last, crash)
         except StaleEpochError:
             log.warning("a newer assignment has taken over", task_id=self.held.task_id, epoch=self.held.epoch)
-            return None
+            # Placement knows already and passes this over; if it does not, it must place the task again.
+            reason = reason_name(error_pb2.ERROR_REASON_EPOCH_STALE)
+            return Ending(EndKind.FAILED_RETRIABLE, reason, "admission has seen a newer assignment of the task")
         except UnknownTaskError:
             message = "admission does not know the task"
             return Ending(EndKind.FAILED, reason_name(error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND), message)
@@ -278,9 +284,3 @@ def _progress(message: event_pb2.TaskProgressed) -> Progress:
     remaining = message.time_remaining
     seconds = remaining.seconds + remaining.nanos / 1e9 if message.HasField("time_remaining") else None
     return Progress(message.fraction_done, seconds, message.tokens_per_second)
-
-
-def remove_training_state(task_folder: Path) -> None:
-    """Delete checkpoints and adapters of a task that will not be trained again; its journals stay."""
-    for folder in task_folder.glob("executor*"):
-        shutil.rmtree(folder, ignore_errors=True)

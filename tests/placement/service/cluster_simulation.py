@@ -213,7 +213,7 @@ class Node:
                     worker.journal.popleft()
                 else:
                     self.workers.pop(worker.assignment_id)
-                    self.book.drop(worker.assignment_id)
+                    self.book.end(worker.assignment_id, Ending(EndKind.FAILED_RETRIABLE, "EPOCH_STALE", "superseded"))
                     continue
             if worker.final is not None and not worker.journal:
                 self.workers.pop(worker.assignment_id)

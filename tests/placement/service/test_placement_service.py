@@ -182,7 +182,7 @@ async def test_an_assignment_is_repeated_until_it_is_listed_and_over_when_told_s
     node = await TestNode(stub).connect()
     await enqueue(stub)
     first = await node.hears("assignment")
-    assert (first.epoch, list(first.gpu_indices), first.work) == (1, [0], work())
+    assert (list(first.gpu_indices), first.work) == ([0], work())
     node.heartbeat()
     assert await node.hears("assignment") == first
     node.heartbeat(first)
@@ -205,15 +205,15 @@ async def test_a_silent_node_is_lost_and_told_so_when_it_comes_back(stub):
     stop = await node.hears("assignment_stop")
     assert (stop.assignment_id, stop.reason) == (first.assignment_id, placement_pb2.STOP_REASON_SUPERSEDED)
     node.heartbeat()
-    assert (await node.hears("assignment")).epoch == 2
+    assert (await node.hears("assignment")).epoch == first.epoch + 1
 
 
 async def test_a_restarted_node_gets_its_task_again_under_a_higher_epoch(stub):
     node = await TestNode(stub).connect()
     await enqueue(stub)
-    await node.hears("assignment")
+    first = await node.hears("assignment")
     restarted = await TestNode(stub, incarnation="start-2").connect()
-    assert (await restarted.hears("assignment")).epoch == 2
+    assert (await restarted.hears("assignment")).epoch == first.epoch + 1
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await node.register()
     assert reason_in(caught.value) == "STATE_CONFLICT"
@@ -222,15 +222,17 @@ async def test_a_restarted_node_gets_its_task_again_under_a_higher_epoch(stub):
 async def test_a_task_that_keeps_failing_is_given_up_with_the_reason(stub):
     node = await TestNode(stub).connect()
     await enqueue(stub)
-    for epoch in (1, 2, 3):
+    epochs = []
+    for attempt in (1, 2, 3):
         assignment = await node.hears("assignment")
-        assert assignment.epoch == epoch
+        epochs.append(assignment.epoch)
         node.heartbeat(assignment)
-        node.ended(assignment, placement_pb2.ASSIGNMENT_OUTCOME_FAILED_RETRIABLE, f"crash {epoch}")
+        node.ended(assignment, placement_pb2.ASSIGNMENT_OUTCOME_FAILED_RETRIABLE, f"crash {attempt}")
         node.heartbeat()
     plan = await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
     task = plan.tasks[0]
     assert (task.failure.message, task.attempts) == ("crash 3", 3)
+    assert epochs == [epochs[0], epochs[0] + 1, epochs[0] + 2]
     # A watcher that connects later hears of it too.
     await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
 
@@ -247,7 +249,7 @@ async def test_pausing_stops_holds_and_lets_go(stub):
     node.heartbeat()
     await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_HELD)
     await stub.UpdateTask(wire.UpdateTaskRequest(task_id="task", held=False), metadata=METADATA, timeout=10)
-    assert (await node.hears("assignment")).epoch == 2
+    assert (await node.hears("assignment")).epoch == assignment.epoch + 1
 
 
 async def test_trials_are_stopped_on_the_node_and_in_later_assignments(stub):
@@ -274,7 +276,7 @@ async def test_a_drained_node_gives_back_what_it_has_and_takes_no_more(stub):
     plan = await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_WAITING)
     assert plan.nodes[0].state == placement_pb2.NODE_STATE_DRAINING
     other = await TestNode(stub, "node-b").connect()
-    assert (await other.hears("assignment")).epoch == 2
+    assert (await other.hears("assignment")).epoch == assignment.epoch + 1
 
 
 async def test_cancelling_reaches_the_node_and_a_waiting_task_ends_at_once(stub):
@@ -306,9 +308,31 @@ async def test_a_restarted_placement_knows_everything_and_gives_nothing_away_twi
             node = await TestNode(stub).connect(assignment)
             await node.hears("lease_renewed")
             plan = await plan_of(stub)
-            assert (plan.tasks[0].epoch, state_of(plan)) == (1, placement_pb2.PLACEMENT_STATE_ASSIGNED)
+            assert plan.tasks[0].epoch == assignment.epoch
+            assert state_of(plan) == placement_pb2.PLACEMENT_STATE_ASSIGNED
             node.ended(assignment, placement_pb2.ASSIGNMENT_OUTCOME_COMPLETED)
             await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_FINISHED)
+            node.call.cancel()
+    finally:
+        await again.stop()
+
+
+async def test_a_placement_that_lost_its_database_gives_out_no_old_epoch(settings, stub, placement, tmp_path):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    assignment = await node.hears("assignment")
+    await placement.stop()
+    await asyncio.sleep(1.1)
+    empty = settings.model_copy(update={"database_url": f"sqlite+aiosqlite:///{tmp_path / 'empty.db'}"})
+    again = PlacementServer(empty)
+    await again.start()
+    try:
+        async with service_channel(f"127.0.0.1:{again.server.port}") as channel:
+            stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
+            node = await TestNode(stub).connect(assignment)
+            assert (await node.hears("assignment_stop")).reason == placement_pb2.STOP_REASON_SUPERSEDED
+            await enqueue(stub)
+            assert (await node.hears("assignment")).epoch > assignment.epoch
             node.call.cancel()
     finally:
         await again.stop()

@@ -102,6 +102,9 @@ class RecordingAdmission(report_service_pb2_grpc.ReportServiceServicer):
     def events(self, kind, task_id="task"):
         return [r.event for r in self.reports if r.task_id == task_id and r.event.WhichOneof("payload") == kind]
 
+    def attempts(self, task_id="task"):
+        return len({r.epoch for r in self.reports if r.task_id == task_id})
+
     def states(self, task_id="task"):
         return [event.task_state_changed.state for event in self.events("task_state_changed", task_id)]
 
