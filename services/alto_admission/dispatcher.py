@@ -127,15 +127,15 @@ class Dispatcher:
         if task.ended:
             return False
         spec = tuning_pb2.TuningTaskSpec.FromString(task.spec)
+        trials = await self._tasks.trials(task_id)
         try:
-            checked = await self._tuning_tasks.check(task.tenant, spec)
+            checked = await self._tuning_tasks.check(task.tenant, spec, trials)
             size = await self._tuning_tasks.size(checked)
         except DomainError as error:
             if error.reason == error_pb2.ERROR_REASON_UNAVAILABLE:
                 raise
             failure = tuning_pb2.Failure(reason=reason_name(error.reason), message=error.message)
             raise _UndeliverableError(failure) from error
-        trials = await self._tasks.trials(task_id)
         request = placement_service_pb2.EnqueueTaskRequest(
             tenant=task.tenant,
             work=tuning_work(task, trials, checked.train, checked.validation),

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import re
+
 from alto.v1 import error_pb2, tuning_pb2
 from alto_common import search_space
+from alto_common.config_fields import CONFIG_FIELDS
 from alto_common.errors import invalid_fields
 from alto_common.search_space import Dimension, LogUniform, SearchSpaceError, Uniform, Values
 from alto_common.tuning import Trial, TrialConfig
 from alto_common.tuning_wire import trial_config_from_wire
+from alto_common.violations import Violation
 from google.protobuf import struct_pb2
 
 FIELD_PREFIX = "spec.search_space."
-# Violations of these fields themselves are about the space: empty, or too large. All others are about one value.
-_SPACE_FIELDS = ("dimensions", "configs", "trials", "values")
 
 
-def expanded(message: tuning_pb2.SearchSpace, max_trials: int) -> tuple[Trial, ...]:
-    """Return the trials of a search space.
+def expanded(message: tuning_pb2.SearchSpace, max_trials: int, context_length: int) -> tuple[Trial, ...]:
+    """Return the trials of a search space over a model of `context_length` tokens.
 
-    Raises SEARCH_SPACE_INVALID for an empty or too large one, INVALID_FIELD for a value that no configuration can have;
-    both name every field at fault.
+    A `max_length` that nobody gave is no longer than the model's context. Raises SEARCH_SPACE_INVALID for an empty or
+    too large space, and for a value that no configuration can have; it names every field at fault.
     """
-    base = trial_config_from_wire(message.base)
+    default = TrialConfig(max_length=min(TrialConfig.max_length, context_length))
+    base = trial_config_from_wire(message.base, default)
     space = search_space.SearchSpace(_kind(message, base), base)
     try:
         return search_space.expand(space, max_trials, FIELD_PREFIX)
     except SearchSpaceError as error:
-        of_space = all(violation.field.endswith(_SPACE_FIELDS) for violation in error.violations)
-        reason = error_pb2.ERROR_REASON_SEARCH_SPACE_INVALID if of_space else error_pb2.ERROR_REASON_INVALID_FIELD
-        raise invalid_fields(error.violations, reason) from error
+        violations = [
+            Violation(named_dimensions(message, violation.field), violation.value, violation.cure)
+            for violation in error.violations
+        ]
+        raise invalid_fields(violations, error_pb2.ERROR_REASON_SEARCH_SPACE_INVALID) from error
+
+
+def named_dimensions(message: tuning_pb2.SearchSpace, path: str) -> str:
+    """Return a field's path with the dimension's name for its index: ...grid.dimensions[lora_rank].values[1]."""
+    dimensions = message.grid.dimensions if message.HasField("grid") else message.random.dimensions
+    names = [dimension.field for dimension in dimensions]
+
+    def name(found: re.Match[str]) -> str:
+        index = int(found[1])
+        known = names[index] in CONFIG_FIELDS and names.count(names[index]) == 1
+        return f"dimensions[{names[index]}]" if known else found[0]
+
+    return re.sub(r"dimensions\[(\d+)\]", name, path)
 
 
 def _kind(message: tuning_pb2.SearchSpace, base: TrialConfig) -> search_space.Kind:

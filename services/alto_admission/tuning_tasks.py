@@ -6,12 +6,14 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from alto.v1 import error_pb2, tuning_pb2
+from alto_common import tuning
 from alto_common.artifacts import ArtifactStore
 from alto_common.errors import DomainError
+from alto_common.tuning_wire import trial_from_wire
 
 from alto_admission.domain.search import DatasetShape, Search, complete_config, plan_search
 from alto_admission.domain.story import Story
@@ -100,14 +102,25 @@ class TuningTasks:
         assert known is not None
         return _same_request(known, request_hash)
 
-    async def check(self, tenant: str, spec: tuning_pb2.TuningTaskSpec) -> CheckedSpec:
-        """Return what a request asks for, once all of it has been found sound."""
+    async def check(
+        self, tenant: str, spec: tuning_pb2.TuningTaskSpec, admitted: Sequence[Trial] | None = None
+    ) -> CheckedSpec:
+        """Return what a request asks for, once all of it has been found sound.
+
+        Of a task that was admitted before, its own trials are taken: limits may have changed since.
+        """
         train = await self._datasets.get(spec.dataset_id, tenant)
         validation = None
         if spec.validation_dataset_id:
             validation = await self._datasets.get(spec.validation_dataset_id, tenant)
-        trials = expanded(spec.search_space, self._max_trials)
         model = await self._models.get(spec.base_model)
+        trials: Sequence[tuning.Trial]
+        if admitted is None:
+            trials = expanded(spec.search_space, self._max_trials, model.facts.context_length)
+        else:
+            trials = [
+                trial_from_wire(trial.trial_id, tuning_pb2.TrialConfig.FromString(trial.config)) for trial in admitted
+            ]
         # A thousand configurations over a model of many layers take a moment.
         search = await asyncio.to_thread(
             plan_search, spec, model.facts, _shape(train), _shape(validation) if validation else None, trials

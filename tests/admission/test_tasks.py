@@ -81,8 +81,8 @@ async def test_validate_only_keeps_nothing(admission, placement):
         ),
         (
             {"search_space": grid(learning_rate=[1e-4, -1])},
-            "INVALID_FIELD",
-            "spec.search_space.grid.dimensions[0].values[1]",
+            "SEARCH_SPACE_INVALID",
+            "spec.search_space.grid.dimensions[learning_rate].values[1]",
             "above 0",
         ),
         (
@@ -93,20 +93,20 @@ async def test_validate_only_keeps_nothing(admission, placement):
         ),
         (
             {"search_space": grid(no_such_field=[1])},
-            "INVALID_FIELD",
+            "SEARCH_SPACE_INVALID",
             "spec.search_space.grid.dimensions[0].field",
             "lora_rank",
         ),
         (
-            {"search_space": grid(lora_rank=[2, 64], max_length=[64])},
+            {"search_space": grid(lora_rank=[2, 64])},
             "CONFIGURATION_UNFIT",
-            "spec.search_space.grid.dimensions[0]",
+            "spec.search_space.grid.dimensions[lora_rank]",
             "at most 24",
         ),
         (
-            {"search_space": grid(target_modules=[["q_proj"], ["w_proj"]], max_length=[64])},
+            {"search_space": grid(target_modules=[["q_proj"], ["w_proj"]])},
             "CONFIGURATION_UNFIT",
-            "spec.search_space.grid.dimensions[0]",
+            "spec.search_space.grid.dimensions[target_modules]",
             "q_proj",
         ),
         (
@@ -129,8 +129,8 @@ async def test_validate_only_keeps_nothing(admission, placement):
         ),
         (
             {"search_space": grid(max_steps=[1e30], max_length=[64])},
-            "INVALID_FIELD",
-            "spec.search_space.grid.dimensions[0].values[0]",
+            "SEARCH_SPACE_INVALID",
+            "spec.search_space.grid.dimensions[max_steps].values[0]",
             "give 1 to",
         ),
         ({"early_exit": tuning_pb2.EarlyExit(policy="best")}, "INVALID_FIELD", "spec.early_exit.policy", "paper"),

@@ -139,9 +139,8 @@ def field_path(space: tuning_pb2.SearchSpace, position: int, field: str) -> str:
             return f"spec.search_space.explicit.configs[{position}].{field}"
         return f"spec.search_space.base.{field}"
     dimensions = space.grid.dimensions if kind == "grid" else space.random.dimensions
-    for index, dimension in enumerate(dimensions):
-        if dimension.field == field:
-            return f"spec.search_space.{kind}.dimensions[{index}]"
+    if any(dimension.field == field for dimension in dimensions):
+        return f"spec.search_space.{kind}.dimensions[{field}]"
     return f"spec.search_space.base.{field}"
 
 
