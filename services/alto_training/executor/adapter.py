@@ -92,9 +92,25 @@ class Adapter:
             self.views[module.index].b_NR.zero_()
 
     def move(self, device: torch.device) -> None:
-        """Carry all buffers to `device`: onto the accelerator for a slot, to the host to be parked."""
-        if self.param.device != device:
+        """Carry all buffers to `device`: onto the accelerator for a slot, to the host to be parked.
+
+        Those of an adapter that is on another worker rank have nothing to carry.
+        """
+        if not self.elsewhere and self.param.device != device:
             self.load({name: buffer.to(device) for name, buffer in self.buffers.items()})
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the contents are on another worker rank, and the buffers here are shapes alone."""
+        return self.param.is_meta
+
+    def leave(self) -> None:
+        """Let go of the contents; shapes and views stay, and arithmetic on them does nothing."""
+        self.load({name: buffer.to("meta") for name, buffer in self.buffers.items()})
+
+    def weights_on_host(self) -> torch.Tensor:
+        """Return a copy of the weights in host memory, [P]; the shape alone of those that are elsewhere."""
+        return self.param if self.elsewhere else self.param.to("cpu", copy=True)
 
     def matrices(self, param_P: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Return (A [R, K], B [N, R]) by module path, as views of `param_P`, laid out as this adapter's weights."""

@@ -53,28 +53,43 @@ class CheckpointStore:
         self._folder = folder
         self._known: dict[str, dict[str, Any]] = {}  # file name -> sha256 and size, of files known to be good
 
-    def write(self, tick: int, state: Mapping[str, Any], groups: list[TensorGroup]) -> tuple[Path, int]:
-        """Make a checkpoint durable; return its manifest's path and the bytes written."""
+    def write_groups(self, groups: list[TensorGroup]) -> dict[str, dict[str, Any]]:
+        """Write the files of `groups`; return, by group, a file's name, sha256, size, and how much of it was new."""
         from safetensors.torch import save
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        written = 0
         files: dict[str, dict[str, Any]] = {}
         for group in groups:
             name = group.file_name
+            written = 0
             if name not in self._known:
                 content = save({key: tensor.detach().cpu() for key, tensor in group.tensors.items()})
                 write_file(self._folder / name, content)
                 self._known[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-                written += len(content)
-            files[group.name] = {"file": name, **self._known[name]}
-        payload = json.dumps({"format": _FORMAT, "tick": tick, "files": files, "state": state}, sort_keys=True)
+                written = len(content)
+            files[group.name] = {"file": name, **self._known[name], "written": written}
+        return files
+
+    def write_manifest(
+        self, tick: int, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[Path, int]:
+        """Make a checkpoint durable whose files are written; return its manifest's path and all bytes written."""
+        written = sum(entry["written"] for entry in files.values())
+        named = {group: {key: entry[key] for key in ("file", "sha256", "size")} for group, entry in files.items()}
+        payload = json.dumps({"format": _FORMAT, "tick": tick, "files": named, "state": state}, sort_keys=True)
         manifest = {"sha256": hashlib.sha256(payload.encode()).hexdigest(), "payload": payload}
         path = self._folder / f"manifest-{tick:012d}.json"
         content = json.dumps(manifest).encode()
         write_file(path, content)
         self._discard_old()
         return path, written + len(content)
+
+    def read_groups(self, files: Mapping[str, Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
+        """Return the tensors of files that were just written, in their order. Raises `CheckpointError` for damage."""
+        try:
+            return [self._read_group(entry) for entry in files.values()]
+        except _DamageError as error:
+            raise CheckpointError(str(error), "look at the disk, and go on from the last checkpoint") from error
 
     def read(self) -> Checkpoint | None:
         """Return the newest good checkpoint, None if none was ever written.
@@ -102,8 +117,6 @@ class CheckpointStore:
         )
 
     def _read(self, path: Path) -> Checkpoint:
-        from safetensors.torch import load
-
         try:
             manifest = json.loads(path.read_bytes())
             payload = manifest["payload"]
@@ -115,17 +128,21 @@ class CheckpointStore:
         content = json.loads(payload)
         if content["format"] != _FORMAT:
             raise _DamageError(f"{path.name} has format {content['format']}, not {_FORMAT}")
-        groups = {}
-        for name, entry in content["files"].items():
-            try:
-                raw = (self._folder / entry["file"]).read_bytes()
-            except OSError as error:
-                raise _DamageError(f"{entry['file']} is missing") from error
-            if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
-                raise _DamageError(f"{entry['file']} was altered or cut short")
-            groups[name] = load(raw)
-            self._known[entry["file"]] = {"sha256": entry["sha256"], "size": entry["size"]}
+        groups = {name: self._read_group(entry) for name, entry in content["files"].items()}
         return Checkpoint(content["tick"], content["state"], groups)
+
+    def _read_group(self, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load
+
+        try:
+            raw = (self._folder / entry["file"]).read_bytes()
+        except OSError as error:
+            raise _DamageError(f"{entry['file']} is missing") from error
+        if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+            raise _DamageError(f"{entry['file']} was altered or cut short")
+        self._known[entry["file"]] = {"sha256": entry["sha256"], "size": entry["size"]}
+        tensors: dict[str, torch.Tensor] = load(raw)
+        return tensors
 
     def _manifests(self) -> list[Path]:
         return sorted(self._folder.glob("manifest-*.json"), reverse=True)

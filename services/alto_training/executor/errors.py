@@ -50,3 +50,7 @@ class EmptyDatasetError(ExecutorError):
 
 class OutOfMemoryError(ExecutorError):
     """Memory ran out with a single sequence on the tick: nothing is left to halve."""
+
+
+class TickOutOfMemoryError(ExecutorError):
+    """Memory ran out on one worker rank in the middle of a pass that others are in too."""

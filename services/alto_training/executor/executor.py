@@ -15,8 +15,13 @@ from alto_training.executor import passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.backends import choose_backend
 from alto_training.executor.checkpoint import Checkpoint, CheckpointStore
-from alto_training.executor.control import Control, Pause
-from alto_training.executor.errors import JobChangedError, OutOfMemoryError, WrongBaseModelError
+from alto_training.executor.control import Command, Control, Pause
+from alto_training.executor.errors import (
+    JobChangedError,
+    OutOfMemoryError,
+    TickOutOfMemoryError,
+    WrongBaseModelError,
+)
 from alto_training.executor.events import (
     CheckpointWritten,
     Event,
@@ -31,10 +36,10 @@ from alto_training.executor.events import (
 from alto_training.executor.loading import OpenData, load_job_backbone, open_job_data
 from alto_training.executor.packer import choose_items
 from alto_training.executor.progress import ProgressMeter
+from alto_training.executor.ranks import OneRank, Ownership, Ranks
 from alto_training.executor.roster import Roster
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.task_run import TaskRun
-from alto_training.executor.tick import Share
 from alto_training.executor.trial_run import TrialRun
 
 _DEFAULT_TOKENS_PER_TICK = {"cpu": 1024, "cuda": 8192}
@@ -45,7 +50,8 @@ class Executor:
 
     `workdir` receives adapters/ (PEFT format, best validation loss) and checkpoints/; running again over the same
     folder carries on from the last good checkpoint. `events` is called on the executor's thread, in order. `backbone`
-    saves loading one that is at hand; `open_data` replaces how datasets are opened.
+    saves loading one that is at hand; `open_data` replaces how datasets are opened. `ranks` says that other processes
+    run the same over the same folder, and shares the trials out among all.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Executor:
         backbone: Backbone | None = None,
         open_data: OpenData = open_job_data,
         clock: Callable[[], float] = time.monotonic,
+        ranks: Ranks | None = None,
     ) -> None:
         self._jobs = (job, *companions)
         self._workdir = workdir
@@ -69,7 +76,9 @@ class Executor:
         self._given_backbone = backbone
         self._open_data = open_data
         self._clock = clock
+        self._ranks = ranks or OneRank()
         self._store = CheckpointStore(workdir / "checkpoints")
+        self._ownership = Ownership(self._ranks, self._store)
         self._tick = 0
         self._paused = False
 
@@ -84,12 +93,14 @@ class Executor:
         """Like `run`, with an outcome for each job."""
         self._prepare()
         while not self._paused:
-            self._obey()
+            commands, checkpoint_due = self._ranks.first(self._commands(), self._checkpoint_due())
+            if checkpoint_due:
+                self._write_checkpoint()
+            self._obey(commands)
             self._roster.fill_slots()
             if not any(True for _ in self._roster):
                 break
             self._train_one_tick()
-            self._write_checkpoint_if_due()
             self._tell_progress(self._settings.progress_interval_s)
         self._write_checkpoint()
         self._tell_progress(0.0)
@@ -111,10 +122,12 @@ class Executor:
             folder = self._workdir if number == 0 else self._workdir / "tasks" / job.task_id
             policy = make_policy(job.early_exit, [trial.trial_id for trial in job.trials])
             train, validation = self._open_data(job, self._settings.cache_dir or self._workdir / "cache")
-            tasks.append(TaskRun(job, train, validation, backbone, policy, folder, self._emit, self._evaluation_tokens))
+            tokens = self._evaluation_tokens
+            tasks.append(TaskRun(job, train, validation, backbone, policy, folder, self._emit, tokens, self._ownership))
         trials = sum(len(job.trials) for job in self._jobs)
         slots = min(self._settings.slots or trials, trials)
-        self._roster = Roster(tasks, slots, backbone.device, self._emit, self._settings.revivable_trials)
+        revivable = self._settings.revivable_trials
+        self._roster = Roster(tasks, slots, backbone.device, self._emit, revivable, self._ownership)
         checkpoint = self._store.read()
         if checkpoint is None:
             self._roster.admit_all()
@@ -127,7 +140,7 @@ class Executor:
         backbone.use_backend(self._backend)
         self._tell_started(None if checkpoint is None else checkpoint.tick)
         self._meter = ProgressMeter(self._clock)
-        self._checkpointed_at = self._clock()
+        self._checkpointed_at, self._checkpointed_tick = self._clock(), self._tick
 
     def _tell_started(self, resumed_from_tick: int | None) -> None:
         for task in self._roster.tasks:
@@ -153,11 +166,15 @@ class Executor:
         """Train a tick's worth of every active trial, then do all that follows from it."""
         started = self._clock()
         active = list(self._roster)
-        taken, losses = self._forward_backward(active)
+        trained = self._forward_backward(active)
         self._tick += 1
         stepped: list[TrialRun] = []
-        for run, items, loss in zip(active, taken, losses, strict=True):
-            if items and run.count(items, loss) and self._finish_batch(run):
+        for place, run in enumerate(active):
+            if str(place) not in trained:
+                continue
+            items, loss, norm = trained[str(place)]
+            self._meter.trained_tokens += sum(run.waiting_tokens[:items])
+            if run.count(items, loss) and self._finish_batch(run, norm):
                 stepped.append(run)
         evaluating_from = self._clock()
         self._meter.training_seconds += evaluating_from - started
@@ -167,39 +184,52 @@ class Executor:
             if run.finished and run.trial_id not in self._roster.task_of(run).finished:
                 self._roster.end(run, TrialState.SUCCEEDED, "all its steps are done")
 
-    def _forward_backward(self, active: Sequence[TrialRun]) -> tuple[list[int], list[float]]:
-        """Return how many items each active trial trained, and their part of its loss; halve the tick if it must be."""
-        while True:
-            taken = choose_items([run.waiting_tokens for run in active], self._tokens_per_tick, self._tick)
-            shares = [
-                (place, run.share(items)) for place, (run, items) in enumerate(zip(active, taken, strict=True)) if items
-            ]
-            try:
-                parts = passes.train_tick(self._backbone, [share for _, share in shares])
-            except passes.TickTooLargeError as error:
-                self._halve(active, taken, error)
-                continue
-            losses = [0.0] * len(active)
-            for (place, share), part in zip(shares, parts, strict=True):
-                losses[place] = part
-                self._meter.trained_tokens += sum(item.tokens for item in share.items)
-            return taken, losses
+    def _forward_backward(self, active: Sequence[TrialRun]) -> dict[str, tuple[int, float, float]]:
+        """Train a tick's worth; halve the tick if it must be.
 
-    def _halve(self, active: Sequence[TrialRun], taken: Sequence[int], error: Exception) -> None:
+        Returns, by the place of each trial that was on the tick, how many items it trained, their part of its loss, and
+        the gradient's norm if they complete its effective batch (else 0).
+        """
+        while True:
+            waiting = [run.waiting_tokens for run in active]
+            mine = [place for place, run in enumerate(active) if self._ownership.owns(run)]
+            taken = choose_items([waiting[place] for place in mine], self._tokens_per_tick, self._tick)
+            on_tick = [(place, items) for place, items in zip(mine, taken, strict=True) if items]
+            try:
+                losses = passes.train_tick(self._backbone, [active[place].share(items) for place, items in on_tick])
+            except passes.TickTooLargeError as error:
+                self._halve([active[place] for place, _ in on_tick], sum(taken), error)
+                continue
+            return self._ranks.united(
+                {
+                    str(place): (items, loss, active[place].gradient_norm_after(items))
+                    for (place, items), loss in zip(on_tick, losses, strict=True)
+                }
+            )
+
+    def _halve(self, on_tick: Sequence[TrialRun], items: int, error: Exception) -> None:
         """Halve the tick after memory ran out; effective batches whose gradients were being added start again."""
-        for run, items in zip(active, taken, strict=True):
-            if items:
-                run.restart_batch()
-        if sum(taken) == 1:
+        for run in on_tick:
+            run.restart_batch()
+        if items == 1:
             raise _out_of_memory(error) from error
+        self._refuse_if_others_wait(error)
         before, self._tokens_per_tick = self._tokens_per_tick, max(1, self._tokens_per_tick // 2)
         for task in self._roster.tasks:
             self._emit(TickHalved(task.task_id, before, self._tokens_per_tick))
 
-    def _finish_batch(self, run: TrialRun) -> bool:
+    def _refuse_if_others_wait(self, error: Exception) -> None:
+        """Give up where a smaller tick cannot be tried: the other ranks are in the middle of this pass."""
+        if self._ranks.size > 1:
+            raise TickOutOfMemoryError(
+                f"memory ran out on worker rank {self._ranks.rank} at {self._tokens_per_tick} tokens a tick ({error})",
+                "start all ranks again with half as many",
+            ) from error
+
+    def _finish_batch(self, run: TrialRun, norm: float) -> bool:
         """Take the optimiser step of a complete effective batch; a trial that is not finite ends instead."""
         task = self._roster.task_of(run)
-        report = run.finish_batch()
+        report = run.finish_batch(norm)
         if not report.finite:
             reason = (
                 f"Stopped at step {run.step + 1}: the train loss is {report.train_loss:g} and the gradient norm "
@@ -227,41 +257,57 @@ class Executor:
         """Measure the validation loss of all trials that are due, together, and act on what the policies say."""
         if not due:
             return
-        shares = [self._roster.task_of(run).evaluation_share(run) for run in due]
-        losses = self._validation_losses(shares)
-        for run, each in zip(due, losses, strict=True):
+        losses = self._validation_losses(due)
+        for place, run in enumerate(due):
             task = self._roster.task_of(run)
-            observation = task.note_evaluation(run, each)
+            observation = task.note_evaluation(run, losses[str(place)])
             if run.trial_id not in task.unjudged:
                 self._roster.apply(task, task.policy.observe(run.trial_id, observation))
             elif not observation.finite:
                 self._roster.end(run, TrialState.STOPPED, f"its validation loss is not finite at step {run.step}")
 
-    def _validation_losses(self, shares: Sequence[Share]) -> list[list[float]]:
-        """Return the losses of each share's items, in smaller ticks if memory runs out."""
+    def _validation_losses(self, due: Sequence[TrialRun]) -> dict[str, list[float]]:
+        """Return the losses of each trial's validation items, by its place; in smaller ticks if memory runs out."""
+        shares = [self._roster.task_of(run).evaluation_share(run) for run in due]
+        mine = [place for place, run in enumerate(due) if self._ownership.owns(run)]
         while True:
             try:
-                return passes.item_losses(self._backbone, shares, self._evaluation_tokens)
+                losses = passes.item_losses(
+                    self._backbone, [shares[place] for place in mine], self._evaluation_tokens, self._most
+                )
+                return self._ranks.united({str(place): each for place, each in zip(mine, losses, strict=True)})
             except passes.TickTooLargeError as error:
                 if self._evaluation_tokens == 1:
                     raise _out_of_memory(error) from error
+                self._refuse_if_others_wait(error)
                 self._evaluation_tokens = max(1, self._evaluation_tokens // 2)
+
+    def _most(self, count: int) -> int:
+        """Return the largest of the numbers that the ranks have."""
+        counts: list[int] = list(self._ranks.united({str(self._ranks.rank): count}).values())
+        return max(counts)
 
     # Commands, checkpoints, progress, the end
 
-    def _obey(self) -> None:
-        """Carry out the commands that have come in since the last tick."""
+    def _commands(self) -> list[Command]:
+        """Return the commands that have come in since the last tick."""
+        commands: list[Command] = []
         while self._control is not None and (command := self._control.poll()) is not None:
+            commands.append(command)
+        return commands
+
+    def _obey(self, commands: Sequence[Command]) -> None:
+        """Carry out commands."""
+        for command in commands:
             if isinstance(command, Pause):
                 self._paused = True
             else:
                 self._roster.obey(command)
 
-    def _write_checkpoint_if_due(self) -> None:
+    def _checkpoint_due(self) -> bool:
         every = self._settings.checkpoint_every_ticks
-        by_count = every is not None and self._tick % every == 0
-        if by_count or self._clock() - self._checkpointed_at >= self._settings.checkpoint_interval_s:
-            self._write_checkpoint()
+        by_count = every is not None and self._tick % every == 0 and self._tick != self._checkpointed_tick
+        return by_count or self._clock() - self._checkpointed_at >= self._settings.checkpoint_interval_s
 
     def _write_checkpoint(self) -> None:
         started = self._clock()
@@ -273,13 +319,17 @@ class Executor:
             "roster": self._roster.state(),
             "tasks": [task.state() for task in self._roster.tasks],
         }
-        groups = [
-            group for number, task in enumerate(self._roster.tasks) for group in task.tensor_groups(f"task{number}")
-        ]
-        path, size = self._store.write(self._tick, state, groups)
-        self._checkpointed_at = self._clock()
-        for task in self._roster.tasks:
-            self._emit(CheckpointWritten(task.task_id, self._tick, str(path), size, self._checkpointed_at - started))
+        runs = [run for task in self._roster.tasks for run in task.runs.values() if self._ownership.owns(run)]
+        groups = [group for run in runs for group in self._roster.tensor_groups(run)]
+        files = self._ranks.united(self._store.write_groups(groups))
+        if self._ranks.rank == 0:
+            path, size = self._store.write_manifest(self._tick, state, files)
+            seconds = self._clock() - started
+            for task in self._roster.tasks:
+                self._emit(CheckpointWritten(task.task_id, self._tick, str(path), size, seconds))
+        # What ranks write from here on may not be taken for an old file and removed.
+        self._ranks.united({})
+        self._checkpointed_at, self._checkpointed_tick = self._clock(), self._tick
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -294,8 +344,9 @@ class Executor:
                 "give the same jobs in the same order, or another work folder",
             )
         self._tick = checkpoint.tick
-        self._tokens_per_tick = state["tokens_per_tick"]
-        self._evaluation_tokens = state["evaluation_tokens"]
+        # Never more than before: that may have run out of memory. Less, if less is asked for now.
+        self._tokens_per_tick = min(self._tokens_per_tick, state["tokens_per_tick"])
+        self._evaluation_tokens = min(self._evaluation_tokens, state["evaluation_tokens"])
         for number, (task, saved) in enumerate(zip(self._roster.tasks, state["tasks"], strict=True)):
             task.load_state(saved, checkpoint.groups, f"task{number}")
         self._roster.load_state(state["roster"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,9 +20,12 @@ class TickTooLargeError(Exception):
 def train_tick(backbone: Backbone, shares: Sequence[Share]) -> list[float]:
     """Run one forward and backward pass; gradients are added to the adapters' buffers.
 
-    Returns each share's part of the mean loss over its effective batch (the parts of the micro-batches add up to it).
-    Raises `TickTooLargeError` when memory runs out.
+    Without shares it only takes part in the pass of other worker ranks. Returns each share's part of the mean loss over
+    its effective batch (the parts of the micro-batches add up to it). Raises `TickTooLargeError` when memory runs out.
     """
+    if not shares:
+        backbone.weights.idle_pass(training=True)
+        return []
     tick = build_tick(shares, training=True, device=backbone.device)
     with _out_of_memory_told(backbone):
         loss_I = _item_losses(backbone, tick)
@@ -35,13 +38,19 @@ def train_tick(backbone: Backbone, shares: Sequence[Share]) -> list[float]:
 
 
 @torch.no_grad()
-def item_losses(backbone: Backbone, shares: Sequence[Share], tokens_per_tick: int) -> list[list[float]]:
+def item_losses(
+    backbone: Backbone, shares: Sequence[Share], tokens_per_tick: int, most: Callable[[int], int] = lambda count: count
+) -> list[list[float]]:
     """Return the loss of each item of each share, without gradients, in ticks of at most `tokens_per_tick` tokens.
 
+    `most` gives, from the number of ticks here, that of the worker rank with the most of them: all take part in each.
     Raises `TickTooLargeError` when memory runs out.
     """
     losses: list[list[float]] = [[] for _ in shares]
-    for piece in _pieces(shares, tokens_per_tick):
+    pieces = list(_pieces(shares, tokens_per_tick))
+    for _ in range(most(len(pieces)) - len(pieces)):
+        backbone.weights.idle_pass(training=False)
+    for piece in pieces:
         tick = build_tick([share for _, share in piece], training=False, device=backbone.device)
         with _out_of_memory_told(backbone):
             loss_I = _item_losses(backbone, tick)

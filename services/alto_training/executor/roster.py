@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from alto_training.early_exit import Decision
+from alto_training.executor.checkpoint import TensorGroup
 from alto_training.executor.control import Cancel, Command, ReviveTrial, StopTrial
 from alto_training.executor.errors import ExecutorError
 from alto_training.executor.events import Event, TrialDecided, TrialStarted, TrialState, Verdict
+from alto_training.executor.ranks import Ownership
 from alto_training.executor.slots import Slots
 from alto_training.executor.task_run import TaskRun
 from alto_training.executor.trial_run import TrialRun
@@ -29,6 +31,7 @@ class Roster:
         device: torch.device,
         emit: Callable[[Event], None],
         revivable_trials: int,
+        ownership: Ownership,
     ) -> None:
         self.tasks = tuple(tasks)
         self.slots: Slots[TrialRun] = Slots(slots)
@@ -36,7 +39,9 @@ class Roster:
         self._device = device
         self._emit = emit
         self._revivable_trials = revivable_trials
+        self._ownership = ownership
         self._task_of: dict[TrialRun, TaskRun] = {}
+        self._balanced: list[TrialRun] = []
 
     def __iter__(self) -> Iterator[TrialRun]:
         """Iterate over the trials in slots, in slot order."""
@@ -57,6 +62,7 @@ class Roster:
                     self.apply(task, task.policy.trial_ended(trial.trial_id))
                 else:
                     self._task_of[run] = task
+                    self._give_owner(run)
                     self.slots.enqueue(run)
 
     def apply(self, task: TaskRun, decisions: Sequence[Decision]) -> None:
@@ -106,9 +112,24 @@ class Roster:
         if not self.slots.waiting and not any(True for _ in self.slots):
             self._release_parked()
         for slot, run in self.slots.fill():
-            run.adapter.move(self._device)
             task = self._task_of[run]
             self._emit(TrialStarted(task.task_id, run.trial_id, slot, run.step, run.total_steps, run.adapter.size))
+        active = list(self.slots)
+        if active != self._balanced:
+            loads = [self._task_of[run].remaining_tokens(run) for run in active]
+            self._ownership.balance(active, loads, self.tensor_groups)
+            self._balanced = active
+        for run in active:
+            run.adapter.move(self._device)
+
+    def tensor_groups(self, run: TrialRun) -> list[TensorGroup]:
+        """Return a trial's tensors, grouped by what changes together."""
+        task = self._task_of[run]
+        return task.tensor_groups(run, f"task{self.tasks.index(task)}")
+
+    def _give_owner(self, run: TrialRun) -> None:
+        loads = {other: task.remaining_tokens(other) for other, task in self._task_of.items()}
+        self._ownership.admit(run, loads.pop(run), loads)
 
     def _release_parked(self) -> None:
         """Carry on with parked trials that no one is left to release: a policy must not be able to hang a task."""
@@ -163,13 +184,13 @@ class Roster:
     def load_state(self, state: dict[str, Any]) -> None:
         """Put the trials of tasks that have taken up their states where they were."""
         for task in self.tasks:
-            self._task_of |= dict.fromkeys(task.runs.values(), task)
+            for run in task.runs.values():
+                self._task_of[run] = task
+                self._give_owner(run)
         self.slots = Slots(len(state["slots"]))
         for slot, name in enumerate(state["slots"]):
             if name is not None:
-                run = self._by_name(name)
-                run.adapter.move(self._device)
-                self.slots.places[slot] = run
+                self.slots.places[slot] = self._by_name(name)
         for name in state["waiting"]:
             self.slots.enqueue(self._by_name(name))
 

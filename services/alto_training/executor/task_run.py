@@ -23,8 +23,11 @@ from alto_training.executor.errors import DatasetChangedError, EmptyDatasetError
 from alto_training.executor.events import Event, TrialEvaluated, TrialFinished, TrialState
 from alto_training.executor.objectives import make_objective
 from alto_training.executor.peft_format import read_adapter, write_adapter
+from alto_training.executor.ranks import Ownership
 from alto_training.executor.tick import Item, Share
 from alto_training.executor.trial_run import TrialRun
+
+_SAMPLED_ROWS = 64  # whose mean length stands for all
 
 
 class TaskRun:
@@ -44,6 +47,7 @@ class TaskRun:
         folder: Path,
         emit: Callable[[Event], None],
         reference_tokens_per_tick: int,
+        ownership: Ownership,
     ) -> None:
         for data, path in ((train, job.train_path), (validation, job.validation_path)):
             if len(data) == 0:
@@ -59,10 +63,12 @@ class TaskRun:
         self._backbone = backbone
         self._folder = folder
         self._emit = emit
+        self._ownership = ownership
         self._objective = make_objective(job.objective)
         self._references: dict[tuple[str, int, int], tuple[float, ...]] = {}
         self._reference_tokens_per_tick = reference_tokens_per_tick
         self._validation_items: list[Item] = []
+        self._mean_tokens: dict[int, float] = {}
         # One length for all trials: their validation losses are compared.
         self.validation_length = max(trial.config.max_length for trial in job.trials)
 
@@ -96,6 +102,15 @@ class TaskRun:
         self.runs[trial.trial_id] = run
         return run
 
+    def remaining_tokens(self, run: TrialRun) -> float:
+        """Return about how many tokens a trial has left to train: its items left by the mean of some rows."""
+        length = run.config.max_length
+        if length not in self._mean_tokens:
+            rows = range(0, len(self.train), math.ceil(len(self.train) / _SAMPLED_ROWS))
+            tokens = [self._objective.item(self.train, row, length, row).tokens for row in rows]
+            self._mean_tokens[length] = sum(tokens) / len(tokens)
+        return (run.total_items - run.samples_trained) * self._mean_tokens[length]
+
     def evaluation_share(self, run: TrialRun) -> Share:
         """Return the whole validation set as a share for one trial's adapter."""
         return Share(run.adapter, self._validation(), self._objective.item_loss)
@@ -123,7 +138,7 @@ class TaskRun:
     def finish(self, run: TrialRun, state: TrialState, reason: str) -> None:
         """End a trial: write its best adapter, and tell of it."""
         written = None
-        if run.best_param is not None:
+        if run.best_step is not None:
             provenance = {
                 "task_id": self.task_id,
                 "trial_id": run.trial_id,
@@ -133,8 +148,7 @@ class TaskRun:
                 "train_fingerprint": self.train.fingerprint,
                 "validation_fingerprint": self.validation.fingerprint,
             }
-            folder = self._folder / "adapters" / run.trial_id
-            written = write_adapter(folder, run.adapter, run.best_param, run.config, self._backbone, provenance)
+            written = self._ownership.of_owner(run, lambda: self._write_adapter(run, provenance))
         self._close(
             TrialFinished(
                 self.task_id,
@@ -145,12 +159,19 @@ class TaskRun:
                 run.total_steps,
                 run.best_step,
                 run.best_validation_loss,
-                None if written is None else str(written.path),
-                None if written is None else written.sha256,
+                None if written is None else written[0],
+                None if written is None else written[1],
                 run.samples_trained,
                 run.total_items - run.samples_trained,
             )
         )
+
+    def _write_adapter(self, run: TrialRun, provenance: dict[str, Any]) -> tuple[str, str]:
+        """Write the best weights; return the folder and their sha256."""
+        assert run.best_param is not None
+        folder = self._folder / "adapters" / run.trial_id
+        written = write_adapter(folder, run.adapter, run.best_param, run.config, self._backbone, provenance)
+        return str(written.path), written.sha256
 
     def refuse(self, trial: Trial, reason: str) -> None:
         """End a trial that could not be prepared."""
@@ -188,14 +209,12 @@ class TaskRun:
             "references": [[*key, list(sums)] for key, sums in self._references.items()],
         }
 
-    def tensor_groups(self, prefix: str) -> list[TensorGroup]:
-        """Return the task's tensors, grouped by what changes together."""
-        groups = []
-        for trial_id, run in self.runs.items():
-            groups.append(TensorGroup(f"{prefix}-{self._number(trial_id)}-state", run.version, run.adapter.buffers))
-            if run.best_param is not None and run.best_step is not None:
-                best = {"param": run.best_param}
-                groups.append(TensorGroup(f"{prefix}-{self._number(trial_id)}-best", run.best_step, best))
+    def tensor_groups(self, run: TrialRun, prefix: str) -> list[TensorGroup]:
+        """Return a trial's tensors, grouped by what changes together: its buffers, then its best weights, if any."""
+        name = f"{prefix}-{self._number(run.trial_id)}"
+        groups = [TensorGroup(f"{name}-state", run.version, run.adapter.buffers)]
+        if run.best_param is not None and run.best_step is not None:
+            groups.append(TensorGroup(f"{name}-best", run.best_step, {"param": run.best_param}))
         return groups
 
     def load_state(self, state: dict[str, Any], groups: dict[str, dict[str, torch.Tensor]], prefix: str) -> None:

@@ -120,11 +120,17 @@ class TrialRun:
         self.adapter.grad.zero_()
         self.version += 1
 
-    def finish_batch(self) -> StepReport:
-        """Take the optimiser step of a complete effective batch, unless its loss or gradient is not finite."""
+    def gradient_norm_after(self, items: int) -> float:
+        """Return the gradient's norm if `items` more items complete the effective batch, 0 if they do not."""
+        return gradient_norm(self.adapter) if self.items_done + items == len(self.batch) else 0.0
+
+    def finish_batch(self, norm: float) -> StepReport:
+        """Take the optimiser step of a complete effective batch, unless its loss or gradient is not finite.
+
+        `norm` is the gradient's (`gradient_norm_after`), which only the rank that has the gradient can tell.
+        """
         loss = self._batch_loss
         learning_rate = self.config.learning_rate * self.config.schedule.multiplier(self.step, self.total_steps)
-        norm = gradient_norm(self.adapter)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return StepReport(loss, learning_rate, norm, finite=False)
         adamw_step(self.adapter, self.config, self.step, learning_rate, norm)
@@ -151,7 +157,7 @@ class TrialRun:
         best = self.best_validation_loss is None or loss < self.best_validation_loss
         if best:
             self.best_step, self.best_validation_loss = self.step, loss
-            self.best_param = self.adapter.param.to("cpu", copy=True)
+            self.best_param = self.adapter.weights_on_host()
         return best
 
     def state(self) -> dict[str, Any]:
@@ -181,6 +187,18 @@ class TrialRun:
         self.version = state["version"]
         self.best_param = best
         self.adapter.load(buffers)
+
+    def leave(self) -> None:
+        """Let go of all tensors: another worker rank has them."""
+        self.adapter.leave()
+        if self.best_param is not None:
+            self.best_param = self.best_param.to("meta")
+
+    def take_up(self, tensors: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Take over the tensors that another worker rank had: the buffers, and the best weights if there are any."""
+        self.adapter.load(tensors[0])
+        if len(tensors) > 1:
+            self.best_param = tensors[1]["param"]
 
     def _read_batch(self) -> list[Item]:
         size = self.config.effective_batch_size
