@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from pathlib import Path
 
 from alto.v1 import dataset_pb2
@@ -27,7 +28,7 @@ def list_datasets(server: str, api_key: str, json_output: bool) -> None:
             _format(dataset),
             f"{dataset.row_count:,}",
             bytes_text(dataset.size_bytes),
-            dataset.create_time.ToJsonString()[:16].replace("T", " "),
+            dataset.create_time.ToDatetime(tzinfo=UTC).astimezone().strftime("%Y-%m-%d %H:%M"),
         ]
         for dataset in found
     ]

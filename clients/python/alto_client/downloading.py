@@ -105,7 +105,7 @@ class Download:
             for message in stream:
                 if message.WhichOneof("message") == "header":
                     return message.header
-        raise AltoError("the server sent no list of files", status_code=grpc.StatusCode.INTERNAL)
+        raise AltoError("the server sent no list of files")
 
     def _receive(self, header: messages.AdapterHeader, parts: list[_Part], offset: int, total: int) -> bool:
         """Append what comes from `offset` on; return whether it was still the adapter of `header`."""
@@ -140,7 +140,7 @@ class _Part:
 
     def __init__(self, folder: Path, file: tuning_pb2.AdapterFile, start: int) -> None:
         if not file.name or file.name != os.path.basename(file.name) or file.name.startswith("."):
-            raise AltoError(f"the server named a file {file.name!r}", status_code=grpc.StatusCode.INTERNAL)
+            raise AltoError(f"the server named a file {file.name!r}: it would leave the folder")
         self.name = file.name
         self.size_bytes = file.size_bytes
         self.start = start

@@ -96,19 +96,25 @@ def _problem(
 ) -> Problem:
     location = found["loc"]
     kind = found["type"]
-    context = found.get("ctx", {})
     if kind == "missing":
         return Problem.at(document, location, None, f"it is missing: {MISSING.get(str(location[-1]), 'give it')}")
     if kind == "extra_forbidden":
         return Problem.at(document, location, None, unknown_key(str(location[-1]), known_keys(location[:-1])))
-    cure = CURES.get(kind, found["msg"])
+    return Problem.at(document, location, found["input"], cure_of(found))
+
+
+def cure_of(found: ErrorDetails) -> str:
+    """Return what would be accepted where pydantic found this."""
+    kind, context = found["type"], found.get("ctx", {})
     if kind == "literal_error":
-        cure = f"give {context['expected']}"
-    elif kind == "greater_than_equal":
-        cure = f"give a number of at least {context['ge']}"
-    elif kind in ("less_than", "less_than_equal"):
-        cure = "give a smaller number"
-    return Problem.at(document, location, found["input"], cure)
+        return f"give {context['expected']}"
+    if kind == "greater_than_equal":
+        return f"give a number of at least {context['ge']}"
+    if kind in ("less_than", "less_than_equal"):
+        return (
+            f"give a number {'below' if kind == 'less_than' else 'of at most'} {context.get('lt', context.get('le'))}"
+        )
+    return CURES.get(kind, found["msg"])
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

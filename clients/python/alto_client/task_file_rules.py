@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from alto_client import task_spec
 from alto_client.task_file import ScheduleFields, SearchFields, TaskFile, TrialFields
-from alto_client.task_file_problems import CURES, unknown_key
+from alto_client.task_file_problems import cure_of, unknown_key
 from alto_client.yaml_lines import Location
 
 Broken = tuple[Location, object, str]
@@ -91,10 +91,7 @@ def _one_value(field: str, value: object, location: Location) -> Iterator[Broken
     try:
         fields = TrialFields.model_validate({section: {name: value}} if section else {name: value})
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        expected = found.get("ctx", {}).get("expected")
-        cure = f"give {expected}" if expected else CURES.get(found["type"], found["msg"])
-        yield location, value, cure
+        yield location, value, cure_of(error.errors(include_url=False)[0])
         return
     for _, wrong, cure in _rules(task_spec.trial_config(fields), ()):
         yield location, wrong, cure

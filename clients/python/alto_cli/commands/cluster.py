@@ -11,7 +11,7 @@ from alto_cli.options import Json, Task
 
 
 def plan(json_output: Json = False) -> None:
-    """Show the plan: every task that has not finished, where and when."""
+    """Show the plan: which task goes where, and when."""
     with failures(json_output):
         from alto_cli import cluster
 
@@ -19,7 +19,7 @@ def plan(json_output: Json = False) -> None:
 
 
 def why(task: Task, json_output: Json = False) -> None:
-    """Tell why a task is not running yet, and when it is expected to."""
+    """Tell why a task waits, and until when."""
     with failures(json_output):
         from alto_cli import cluster
 
@@ -39,7 +39,7 @@ def drain(
     undo: Annotated[bool, typer.Option("--undo", help="Let the node take work again.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Empty a node: its tasks stop at a checkpoint and go elsewhere."""
+    """Empty a node; its tasks go on elsewhere."""
     with failures(json_output):
         from alto_cli import cluster
 

@@ -22,7 +22,7 @@ def train_local(
     slots: Annotated[int | None, typer.Option(min=1, help="Most trials trained together.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Run a search on this machine, in this process, without any service."""
+    """Run a search in this process, without services."""
     with failures(json_output):
         from alto_cli.local_training import train_file
 

@@ -18,7 +18,7 @@ def tune(
     api_key: ApiKey = "",
     json_output: Json = False,
 ) -> None:
-    """Upload, submit, watch and download: the whole way to the best adapter."""
+    """Search, and fetch the best adapter: submit, watch, download."""
     with failures(json_output):
         from alto_cli.searching import tune_file
 
@@ -33,7 +33,7 @@ def submit(
     api_key: ApiKey = "",
     json_output: Json = False,
 ) -> None:
-    """Upload and submit a search, and print its task id."""
+    """Submit a search and print its task id."""
     with failures(json_output):
         from alto_cli.searching import submit_file
 
@@ -55,7 +55,7 @@ def watch(
 
 
 def estimate(file: TaskFileArgument, server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
-    """Tell what a search would take, before anything is spent."""
+    """Tell what a search would take; nothing is spent."""
     with failures(json_output):
         from alto_cli.searching import estimate_file
 

@@ -18,7 +18,7 @@ def up(
     timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Most seconds to wait for all to serve.")] = 120,
     json_output: Json = False,
 ) -> None:
-    """Start the three services on this machine, and keep an eye on them."""
+    """Start the three services here and look after them."""
     with failures(json_output):
         from alto_cli.up.command import up as start
 

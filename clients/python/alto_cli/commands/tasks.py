@@ -88,7 +88,7 @@ def download(
     api_key: ApiKey = "",
     json_output: Json = False,
 ) -> None:
-    """Download an adapter in the PEFT format, each file checked."""
+    """Download an adapter (PEFT), each file checked."""
     with failures(json_output):
         from alto_cli import tasks
 

@@ -14,7 +14,7 @@ from alto_cli.client_file import write_private
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """How one service is. `state` is starting, serving, not serving, restarting or stopped."""
+    """How one service is. `state` is starting, serving, not serving, ended, restarting or stopped."""
 
     name: str
     state: str

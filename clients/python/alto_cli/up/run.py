@@ -59,18 +59,23 @@ class LocalServices:
         deadline = time.monotonic() + self._timeout_s
         while not self._stopping.is_set():
             self._supervisor.look()
+            self._show(ready)
             if not ready:
                 ready = self._become_ready(token, deadline)
-            self._show(ready)
+            for service in self._supervisor.ended:
+                service.schedule_restart()
             self._stopping.wait(LOOK_EVERY_S)
 
     def _become_ready(self, token: str, deadline: float) -> bool:
         """Return whether all serve for the first time; raise when one of them ends or takes too long."""
-        if dead := self._supervisor.dead:
-            self._show(ready=False)
-            names = " and ".join(service.spec.name for service in dead)
+        if ended := self._supervisor.ended:
+            service = ended[0]
+            last_line = service.log_tail().rpartition("\n")[2].strip()
             raise CommandError(
-                f"{names} could not be started", f"its log: {dead[0].spec.log}", exit_code=exit_codes.FAILURE
+                f"{service.spec.name} could not be started ({service.detail})",
+                last_line,
+                f"its log: {service.spec.log}",
+                exit_code=exit_codes.FAILURE,
             )
         if self._supervisor.all_serving and self._layout.local_key_file.exists():
             api_key = self._layout.local_key_file.read_text().strip()

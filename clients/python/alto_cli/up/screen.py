@@ -18,7 +18,14 @@ from alto_cli.output import print_json, say
 from alto_cli.up.lock import ServiceStatus
 from alto_cli.view.wording import printable
 
-STYLES = {"serving": "green", "starting": "cyan", "not serving": "yellow", "restarting": "red", "stopped": "dim"}
+STYLES = {
+    "serving": "green",
+    "starting": "cyan",
+    "not serving": "yellow",
+    "restarting": "red",
+    "ended": "red",
+    "stopped": "dim",
+}
 
 
 class Screen(Protocol):

@@ -75,21 +75,24 @@ class Service:
             return
         code = self._process.poll()
         if code is not None:
-            self._died(code, now)
+            self._process = None
+            self.state, self.detail = "ended", exit_words(code)
+            log = f"the end of {self.spec.log}:\n{self.log_tail()}"
+            self._tell(f"{self.spec.name} ended ({self.detail}); {log}")
         elif self._probe.is_serving():
             self.state, self.detail = "serving", ""
         elif self.state == "serving":
             self.state = "not serving"
 
-    def _died(self, code: int, now: float) -> None:
+    def schedule_restart(self) -> None:
+        """Start it again after a delay that doubles with each death, until it has been well for a minute."""
+        now = time.monotonic()
         if now - self._started_at >= WELL_AFTER_S:
             self._delay_s = FIRST_DELAY_S
         self._restart_at = now + self._delay_s
-        self.state, self.detail = "restarting", exit_words(code)
-        self._tell(f"{self.spec.name} ended ({exit_words(code)}); the end of {self.spec.log}:\n{self.log_tail()}")
+        self.state = "restarting"
         self._tell(f"{self.spec.name}: starting again in {duration_text(self._delay_s)}")
         self._delay_s = min(self._delay_s * 2, LONGEST_DELAY_S)
-        self._process = None
 
     def log_tail(self) -> str:
         """Return the last lines of its log, indented."""
@@ -142,9 +145,9 @@ class Supervisor:
         return all(service.state == "serving" for service in self.services)
 
     @property
-    def dead(self) -> list[Service]:
-        """Those whose process has ended."""
-        return [service for service in self.services if service.state == "restarting"]
+    def ended(self) -> list[Service]:
+        """Those whose process has ended and that nobody has scheduled yet."""
+        return [service for service in self.services if service.state == "ended"]
 
     def stop(self, tell: Tell) -> None:
         """Stop all of them, in the opposite order: the node first, so that what it reports is still heard."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from alto.v1 import tuning_pb2
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -40,6 +41,8 @@ TASK_STYLES = {
 # Lines around the table: title, header, counts, bar, notice, and a margin so that the terminal never scrolls.
 LINES_AROUND = 8
 MOST_FIELD_COLUMNS = 3
+GAP = 2
+NARROWEST_NOTE = 24
 # When not all trials fit, these go first.
 SHOWN_FIRST = (
     tuning_pb2.TRIAL_STATE_RUNNING,
@@ -97,21 +100,26 @@ class LiveTable:
         return title
 
     def _table(self, trials: Sequence[tuning_pb2.Trial], most: int, width: int) -> RenderableType:
+        """Lay the columns out here: numbers are never cut, what is left is for the note, then columns are dropped."""
+        shown = _that_fit(trials, most)
         fields = varying_fields(trials)[:MOST_FIELD_COLUMNS]
-        table = Table(box=None, pad_edge=False, header_style="dim", expand=False)
-        table.add_column("trial", no_wrap=True)
-        for field in fields:
-            table.add_column(field, justify="right", no_wrap=True, max_width=24, overflow="ellipsis")
-        table.add_column("state", no_wrap=True)
-        table.add_column("step", justify="right", no_wrap=True)
-        table.add_column("train loss", justify="right", no_wrap=True)
-        table.add_column("val loss", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True, overflow="ellipsis", max_width=max(12, width - 62 - 12 * len(fields)))
-        for trial in _that_fit(trials, most):
-            table.add_row(*self._row(trial, fields))
+        while True:
+            titles = ["trial", *fields, "state", "step", "train loss", "val loss", ""]
+            rows = [self._row(trial, fields) for trial in shown]
+            widths = [max(len(title), *(len(row[at]) for row in rows)) for at, title in enumerate(titles[:-1])]
+            note_width = width - sum(widths) - GAP * len(widths)
+            if note_width >= NARROWEST_NOTE or not fields:
+                break
+            fields = fields[:-1]
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+        for title, column_width in zip(titles, [*widths, max(note_width, 1)], strict=True):
+            justify: Literal["left", "right"] = "left" if title in ("trial", "state", "") else "right"
+            table.add_column(title, width=column_width, justify=justify, no_wrap=True, overflow="ellipsis")
+        for row in rows:
+            table.add_row(*row)
         return table
 
-    def _row(self, trial: tuning_pb2.Trial, fields: Sequence[str]) -> list[RenderableType]:
+    def _row(self, trial: tuning_pb2.Trial, fields: Sequence[str]) -> list[Text]:
         values = config_values(trial.config)
         is_best = trial.trial_id == self._story.task.best_trial_id
         style = "dim" if trial.state == tuning_pb2.TRIAL_STATE_STOPPED and not is_best else ""

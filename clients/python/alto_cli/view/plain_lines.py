@@ -39,7 +39,7 @@ class PlainLines:
             return self._task_lines(kind, event)
         name = event.trial_id
         match kind:
-            case "trial_state_changed":
+            case "trial_state_changed" if not _told_by_decision(trial):
                 return [f"{name} {self._state_sentence(trial)}"]
             case "trial_measured" if event.trial_measured.metric.HasField("validation_loss"):
                 metric = event.trial_measured.metric
@@ -108,3 +108,9 @@ class PlainLines:
 
     def _is_best(self, trial_id: str, loss: float) -> bool:
         return self._story.task.best_trial_id == trial_id and self._story.task.best_validation_loss == loss
+
+
+def _told_by_decision(trial: tuning_pb2.Trial) -> bool:
+    """Whether the decision that was told just before says all about the trial's new state."""
+    decided = trial.state in (tuning_pb2.TRIAL_STATE_STOPPED, tuning_pb2.TRIAL_STATE_PAUSED)
+    return decided and trial.HasField("decision") and trial.decision.step == trial.step

@@ -30,8 +30,7 @@ def reason_text(trial: tuning_pb2.Trial) -> str:
     if trial.state == tuning_pb2.TRIAL_STATE_FAILED:
         return printable(trial.failure.message or trial.failure.reason)
     if trial.state in (tuning_pb2.TRIAL_STATE_STOPPED, tuning_pb2.TRIAL_STATE_PAUSED) and trial.HasField("decision"):
-        rule, reason = trial.decision.rule, trial.decision.reason
-        return printable(f"{rule}: {reason}" if rule and not reason.startswith(rule) else reason or rule)
+        return printable(trial.decision.reason or trial.decision.rule)
     return ""
 
 

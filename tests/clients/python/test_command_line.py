@@ -1,0 +1,224 @@
+import json
+import os
+import subprocess
+import sys
+from concurrent import futures
+
+import grpc
+import pytest
+from alto.v1 import error_pb2, placement_pb2, placement_service_pb2, tuning_pb2
+from alto.v1.placement_service_pb2_grpc import PlacementServiceServicer, add_PlacementServiceServicer_to_server
+from alto_cli.app import app
+from alto_cli.client_file import ClientFile
+from alto_common.errors import DomainError
+from alto_common.violations import Violation
+from typer.testing import CliRunner
+
+TASK_FILE = "base_model: tiny\ndataset: train.jsonl\nsearch: {grid: {lora_rank: [4, 8]}}\noutput: best\n"
+
+
+@pytest.fixture
+def local(address, own_home):
+    """The file that `alto up` leaves."""
+    own_home.mkdir()
+    ClientFile(address, "alto_test_key", address, "service-token").save(own_home)
+
+
+@pytest.fixture
+def run(local):
+    runner = CliRunner()
+    return lambda *arguments: runner.invoke(app, arguments)
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "task.yaml").write_text(TASK_FILE)
+    return tmp_path / "task.yaml"
+
+
+def test_help_names_every_command():
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("tune", "watch", "stop-trial", "train-local", "up", "plan", "dataset", "models"):
+        assert f"\n  {command} " in result.output
+    # Each command has its whole sentence: nothing is cut off.
+    assert "..." not in result.output.partition("Commands:")[2]
+
+
+def test_help_loads_nothing_slow():
+    program = "import sys; from alto_cli import app; print(*(m for m in sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"grpc", "rich", "pydantic", "yaml", "google.protobuf", "torch", "numpy"} & set(modules)
+
+
+def test_tune_goes_the_whole_way_in_plain_lines(run, admission, task_file):
+    admission.adapter_files = {"adapter_config.json": b"{}"}
+    admission.snapshot.task.best_trial_id = "trial-002"
+    result = run("tune", str(task_file))
+    assert result.exit_code == 0, result.stderr
+    assert "submitted task-1: 2 trials over tiny" in result.stderr
+    assert "trial-001 stopped by paper (underperformance): 1.9 is number 2 of 2" in result.stdout
+    assert f"lies in {task_file.parent / 'best'}" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert (task_file.parent / "best" / "adapter_config.json").exists()
+
+
+def test_watch_in_json_is_lines_of_json_and_nothing_else(run, admission):
+    result = run("watch", "task-1", "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["event"]["sequence"] for line in lines if "event" in line] == list(range(1, 14))
+    assert lines[0]["snapshot"]["task"]["task_id"] == "task-1"
+    assert lines[-1]["result"]["task"]["task_id"] == "task-1"
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [(tuning_pb2.TASK_STATE_SUCCEEDED, 0), (tuning_pb2.TASK_STATE_FAILED, 1), (tuning_pb2.TASK_STATE_CANCELLED, 8)],
+)
+def test_the_exit_code_of_watch_tells_how_the_task_ended(run, admission, state, code):
+    admission.snapshot.task.state = state
+    admission.events = []
+    assert run("watch", "task-1").exit_code == code
+
+
+def test_submit_prints_the_id_alone_on_stdout(run, task_file):
+    result = run("submit", str(task_file))
+    assert result.stdout == "task-1\n"
+    assert "alto watch task-1" in result.stderr
+
+
+def test_the_other_commands_answer(run, admission, task_file):
+    assert "task-5" in run("list").stdout
+    assert json.loads(run("list", "--json", "--limit", "1").stdout)["tasks"][0]["task_id"] == "task-1"
+    assert "running" in run("show", "task-1").stdout
+    assert "trial-002" in run("trials", "task-1").stdout
+    assert "cancelling" in run("cancel", "task-1").stderr
+    assert "prior, never measured" in run("estimate", str(task_file)).stdout
+    assert json.loads(run("estimate", str(task_file), "--json").stdout)["samples_planned"] == 800
+    assert "dataset-1" in run("dataset", "list").stdout
+
+
+def test_a_bad_task_file_is_told_line_by_line_before_anything_is_sent(run, admission, task_file):
+    task_file.write_text(TASK_FILE.replace("[4, 8]", "[0]").replace("tiny", "[]"))
+    result = run("tune", str(task_file))
+    assert result.exit_code == 2
+    assert f"{task_file}:1: base_model" in result.stderr
+    assert not admission.requests
+
+
+def test_a_refusal_names_field_value_and_cure(run, admission, task_file):
+    admission.error = DomainError(
+        error_pb2.ERROR_REASON_UNKNOWN_BASE_MODEL,
+        "spec.base_model = 'tiny': give one of: smollm2",
+        violations=[Violation("spec.base_model", "tiny", "give one of: smollm2")],
+    )
+    result = run("estimate", str(task_file))
+    assert result.exit_code == 2
+    assert result.stderr == "error: spec.base_model = 'tiny': give one of: smollm2\n"
+    result = run("estimate", str(task_file), "--json")
+    assert result.stdout == ""
+    assert json.loads(result.stderr)["error"]["reason"] == "UNKNOWN_BASE_MODEL"
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND, 3),
+        (error_pb2.ERROR_REASON_STATE_CONFLICT, 4),
+        (error_pb2.ERROR_REASON_PERMISSION_DENIED, 5),
+        (error_pb2.ERROR_REASON_QUOTA_EXCEEDED, 6),
+        (error_pb2.ERROR_REASON_INTERNAL, 1),
+    ],
+)
+def test_exit_codes_mean_something(run, admission, reason, code):
+    admission.error = DomainError(reason, "why")
+    result = run("show", "task-1")
+    assert result.exit_code == code
+    assert "error: why" in result.stderr
+
+
+def test_an_unknown_state_is_the_users_mistake(run):
+    result = run("list", "--state", "sleeping")
+    assert result.exit_code == 2
+    assert "known are queued, running" in result.stderr
+
+
+def test_without_a_server_the_cure_is_named():
+    result = CliRunner().invoke(app, ["list"])
+    assert result.exit_code == 7
+    assert "alto up" in result.stderr
+
+
+def test_the_local_key_is_not_sent_to_another_server(run):
+    result = run("list", "--server", "elsewhere.example:7410")
+    assert result.exit_code == 5
+    assert "no API key for elsewhere.example:7410" in result.stderr
+
+
+def test_a_server_that_is_gone_is_told_with_the_cure(own_home):
+    own_home.mkdir()
+    ClientFile("127.0.0.1:1", "key", "127.0.0.1:1", "token").save(own_home)
+    result = CliRunner().invoke(app, ["list"])
+    assert result.exit_code == 7
+    assert "cannot reach 127.0.0.1:1" in result.stderr
+    assert "alto status" in result.stderr
+
+
+def test_the_client_file_is_readable_by_its_owner_alone(local, own_home):
+    assert os.stat(own_home / "client.json").st_mode & 0o777 == 0o600
+
+
+def test_dataset_check_names_the_lines_that_are_not_sound(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 3}\nnot json\n')
+    result = CliRunner().invoke(app, ["dataset", "check", str(path)])
+    assert result.exit_code == 2
+    assert "line[2]" in result.stderr
+    assert "line[3]" in result.stderr
+    path.write_text('{"text": "a"}\n')
+    assert json.loads(CliRunner().invoke(app, ["dataset", "check", str(path), "--json"]).stdout)["rows"] == 1
+
+
+class MemoryPlacement(PlacementServiceServicer):
+    """A plan with one waiting task."""
+
+    def GetPlan(self, request, context):
+        assert ("authorization", "Bearer service-token") in context.invocation_metadata()
+        task = placement_pb2.PlannedTask(
+            task_id="task-1",
+            tenant="local",
+            state=placement_pb2.PLACEMENT_STATE_WAITING,
+            queue={"reason": "GPUS_BUSY", "explanation": "Every place that could hold it is in use."},
+        )
+        return placement_service_pb2.GetPlanResponse(plan=placement_pb2.Plan(tasks=[task], makespan={"seconds": 60}))
+
+    def ListNodes(self, request, context):
+        node = placement_pb2.Node(node_id="n1", gpu_kind="cpu", gpus=1, state=placement_pb2.NODE_STATE_READY)
+        return placement_service_pb2.ListNodesResponse(nodes=[node])
+
+    def DrainNode(self, request, context):
+        node = placement_pb2.Node(node_id=request.node_id, state=placement_pb2.NODE_STATE_DRAINING)
+        return placement_service_pb2.DrainNodeResponse(node=node)
+
+
+@pytest.fixture
+def placement(own_home):
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
+    add_PlacementServiceServicer_to_server(MemoryPlacement(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    own_home.mkdir()
+    ClientFile("127.0.0.1:1", "key", f"127.0.0.1:{port}", "service-token").save(own_home)
+    yield
+    server.stop(None).wait()
+
+
+def test_the_operators_commands(placement):
+    runner = CliRunner()
+    assert "Every place that could hold it" in runner.invoke(app, ["plan"]).stdout
+    assert "GPUS_BUSY" in runner.invoke(app, ["why", "task-1"]).stdout
+    assert runner.invoke(app, ["why", "task-9"]).exit_code == 3
+    assert "n1" in runner.invoke(app, ["nodes"]).stdout
+    assert "draining" in runner.invoke(app, ["drain", "n1"]).stderr
