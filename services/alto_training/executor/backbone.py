@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from alto_common.base_models import select_modules
 from alto_common.tuning import ALL_LINEAR, TrialConfig
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from alto_training.executor import attention
 from alto_training.executor.adapter import AdaptedModule
@@ -75,9 +77,10 @@ class Backbone:
         """Keep only the input of each decoder layer; compute the rest again in the backward pass."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        self.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         for module in self.decoder.modules():
             if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
                 # The flag of the layer alone: its children stay in evaluation mode, without the backbone's dropout.
                 module.training = True
 

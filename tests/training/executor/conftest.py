@@ -1,93 +1,31 @@
-"""A tiny random Llama, in-memory datasets with the executor's interface, and short jobs over them."""
+"""Fixtures of the executor's tests; the jobs and models they run are in tiny_jobs.py."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig, TuningJob
-from alto_training.executor.backbone import Backbone, prepare_backbone
+from alto_training.executor.backbone import Backbone
 
-VOCABULARY = 96
-
-
-@dataclass(frozen=True)
-class MemoryExample:
-    input_ids: npt.NDArray[np.int32]
-    target_mask: npt.NDArray[np.bool_]
+# benchmarks/peft_solo.py is the judge of both the parity benchmark and the tests here.
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 
-class MemoryDataset:
-    """Rows of random tokens of ragged lengths; the completion's tokens are the targets."""
-
-    def __init__(self, rows: int, seed: int = 0, longest: int = 24) -> None:
-        draws = np.random.default_rng(seed)
-        self._rows = []
-        for _ in range(rows):
-            prompt, completion = draws.integers(2, longest // 2, size=2)
-            self._rows.append((draws.integers(0, VOCABULARY, prompt + completion).astype(np.int32), int(prompt)))
-        self.fingerprint = hashlib.sha256(b"".join(ids.tobytes() for ids, _ in self._rows)).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def example(self, index: int, max_length: int) -> MemoryExample:
-        ids, prompt = self._rows[index]
-        ids = ids[:max_length]
-        return MemoryExample(ids, np.arange(len(ids)) >= prompt)
-
-    def preference(self, index: int, max_length: int) -> tuple[MemoryExample, MemoryExample]:
-        chosen = self.example(index, max_length)
-        other = self.example((index + 1) % len(self), max_length)
-        return chosen, other
-
-
-def llama_config(**changes: Any) -> Any:
-    from transformers import LlamaConfig
-
-    values: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-    }
-    return LlamaConfig(**(values | changes))
-
-
-def tiny_llama() -> Any:
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(llama_config())
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two cores are shared by several test processes: threads that wait for each other would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
 def backbone() -> Backbone:
-    return prepare_backbone(tiny_llama(), "tiny-llama", torch.device("cpu"))
+    from tiny_jobs import tiny_backbone
 
-
-def job(*configs: TrialConfig, **changes: Any) -> TuningJob:
-    values: dict[str, Any] = {
-        "task_id": "task",
-        "base_model": "tiny-llama",
-        "train_path": "train",
-        "validation_path": "validation",
-        "trials": tuple(Trial(f"trial-{number}", config) for number, config in enumerate(configs)),
-        "early_exit": EarlyExit(policy="none"),
-        "evaluation": Evaluation(count=3),
-    }
-    return TuningJob(**(values | changes))
-
-
-def open_memory(job: TuningJob, cache_dir: Path) -> tuple[MemoryDataset, MemoryDataset]:
-    return MemoryDataset(23, seed=1), MemoryDataset(6, seed=2)
+    return tiny_backbone()

@@ -1,0 +1,132 @@
+"""Every supported model family: packed sequences equal each alone, trials train, adapters load into PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from alto_common.tuning import Evaluation, TrialConfig
+from alto_training.executor.backbone import prepare_backbone
+from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
+from peft_solo import train_alone
+from tiny_jobs import VOCABULARY, MemoryDataset, adapter_weights, job, llama_config, run
+from torch.nn.functional import cross_entropy
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    # GPT-2 and its Conv1D: PEFT tells that it set fan_in_fan_out itself.
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+]
+
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 12}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # the executor never drops in the backbone
+SLIDING = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", DECODER | GROUPED),
+    "qwen2": ("Qwen2", DECODER | {"num_key_value_heads": 2} | SLIDING),
+    "qwen3": ("Qwen3", DECODER | GROUPED),
+    "mistral": ("Mistral", DECODER | GROUPED | {"sliding_window": 6}),
+    "gemma": ("Gemma", DECODER | GROUPED),
+    "gemma2": ("Gemma2", DECODER | GROUPED | {"sliding_window": 6, "query_pre_attn_scalar": 12}),
+    "gpt2": (
+        "GPT2",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 48,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            **NO_DROPOUT,
+            "initializer_range": 0.1,
+        },
+    ),
+    "neox": ("GPTNeoX", DECODER),
+}
+
+
+def make(family: str) -> Any:
+    prefix, values = FAMILIES[family]
+    head = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
+    torch.manual_seed(3)
+    return getattr(transformers, head)(getattr(transformers, f"{prefix}Config")(**values)).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trials_over_each_family_equal_peft(tmp_path: Path, family: str) -> None:
+    config = TrialConfig(lora_rank=3, learning_rate=1e-3, batch_size=3, max_steps=3, max_length=20, adam_epsilon=3e-4)
+    task = job(config, config, evaluation=Evaluation(count=1))
+    backbone = prepare_backbone(make(family), family, torch.device("cpu"))
+    outcome, _ = run(task, tmp_path, backbone=backbone)
+    alone = train_alone(make(family), MemoryDataset(23, seed=1), config)
+    weights = adapter_weights(outcome.trials[0].adapter_path)
+    for side, letter in enumerate("AB"):
+        expected = torch.cat([matrices[side].flatten() for matrices in alone.matrices.values()])
+        ours = torch.cat(
+            [weights[f"base_model.model.{path}.lora_{letter}.weight"].flatten() for path in alone.matrices]
+        )
+        assert (ours - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_adapter_loads_into_peft_and_its_validation_loss_is_the_reported_one(tmp_path: Path, family: str) -> None:
+    from peft import PeftModel
+
+    config = TrialConfig(lora_rank=3, learning_rate=1e-2, batch_size=3, max_steps=6, max_length=24, use_rslora=True)
+    backbone = prepare_backbone(make(family), family, torch.device("cpu"))
+    outcome, _ = run(job(config), tmp_path, backbone=backbone)
+    assert outcome.best is not None
+    model = PeftModel.from_pretrained(make(family), str(outcome.best.adapter_path))
+    total = tokens = 0.0
+    data = MemoryDataset(6, seed=2)
+    for row in range(len(data)):
+        example = data.example(row, 24)
+        ids = torch.from_numpy(example.input_ids.astype("int64"))
+        labels = torch.where(torch.from_numpy(example.target_mask), ids, -100)
+        logits = model(input_ids=ids[None]).logits[0]
+        total += cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum").item()
+        tokens += int(example.target_mask[1:].sum())
+    assert total / tokens == pytest.approx(outcome.best.best_validation_loss, abs=1e-4)
+
+
+def test_a_model_whose_positions_depend_on_the_batch_is_refused() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = transformers.LlamaForCausalLM(llama_config(rope_parameters=rope))
+    with pytest.raises(UnsupportedBackboneError, match="longest sequence of a batch"):
+        prepare_backbone(model, "dynamic", torch.device("cpu"))
+
+
+def test_a_model_that_mixes_packed_sequences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Attention that ignores where sequences end: what an architecture outside of the attention interface would do.
+    from alto_training.executor import attention
+
+    def leaking(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **_: Any) -> Any:
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return attended.transpose(1, 2), None
+
+    monkeypatch.setattr(attention, "varlen_attention", leaking)
+    try:
+        with pytest.raises(UnsupportedBackboneError, match="other logits for packed sequences"):
+            prepare_backbone(make("llama"), "leaking", torch.device("cpu"))
+    finally:
+        monkeypatch.undo()
+        attention.register()
+
+
+def test_unknown_targets_and_too_long_sequences_are_named(tmp_path: Path) -> None:
+    backbone = prepare_backbone(make("llama"), "llama", torch.device("cpu"))
+    with pytest.raises(TargetModulesError, match=r"query_key_value.*choose among down_proj"):
+        backbone.adapted_modules(TrialConfig(target_modules=("query_key_value",)))
+    with pytest.raises(ContextLengthError, match=r"65.*at most 64"):
+        backbone.check_length(TrialConfig(max_length=65))
