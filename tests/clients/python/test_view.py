@@ -34,7 +34,7 @@ def ended(watched):
     return story
 
 
-def rendered(story, width=100, height=30):
+def rendered(story, width=120, height=30):
     console = Console(width=width, height=height, force_terminal=False)
     with console.capture() as capture:
         console.print(LiveTable(story, clock=lambda: 0.0))
@@ -99,7 +99,7 @@ def test_the_live_table_shows_trials_losses_and_reasons(ended):
     text = rendered(ended)
     assert "maths" in text
     assert "trial-001" in text
-    assert "1.9 is number 2 of 2" in text
+    assert "underperformance: 1.9 is number 2 of 2" in text
     assert "best: 1.2500 at step 10" in text
     assert "100 %" in text
 
@@ -127,7 +127,8 @@ def test_the_leaderboard_ranks_and_explains(ended):
 def test_the_end_tells_what_was_saved_and_gained(ended):
     ended.task.savings.CopyFrom(tuning_pb2.Savings(samples_planned=80, samples_trained=60, trials_stopped=1))
     sentences = closing_sentences(ended, "/tmp/out")
-    assert "Early exit stopped 1 of 2 trials (1 underperformance) and saved 20 of 80 samples (25 %)." in sentences
+    assert "Early exit stopped 1 of 2 trials: 1 underperformance." in sentences
+    assert "It saved 20 of 80 samples (25 %)." in sentences
     assert "Validation loss: 2.5000 for the base model, 1.2500 with trial-002: 50 % lower." in sentences
     assert sentences[-1] == "The best adapter (trial-002, PEFT format) lies in /tmp/out"
 
@@ -140,12 +141,12 @@ def test_words():
         "1 h 02 min",
         "1 d 01 h",
     ]
-    assert [wording.number_text(v) for v in (1e-4, 2.5e-5, 16, 0.05, 5e-4, 1.0)] == [
+    assert [wording.number_text(v) for v in (1e-4, 2.5e-5, 16, 0.05, 1e-3, 1.0)] == [
         "1e-4",
         "2.5e-5",
         "16",
         "0.05",
-        "5e-4",
+        "1e-3",
         "1",
     ]
     assert wording.loss_text(None) == "-"

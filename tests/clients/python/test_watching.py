@@ -69,7 +69,7 @@ def test_the_caller_hears_of_a_lost_connection_and_how_long_the_wait_is(client, 
 
 
 def test_patience_ends(client, admission):
-    admission.break_watches = [(0, unavailable("gone"))] * 50
+    admission.break_watches = [(1, unavailable("gone"))] * 50
     with pytest.raises(AltoError, match="gone"):
         list(client.watch("task-1", patience_s=0))
 

@@ -47,8 +47,7 @@ def closing_sentences(story: Story, adapter_folder: str = "") -> list[str]:
     sentences = []
     if len(trials) > MOST_ROWS:
         sentences.append(f"{len(trials) - MOST_ROWS} more: alto trials {task.task_id}")
-    if savings := _savings(task, trials):
-        sentences.append(savings)
+    sentences.extend(_savings(task, trials))
     if gain := _gain(task):
         sentences.append(gain)
     if task.HasField("start_time") and task.HasField("end_time"):
@@ -63,20 +62,20 @@ def closing_sentences(story: Story, adapter_folder: str = "") -> list[str]:
     return sentences
 
 
-def _savings(task: tuning_pb2.TuningTask, trials: Sequence[tuning_pb2.Trial]) -> str:
+def _savings(task: tuning_pb2.TuningTask, trials: Sequence[tuning_pb2.Trial]) -> list[str]:
     """Say what early exit saved, in samples, with the rules that did it."""
     stopped = [trial for trial in trials if trial.state == tuning_pb2.TRIAL_STATE_STOPPED]
     planned = task.savings.samples_planned
     if not planned:
-        return ""
+        return []
     if not stopped:
-        return f"Early exit stopped no trial; {task.savings.samples_trained:,} of {planned:,} samples were trained."
+        return [f"Early exit stopped no trial; {task.savings.samples_trained:,} of {planned:,} samples were trained."]
     saved = max(0, planned - task.savings.samples_trained)
     rules = ", ".join(f"{count} {rule}" for rule, count in Counter(rule_text(trial) for trial in stopped).most_common())
-    return (
-        f"Early exit stopped {len(stopped)} of {plural(len(trials), 'trial')} ({rules}) and saved "
-        f"{saved:,} of {planned:,} samples ({percent_text(saved / planned)})."
-    )
+    return [
+        f"Early exit stopped {len(stopped)} of {plural(len(trials), 'trial')}: {rules}.",
+        f"It saved {saved:,} of {planned:,} samples ({percent_text(saved / planned)}).",
+    ]
 
 
 def _gain(task: tuning_pb2.TuningTask) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from alto.v1 import tuning_pb2
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +42,9 @@ TASK_STYLES = {
 LINES_AROUND = 8
 MOST_FIELD_COLUMNS = 3
 GAP = 2
-NARROWEST_NOTE = 24
+NARROWEST_NOTE = 12
+WIDEST_BAR = 30
+NARROWEST_BAR = 8
 # When not all trials fit, these go first.
 SHOWN_FIRST = (
     tuning_pb2.TRIAL_STATE_RUNNING,
@@ -75,11 +77,14 @@ class LiveTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render the story to the size of the terminal."""
         with self.lock:
-            parts = [self._title()]
+            if not self._story.task.task_id:
+                yield Text(printable(self.notice or "connecting ..."), style="dim")
+                return
+            parts: list[RenderableType] = [self._title()]
             if trials := list(self._story.trials.values()):
                 parts.append(self._table(trials, max(3, console.height - LINES_AROUND), console.width))
                 parts.append(self._counts(trials))
-            parts.append(self._bar())
+            parts.append(self._bar(console.width))
             if self.notice:
                 parts.append(Text(printable(self.notice), style="yellow"))
         yield from parts
@@ -108,11 +113,13 @@ class LiveTable:
             rows = [self._row(trial, fields) for trial in shown]
             widths = [max(len(title), *(len(row[at]) for row in rows)) for at, title in enumerate(titles[:-1])]
             note_width = width - sum(widths) - GAP * len(widths)
-            if note_width >= NARROWEST_NOTE or not fields:
+            if note_width >= 0 or not fields:
                 break
             fields = fields[:-1]
+        if note_width < NARROWEST_NOTE:
+            titles, rows = titles[:-1], [row[:-1] for row in rows]
         table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
-        for title, column_width in zip(titles, [*widths, max(note_width, 1)], strict=True):
+        for title, column_width in zip(titles, [*widths, note_width], strict=False):
             justify: Literal["left", "right"] = "left" if title in ("trial", "state", "") else "right"
             table.add_column(title, width=column_width, justify=justify, no_wrap=True, overflow="ellipsis")
         for row in rows:
@@ -150,7 +157,7 @@ class LiveTable:
         line.no_wrap, line.overflow = True, "ellipsis"
         return line
 
-    def _bar(self) -> RenderableType:
+    def _bar(self, width: int) -> RenderableType:
         progress = self._story.progress
         done = 1.0 if self._story.task.state == tuning_pb2.TASK_STATE_SUCCEEDED else progress.fraction_done
         parts = [f"{done * 100:3.0f} %", f"{duration_text(self._clock() - self._began_at)} passed"]
@@ -163,9 +170,13 @@ class LiveTable:
                 parts.append(f"{count_text(progress.tokens_per_second)} tokens/s")
         if progress.peak_memory_bytes:
             parts.append(f"{bytes_text(progress.peak_memory_bytes)} at most")
+        while len(parts) > 1 and len("  ".join(parts)) + 1 + NARROWEST_BAR > width:
+            parts.pop()
+        text = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+        bar_width = max(NARROWEST_BAR, min(WIDEST_BAR, width - len(text) - 1))
         row = Table.grid(padding=(0, 1))
-        row.add_row(ProgressBar(total=1.0, completed=done, width=30), Text("  ".join(parts)))
-        return Group(row)
+        row.add_row(ProgressBar(total=1.0, completed=done, width=bar_width), text)
+        return row
 
 
 def _that_fit(trials: Sequence[tuning_pb2.Trial], most: int) -> list[tuning_pb2.Trial]:

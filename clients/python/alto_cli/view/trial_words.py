@@ -30,8 +30,16 @@ def reason_text(trial: tuning_pb2.Trial) -> str:
     if trial.state == tuning_pb2.TRIAL_STATE_FAILED:
         return printable(trial.failure.message or trial.failure.reason)
     if trial.state in (tuning_pb2.TRIAL_STATE_STOPPED, tuning_pb2.TRIAL_STATE_PAUSED) and trial.HasField("decision"):
-        return printable(trial.decision.reason or trial.decision.rule)
+        return printable(_decision_text(trial.decision))
     return ""
+
+
+def _decision_text(decision: tuning_pb2.StoppingDecision) -> str:
+    """Return the rule and its numbers; an opening such as "Stopped as underperforming:" would say the rule twice."""
+    opening, colon, numbers = decision.reason.partition(": ")
+    has_opening = bool(colon) and not any(character.isdigit() for character in opening)
+    details = numbers if has_opening else decision.reason
+    return f"{decision.rule}: {details}" if decision.rule and details else decision.rule or details
 
 
 def rule_text(trial: tuning_pb2.Trial) -> str:

@@ -59,7 +59,7 @@ def number_text(value: float) -> str:
     """Return a hyperparameter as people write it: 1e-4, 0.05, 16."""
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
-    if 1e-3 <= abs(value) < 1e6:
+    if 1e-2 <= abs(value) < 1e6:
         return f"{value:.4g}"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
