@@ -1,0 +1,59 @@
+"""How much work a search is, counted by hand."""
+
+import pytest
+from alto_admission.domain.work_size import Rows, expected_share, peak_memory_bytes, samples_of, search_size, split_rows
+from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig
+
+from .conftest import FACTS
+
+
+@pytest.mark.parametrize(
+    ("rows", "validation", "fraction", "expected"),
+    [
+        (100, None, 0.1, (90, 10)),
+        (2, None, 0.1, (1, 1)),
+        (3, None, 0.5, (1, 2)),
+        (1, 5, 0.1, (1, 5)),
+        (100, 7, 0.5, (100, 7)),
+    ],
+)
+def test_rows_are_divided_as_the_node_divides_them(rows, validation, fraction, expected):
+    assert split_rows(rows, validation, fraction) == expected
+
+
+def test_samples_follow_epochs_or_steps():
+    assert samples_of(Trial("t", TrialConfig(epochs=1.5)), 10) == 15
+    steps = TrialConfig(max_steps=3, batch_size=4, gradient_accumulation_steps=2)
+    assert samples_of(Trial("t", steps), 10) == 24
+
+
+def test_the_size_of_a_search():
+    rows = Rows(train=10, validation=4, token_lengths=(10, 30))
+    trials = [Trial("a", TrialConfig(max_length=20, batch_size=4)), Trial("b", TrialConfig(epochs=2, lora_rank=8))]
+    size = search_size(trials, rows, Evaluation(count=5, max_examples=2), EarlyExit())
+    # Of the two lengths, a cut at 20 leaves a mean of 15, and none leaves 20.
+    assert (size.steps, size.samples) == (3 + 3, 10 + 20)
+    assert size.train_tokens == 10 * 15 + 20 * 20
+    assert size.evaluation_tokens == 5 * 2 * (15 + 20)
+    assert size.total_lora_rank == 24
+
+
+@pytest.mark.parametrize(
+    ("early_exit", "trials", "share"),
+    [
+        (EarlyExit(policy="none"), 8, 1.0),
+        (EarlyExit(), 1, 1.0),
+        (EarlyExit(warmup_fraction=0.05, keep_fraction=0.25), 8, 0.05 + 0.95 * 0.25),
+        (EarlyExit(warmup_fraction=0.5, keep_fraction=0.01), 4, 0.5 + 0.5 * 0.25),
+    ],
+)
+def test_the_share_that_early_exit_leaves(early_exit, trials, share):
+    assert expected_share(early_exit, trials) == pytest.approx(share)
+
+
+def test_memory_grows_with_what_is_trained():
+    small = [Trial("a", TrialConfig(lora_rank=2, max_length=64))]
+    # Both layers' q_proj and k_proj: two of 48 + 48 and two of 48 + 24, in sixteen bytes a weight.
+    more = [*small, Trial("b", TrialConfig(lora_rank=4, max_length=64))]
+    assert peak_memory_bytes(more, FACTS) - peak_memory_bytes(small, FACTS) == 4 * (2 * 96 + 2 * 72) * 16
+    assert peak_memory_bytes(small, FACTS) > FACTS.bytes
