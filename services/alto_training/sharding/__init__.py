@@ -1,0 +1,1 @@
+"""Several worker ranks on one task: the backbone shared out or replicated, each adapter on one rank."""

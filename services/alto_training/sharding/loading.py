@@ -1,0 +1,64 @@
+"""From what a job names to a backbone in shares: its folder, and who cuts and gathers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from alto_training.executor.backbone import Backbone
+from alto_training.executor.errors import UnsupportedBackboneError
+from alto_training.executor.loading import locate_base_model
+from alto_training.executor.settings import BackboneDtype, ExecutorSettings
+from alto_training.sharding.errors import StrategyError
+from alto_training.sharding.sharded_backbone import load_sharded_backbone
+from alto_training.sharding.strategy import EngineName
+from alto_training.sharding.units import ShardingEngine
+
+_DTYPES = {BackboneDtype.FLOAT32: torch.float32, BackboneDtype.BFLOAT16: torch.bfloat16}
+
+
+def load_shared_backbone(
+    base_model: str,
+    settings: ExecutorSettings,
+    engine: EngineName,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    prefetch: int = 1,
+    beat: Callable[[], None] = lambda: None,
+) -> Backbone:
+    """Load a base model in shares on the ranks of `group`. Raises `UnsupportedBackboneError`, `ShardedLoadError`."""
+    dtype = _DTYPES.get(settings.backbone_dtype)
+    if dtype is None:
+        raise UnsupportedBackboneError(
+            f"a backbone in {settings.backbone_dtype} cannot be shared out", "choose float32 or bfloat16"
+        )
+    return load_sharded_backbone(
+        str(local_folder(base_model)), make_engine(engine, group, device), dtype, device, prefetch, beat
+    )
+
+
+def local_folder(base_model: str) -> Path:
+    """Return the folder of a base model, after fetching it if only a hub has it."""
+    location = locate_base_model(base_model)
+    if Path(location).is_dir():
+        return Path(location)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(location, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+
+
+def make_engine(name: EngineName, group: dist.ProcessGroup, device: torch.device) -> ShardingEngine:
+    """Return who cuts and gathers. Raises `StrategyError` when DeepSpeed is not installed."""
+    if name is EngineName.FSDP2:
+        from alto_training.sharding.fsdp_units import FsdpEngine
+
+        return FsdpEngine(group, device.type)
+    from alto_training.sharding.deepspeed_units import DeepSpeedEngine
+
+    try:
+        return DeepSpeedEngine(group)
+    except ImportError as error:
+        raise StrategyError(f"DeepSpeed cannot be imported ({error})", "install it, or choose engine fsdp2") from error

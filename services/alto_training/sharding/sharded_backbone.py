@@ -1,0 +1,180 @@
+"""A backbone that no rank holds whole: loaded part by part, and gathered part by part while a pass goes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alto_training.executor import attention
+from alto_training.executor.backbone import Backbone, prepare_backbone
+from alto_training.executor.backbone_weights import fingerprint, fingerprint_part, output_head
+from alto_training.executor.losses import OutputHead
+from alto_training.sharding.gather_order import GatherOrder
+from alto_training.sharding.units import ShardedUnit, ShardingEngine, plan_units
+from alto_training.sharding.weight_files import SafetensorsFolder, WeightSource, fill, parameters_on_meta
+
+
+class ShardedWeights:
+    """`BackboneWeights` that lie in shares on the ranks.
+
+    `order` is what every pass goes through.
+    """
+
+    def __init__(self, model: Any, order: GatherOrder, head: ShardedUnit, digest: str, parameters: int) -> None:
+        self.fingerprint = digest
+        self.parameters = parameters
+        self.order = order
+        self._model = model
+        self._head = head
+
+    @contextmanager
+    def head(self) -> Iterator[OutputHead]:
+        """See `BackboneWeights.head`."""
+        self.order.enter(self._head)
+        yield output_head(self._model)
+        self.order.leave(self._head)
+
+    def idle_pass(self, training: bool) -> None:
+        """See `BackboneWeights.idle_pass`."""
+        self.order.walk(training)
+
+
+def load_sharded_backbone(
+    folder: str,
+    engine: ShardingEngine,
+    dtype: torch.dtype,
+    device: torch.device,
+    prefetch: int = 1,
+    beat: Callable[[], None] = lambda: None,
+) -> Backbone:
+    """Load a model folder in safetensors, one unit at a time; a rank keeps its share and reads the next."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    model = empty_model(config, dtype)
+    source = SafetensorsFolder(Path(folder), model.base_model_prefix)
+    return shard_model(model, folder, source, engine, device, prefetch, beat)
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """Return a causal language model with its buffers, and the shapes alone of its parameters."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION)
+    return model
+
+
+def shard_model(
+    model: Any,
+    name_or_path: str,
+    source: WeightSource,
+    engine: ShardingEngine,
+    device: torch.device,
+    prefetch: int = 1,
+    beat: Callable[[], None] = lambda: None,
+) -> Backbone:
+    """Fill an `empty_model` from `source`, unit by unit, in shares, and make it a backbone."""
+    plan = plan_units(model)
+    named = list(model.named_parameters())
+    names = {parameter: name for name, parameter in named}
+    parts: dict[str, bytes] = {}
+    parameters = sum(parameter.numel() for _, parameter in named)
+
+    def load(module: nn.Module, shapes: dict[str, str]) -> None:
+        fill(module, names, source, device)
+        for own_name, full_name in shapes.items():
+            parts[full_name] = fingerprint_part(full_name, module.get_parameter(own_name))
+
+    def shard(name: str, modules: nn.Sequential) -> ShardedUnit:
+        load(modules, {own: names[parameter] for own, parameter in modules.named_parameters()})
+        return engine.shard(name, modules)
+
+    for module in plan.resident:
+        load(module, {own: names[parameter] for own, parameter in module.named_parameters()})
+    embeddings = [(modules, shard(name, modules)) for name, modules in plan.embeddings]
+    layers = [(modules, shard(name, modules)) for name, modules in plan.layers]
+    tied = next((unit for modules, unit in embeddings if len(modules) > 1), None)
+    head = tied if tied is not None else shard(*plan.head)
+    order = GatherOrder([unit for _, unit in embeddings], [unit for _, unit in layers], head, prefetch, beat)
+    _hook_embeddings(embeddings, order)
+    for modules, unit in layers:
+        _hook_layer(modules[0], unit, order)
+    _hook_whole(model.get_output_embeddings(), head, order)
+    model.to(device)
+    digest = fingerprint([parts[name] for name, _ in named])
+    return prepare_backbone(model, name_or_path, device, ShardedWeights(model, order, head, digest, parameters))
+
+
+def _hook_embeddings(embeddings: list[tuple[nn.Sequential, ShardedUnit]], order: GatherOrder) -> None:
+    """Gather an embedding around its call; the first begins the pass."""
+    first: nn.Module = embeddings[0][0][0]
+    first.register_forward_pre_hook(lambda *_: order.begin(torch.is_grad_enabled()))
+    for modules, unit in embeddings:
+        _hook_whole(modules[0], unit, order)
+
+
+def _hook_whole(module: nn.Module, unit: ShardedUnit, order: GatherOrder) -> None:
+    """Gather `unit` around each call of `module`, which no backward pass comes to."""
+    module.register_forward_pre_hook(lambda *_: order.enter(unit))
+    module.register_forward_hook(lambda *_: order.leave(unit))
+
+
+def _hook_layer(layer: nn.Module, unit: ShardedUnit, order: GatherOrder) -> None:
+    """Gather a decoder layer around its forward pass and around its backward pass.
+
+    Gradients flow through every layer of every rank, whatever its adapters adapt: the input of the first layer is made
+    to ask for them.
+    """
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        order.enter(unit)
+        if not torch.is_grad_enabled():
+            return inputs
+        hidden = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+        return _LeaveGoingBack.apply(hidden, unit, order), *inputs[1:]  # type: ignore[no-untyped-call]
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        order.leave(unit)
+        if not torch.is_grad_enabled():
+            return output
+        if isinstance(output, tuple):
+            return _EnterGoingBack.apply(output[0], unit, order), *output[1:]  # type: ignore[no-untyped-call]
+        return _EnterGoingBack.apply(output, unit, order)  # type: ignore[no-untyped-call]
+
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after)
+
+
+class _EnterGoingBack(torch.autograd.Function):
+    """At a layer's output: the backward pass enters the layer here."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, unit: ShardedUnit, order: GatherOrder) -> torch.Tensor:
+        ctx.unit, ctx.order = unit, order
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.order.enter(ctx.unit)
+        return grad_outputs[0], None, None
+
+
+class _LeaveGoingBack(torch.autograd.Function):
+    """At a layer's input: the backward pass has left the layer here."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, unit: ShardedUnit, order: GatherOrder) -> torch.Tensor:
+        ctx.unit, ctx.order = unit, order
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.order.leave(ctx.unit)
+        return grad_outputs[0], None, None

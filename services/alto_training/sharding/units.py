@@ -1,0 +1,95 @@
+"""The parts that a sharded backbone is gathered in, and the order in which a forward pass meets them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from alto_training.executor.errors import UnsupportedBackboneError
+
+
+class ShardedUnit(Protocol):
+    """Parameters that lie in equal shares on the ranks of a group and are gathered as one.
+
+    `gathered_bytes` is what all of them take when they are here, `shard_bytes` what this rank keeps.
+    """
+
+    name: str
+    gathered_bytes: int
+    shard_bytes: int
+
+    def start(self) -> None:
+        """Launch the gather; every rank of the group must do the same, in the same order."""
+        ...
+
+    def finish(self) -> None:
+        """Wait for the gather; from here on the modules hold their whole weights."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the gathered weights; the rank's own share stays."""
+        ...
+
+
+class ShardingEngine(Protocol):
+    """Cuts parameters into shares and gathers them: DeepSpeed's ZeRO-3 or torch's FSDP2."""
+
+    name: str
+
+    def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
+        """Cut the parameters of `modules`, which hold their whole weights, and keep this rank's share."""
+        ...
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """The modules of each unit, by name, in the order of a forward pass; the head is met last.
+
+    A unit's modules are put in a Sequential to go by one name; it is never called. `resident` are modules too small to
+    shard (norms): every rank keeps them whole. A head that is tied to the embedding has the embedding's unit, which is
+    then gathered twice in a pass.
+    """
+
+    embeddings: tuple[tuple[str, nn.Sequential], ...]
+    layers: tuple[tuple[str, nn.Sequential], ...]
+    head: tuple[str, nn.Sequential]
+    head_is_tied: bool
+    resident: tuple[nn.Module, ...]
+
+
+def plan_units(model: Any) -> UnitPlan:
+    """Cut a causal language model of transformers into embeddings, decoder layers and head."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedBackboneError(f"{type(model).__name__} has no output head", "choose a causal language model")
+    layers: list[tuple[str, nn.Sequential]] = []
+    embeddings: list[tuple[str, nn.Sequential]] = []
+    resident: list[nn.Module] = []
+    head_is_tied = False
+    inside = ""
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, GradientCheckpointingLayer):
+            layers.append((name, nn.Sequential(module)))
+            inside = f"{name}."
+        elif isinstance(module, nn.Embedding):
+            tied = module.weight is head.weight
+            head_is_tied = head_is_tied or tied
+            embeddings.append((name, nn.Sequential(*([module, head] if tied else [module]))))
+        elif module is not head and next(module.parameters(recurse=False), None) is not None:
+            resident.append(module)
+    if not layers:
+        raise UnsupportedBackboneError(f"{type(model).__name__} has no decoder layers to shard", "train it unsharded")
+    head_name = next(name for name, module in model.named_modules() if module is head)
+    return UnitPlan(tuple(embeddings), tuple(layers), (head_name, nn.Sequential(head)), head_is_tied, tuple(resident))
+
+
+def tensor_bytes(tensors: list[torch.Tensor]) -> int:
+    """Return the bytes of all elements."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

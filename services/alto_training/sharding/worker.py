@@ -1,0 +1,218 @@
+"""The process of one worker rank: `python -m alto_training.sharding.worker FOLDER` with RANK and LOCAL_RANK set.
+
+Runs the executor's loop in lock step with the other ranks. It ends with status 0 when the run is over, with
+`REFUSED_STATUS` when the executor says why it cannot go on; any other end is a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from alto_common.tuning import TuningJob
+
+from alto_training.executor.backbone import Backbone
+from alto_training.executor.checkpoint import CheckpointStore
+from alto_training.executor.control import Command, ControlQueue
+from alto_training.executor.data_source import DataSource
+from alto_training.executor.errors import ExecutorError
+from alto_training.executor.executor import Executor
+from alto_training.executor.loading import load_job_backbone, open_job_data
+from alto_training.executor.progress import peak_memory_bytes
+from alto_training.executor.settings import Backend
+from alto_training.sharding.counted_passes import CountedPasses
+from alto_training.sharding.heartbeat import Heartbeats
+from alto_training.sharding.loading import load_shared_backbone
+from alto_training.sharding.plain_json import decode_named, encode, encode_named
+from alto_training.sharding.rank_order import (
+    BEATS_FILE,
+    RENDEZVOUS_FILE,
+    RankFailure,
+    RankOrder,
+    RankReport,
+    failure_file,
+    report_file,
+)
+from alto_training.sharding.rank_processes import EVENTS_VARIABLE, REFUSED_STATUS
+from alto_training.sharding.sharded_backbone import ShardedWeights
+from alto_training.sharding.strategy import Strategy, make_layout
+from alto_training.sharding.traffic import TrafficMeter
+from alto_training.sharding.worker_ranks import WorkerRanks
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Run one rank of the order in the folder that the command line names."""
+    folder = Path(sys.argv[1])
+    order = RankOrder.read(folder)
+    rank = int(os.environ["RANK"])
+    _die_with_parent(order.parent_process_id)
+    try:
+        _run(folder, order, rank)
+    except ExecutorError as error:
+        failure = RankFailure(type(error).__name__, error.message, error.cure)
+        failure_file(folder, rank).write_text(json.dumps(encode(failure)))
+        # Without the usual clean-up: it may wait for ranks that wait for this one.
+        sys.stderr.flush()
+        os._exit(REFUSED_STATUS)
+
+
+def _run(folder: Path, order: RankOrder, rank: int) -> None:
+    beats = Heartbeats(folder / BEATS_FILE, order.ranks)
+
+    def beat() -> None:
+        beats.beat(rank)
+
+    device = torch.device(order.settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=order.collective_timeout_s)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{folder.absolute() / RENDEZVOUS_FILE}",
+        rank=rank,
+        world_size=order.ranks,
+        timeout=timeout,
+    )
+    ranks = WorkerRanks(dist.new_group(backend="gloo", timeout=timeout), beat)
+    settings = replace(order.settings, device=str(device), backend=_backend(order.settings.backend, device))
+    backbone = _load(replace(order, settings=settings), device, beat)
+    weights = CountedPasses(backbone.weights)
+    backbone.weights = weights
+    _check_checkpoint(order.workdir, ranks)
+    with ExitStack() as stack:
+        tell = _teller(rank, stack)
+        meter = stack.enter_context(TrafficMeter()) if order.count_traffic else TrafficMeter()
+        outcomes = Executor(
+            order.jobs[0],
+            order.workdir,
+            lambda event: tell("event", encode_named(event)),
+            settings,
+            _control() if rank == 0 else None,
+            companions=order.jobs[1:],
+            backbone=backbone,
+            open_data=_one_after_another(ranks),
+            ranks=ranks,
+        ).run_all()
+        report_file(folder, rank).write_text(json.dumps(encode(_report(rank, backbone, weights, meter, device))))
+        tell("outcomes", [encode(outcome) for outcome in outcomes])
+    dist.destroy_process_group()
+
+
+def _backend(asked: Backend, device: torch.device) -> Backend:
+    """Return whose kernels to use. Not measured: all ranks must take the same, and weights may not be here to try."""
+    import alto_kernels
+
+    if asked is not Backend.AUTO:
+        return asked
+    wanted = Backend.CPU if device.type == "cpu" else Backend.CUTLASS
+    return wanted if wanted in alto_kernels.backends() else Backend.REFERENCE
+
+
+def _load(order: RankOrder, device: torch.device, beat: Callable[[], None]) -> Backbone:
+    """Load the backbone, whole or in shares."""
+    layout = make_layout(order.strategy, order.ranks, order.ranks_per_host)
+    if layout.strategy in (Strategy.SINGLE, Strategy.REPLICATED):
+        return load_job_backbone(order.jobs[0].base_model, order.settings)
+    # Every rank takes part in making every group.
+    groups = {
+        first: dist.new_group(list(layout.group_of(first)), timeout=timedelta(seconds=order.collective_timeout_s))
+        for first in range(0, layout.ranks, layout.shard_ranks)
+    }
+    group = groups[layout.group_of(dist.get_rank()).start]
+    return load_shared_backbone(
+        order.jobs[0].base_model, order.settings, order.engine, group, device, order.prefetch, beat
+    )
+
+
+def _check_checkpoint(workdir: Path, ranks: WorkerRanks) -> None:
+    """Have rank 0 look at the checkpoints before the others do: it puts damaged ones aside."""
+    if ranks.rank == 0:
+        CheckpointStore(workdir / "checkpoints").read()
+    ranks.united({})
+
+
+def _one_after_another(ranks: WorkerRanks) -> Callable[[TuningJob, Path], tuple[DataSource, DataSource]]:
+    """Have rank 0 tokenise the datasets; the others then open what it wrote."""
+
+    def open_data(job: TuningJob, cache_dir: Path) -> tuple[DataSource, DataSource]:
+        if ranks.rank != 0:
+            ranks.united({})
+        opened = open_job_data(job, cache_dir)
+        if ranks.rank == 0:
+            ranks.united({})
+        return opened
+
+    return open_data
+
+
+def _teller(rank: int, stack: ExitStack) -> Callable[[str, object], None]:
+    """Return what tells the parent of events and of the outcome; ranks other than 0 tell nothing."""
+    if rank != 0:
+        return lambda kind, value: None
+    stream: TextIO = stack.enter_context(os.fdopen(int(os.environ[EVENTS_VARIABLE]), "w"))
+
+    def tell(kind: str, value: object) -> None:
+        stream.write(json.dumps({kind: value}) + "\n")
+        stream.flush()
+
+    return tell
+
+
+def _control() -> ControlQueue:
+    """Return the commands that come in as lines on the standard input."""
+    commands = ControlQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            commands.put(decode_named(Command, json.loads(line)))
+
+    threading.Thread(target=listen, name="commands", daemon=True).start()
+    return commands
+
+
+def _report(
+    rank: int, backbone: Backbone, passes: CountedPasses, meter: TrafficMeter, device: torch.device
+) -> RankReport:
+    kept = passes.weights
+    whole = backbone.parameters * torch.empty(0, dtype=backbone.dtype).element_size()
+    order = kept.order if isinstance(kept, ShardedWeights) else None
+    return RankReport(
+        rank=rank,
+        training_gather_bytes=order.gathered_bytes(training=True) if order else 0,
+        inference_gather_bytes=order.gathered_bytes(training=False) if order else 0,
+        shard_bytes=order.shard_bytes if order else whole,
+        backbone_bytes=whole,
+        memory_bytes=peak_memory_bytes(device),
+        training_passes=passes.training + passes.idle_training,
+        inference_passes=passes.inference + passes.idle_inference,
+        idle_passes=passes.idle_training + passes.idle_inference,
+        traffic_calls=dict(meter.calls),
+        traffic_bytes=dict(meter.bytes),
+    )
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel end this process with the one that watches over it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("whoever started this rank is gone")
+
+
+if __name__ == "__main__":
+    main()
