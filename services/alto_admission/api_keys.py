@@ -21,6 +21,12 @@ _TENANT_SCOPES = (Scope.READ, Scope.WRITE)
 
 def new_key(tenant: str, scopes: Collection[str], now_us: int, expire_us: int | None = None) -> tuple[str, ApiKey]:
     """Return a fresh key, to be shown once, and what is kept of it. Raises INVALID_FIELD."""
+    secret = KEY_PREFIX + secrets.token_urlsafe(32)
+    return secret, kept_key(secret, tenant, scopes, now_us, expire_us)
+
+
+def kept_key(secret: str, tenant: str, scopes: Collection[str], now_us: int, expire_us: int | None = None) -> ApiKey:
+    """Return what is kept of a key. Raises INVALID_FIELD."""
     violations = []
     if not _TENANT.fullmatch(tenant):
         violations.append(Violation("tenant", tenant, "give 1 to 63 lower-case letters, digits and hyphens"))
@@ -29,9 +35,7 @@ def new_key(tenant: str, scopes: Collection[str], now_us: int, expire_us: int | 
         violations.append(Violation("scopes", unknown, f"give {', '.join(_TENANT_SCOPES)}, or one of them"))
     if violations:
         raise invalid_fields(violations)
-    secret = KEY_PREFIX + secrets.token_urlsafe(32)
-    kept = ApiKey(f"key-{secrets.token_hex(4)}", _sha256(secret), tenant, ",".join(sorted(scopes)), now_us, expire_us)
-    return secret, kept
+    return ApiKey(f"key-{secrets.token_hex(4)}", _sha256(secret), tenant, ",".join(sorted(scopes)), now_us, expire_us)
 
 
 class KeyAuthenticator:

@@ -20,6 +20,7 @@ from alto_admission.store.tasks import TaskStore
 GRACE_S = 15.0
 TICK_S = 5.0
 RECONNECT_S = 1.0
+BETWEEN_PLANS_S = 0.1
 
 log = structlog.get_logger("alto.admission.plan")
 
@@ -41,6 +42,8 @@ class PlanWatcher:
         self._tick_s = min(TICK_S, grace_s / 2)
         self._missing_since: dict[str, float] = {}
         self._plan: placement_pb2.Plan | None = None
+        # A task that was given up is in one plan only: it must not go under when plans come faster than they are taken.
+        self._given_up: dict[str, placement_pb2.PlannedTask] = {}
         self._news = asyncio.Event()
 
     async def run(self) -> None:
@@ -55,6 +58,8 @@ class PlanWatcher:
             try:
                 async for plan in self._placement.plans():
                     self._plan = plan
+                    given_up = (task for task in plan.tasks if task.state == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
+                    self._given_up.update({task.task_id: task for task in given_up})
                     self._news.set()
             except grpc.aio.AioRpcError as error:
                 if self._plan is not None:
@@ -74,12 +79,14 @@ class PlanWatcher:
                 await self.take(self._plan)
             except Exception:
                 log.exception("cannot take the plan over")
+            await asyncio.sleep(BETWEEN_PLANS_S)
 
     async def take(self, plan: placement_pb2.Plan | None) -> None:
         """Take over one plan; None when placement cannot be reached."""
-        planned = {task.task_id: task for task in plan.tasks} if plan is not None else {}
+        given_up, self._given_up = self._given_up, {}
+        planned = given_up | {task.task_id: task for task in plan.tasks} if plan is not None else given_up
         for task in await self._tasks.unfinished():
-            if plan is None:
+            if plan is None and task.task_id not in given_up:
                 await self._unreachable(task)
             else:
                 await self._compare(task, planned.get(task.task_id))

@@ -19,7 +19,7 @@ from alto_common.rpc.server import Server
 
 from alto_admission.access import ADMISSION_SERVICE, REPORT_SERVICE, SERVICE_SCOPES, TENANT_SCOPES
 from alto_admission.adapters import Adapters
-from alto_admission.api_keys import KeyAuthenticator, new_key
+from alto_admission.api_keys import KeyAuthenticator, kept_key, new_key
 from alto_admission.dispatcher import Dispatcher
 from alto_admission.event_hub import EventHub
 from alto_admission.heavy_work import ModelSources
@@ -161,10 +161,15 @@ class AdmissionServer:
             log.warning("cannot inspect the base models", error=error.message)
 
     async def _write_local_key(self, file: Path) -> None:
-        """Give the tenant "local" a key in a file that only its owner can read, unless the file is there."""
+        """Give the tenant "local" the key in `file`; when that is absent make one that only its owner can read."""
+        scopes = [Scope.READ, Scope.WRITE]
         if file.exists():
+            # The database may be a new one.
+            kept = kept_key(file.read_text().strip(), LOCAL_TENANT, scopes, clock_us())
+            if await self.keys.by_sha256(kept.key_sha256) is None:
+                await self.keys.add(kept)
             return
-        secret, kept = new_key(LOCAL_TENANT, [Scope.READ, Scope.WRITE], clock_us())
+        secret, kept = new_key(LOCAL_TENANT, scopes, clock_us())
         await self.keys.add(kept)
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f".{file.name}.{os.getpid()}")

@@ -175,5 +175,11 @@ async def test_killed_in_the_middle(process, tmp_path):
 async def test_a_second_start_keeps_the_local_key(process, tmp_path):
     key = (tmp_path / "local.key").read_text()
     assert await process.stop(signal.SIGTERM) == 0
+    for file in tmp_path.glob("admission.db*"):
+        file.unlink()
     await process.start()
     assert (tmp_path / "local.key").read_text() == key
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{process.port}") as channel:
+        stub = admission_service_pb2_grpc.AdmissionServiceStub(channel)
+        listed = await stub.ListDatasets(messages.ListDatasetsRequest(), metadata=bearer_metadata(key.strip()))
+    assert not listed.datasets, "a new database knows the key, and nothing else"
