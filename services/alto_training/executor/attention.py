@@ -6,6 +6,7 @@ itself alone, so no sequence can see, or be made not finite by, another.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def varlen_attention(
     lengths = tick.sequence_lengths
     longest = max(lengths)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    if query.is_cuda and softcap is None and query.dtype != torch.float32:
+    half_precision = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half_precision and softcap is None and query.shape[-1] % 8 == 0:
         return _varlen_kernel(query, key, value, tick, scaling, window), None
     # split and cat, not slices: the backward pass of a slice would fill all T tokens with zeros for each sequence.
     queries, keys, values = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
@@ -119,6 +121,12 @@ def _varlen_kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(tick.sequence_lengths)
+    repeats = query.shape[1] // key.shape[1]
+    options: dict[str, Any] = {}
+    if repeats > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif repeats > 1:  # torch before 2.12
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     attended = varlen_attn(
         query_THD,
@@ -130,7 +138,7 @@ def _varlen_kernel(
         longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     assert isinstance(attended, torch.Tensor)
     return attended[None]
