@@ -133,8 +133,10 @@ async def test_another_process_wrote(started):
     await read(stream, 1)
     await two.report(numbered(task.task_id, 1, [task_state(CANCELLED)]))
     message = None
-    while (received := await stream.read()) is not grpc.aio.EOF:
-        message = received
+    # Well before a heartbeat would have looked.
+    async with asyncio.timeout(10):
+        while (received := await stream.read()) is not grpc.aio.EOF:
+            message = received
     assert message.event.task_state_changed.state == CANCELLED
 
 
