@@ -109,8 +109,8 @@ class EventTranslator:
         elif isinstance(event, events.TrialDecided):
             yield self._decided(event)
             if event.verdict is events.Verdict.PAUSE:
-                total_steps = 0
-                yield self._trial_state(event.trial_id, tuning_pb2.TRIAL_STATE_PAUSED, event.step, total_steps)
+                # The steps planned are known from before; 0 leaves them as they are.
+                yield self._trial_state(event.trial_id, tuning_pb2.TRIAL_STATE_PAUSED, event.step, total_steps=0)
         elif isinstance(event, events.TrialFinished):
             yield self.finished(event)
         elif isinstance(event, events.TaskProgress):
@@ -138,6 +138,7 @@ class EventTranslator:
             slots=event.slots,
             tokens_per_tick=event.tokens_per_tick,
             resumed=event.resumed_from_tick is not None,
+            base_validation_loss=event.base_validation_loss,
         )
 
     def _measured(self, trial_id: str, metric: tuning_pb2.TrialMetric, total_steps: int) -> event_pb2.TaskEvent:

@@ -43,6 +43,7 @@ class TaskStarted:
     train_examples: int
     validation_examples: int
     backbone_parameters: int
+    base_validation_loss: float | None = None
     resumed_from_tick: int | None = None
 
 

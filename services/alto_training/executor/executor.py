@@ -14,6 +14,7 @@ from alto_training.early_exit import make_policy
 from alto_training.executor import passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.backends import choose_backend
+from alto_training.executor.budget import choose_budget
 from alto_training.executor.checkpoint import Checkpoint, CheckpointStore
 from alto_training.executor.control import Command, Control, Pause
 from alto_training.executor.errors import (
@@ -40,9 +41,8 @@ from alto_training.executor.ranks import OneRank, Ownership, Ranks
 from alto_training.executor.roster import Roster
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.task_run import TaskRun
+from alto_training.executor.tick import Share
 from alto_training.executor.trial_run import TrialRun
-
-_DEFAULT_TOKENS_PER_TICK = {"cpu": 1024, "cuda": 8192}
 
 
 class Executor:
@@ -115,7 +115,9 @@ class Executor:
         if self._settings.recompute:
             backbone.recompute_activations()
         self._backbone = backbone
-        self._tokens_per_tick = self._settings.tokens_per_tick or _DEFAULT_TOKENS_PER_TICK[backbone.device.type]
+        configs = [trial.config for job in self._jobs for trial in job.trials]
+        budget = choose_budget(self._settings, backbone, configs, self._settings.cache_dir)
+        self._tokens_per_tick = budget.tokens_per_tick
         self._evaluation_tokens = self._settings.evaluation_tokens_per_tick or 2 * self._tokens_per_tick
         tasks = []
         for number, job in enumerate(self._jobs):
@@ -124,10 +126,8 @@ class Executor:
             train, validation = self._open_data(job, self._settings.cache_dir or self._workdir / "cache")
             tokens = self._evaluation_tokens
             tasks.append(TaskRun(job, train, validation, backbone, policy, folder, self._emit, tokens, self._ownership))
-        trials = sum(len(job.trials) for job in self._jobs)
-        slots = min(self._settings.slots or trials, trials)
         revivable = self._settings.revivable_trials
-        self._roster = Roster(tasks, slots, backbone.device, self._emit, revivable, self._ownership)
+        self._roster = Roster(tasks, budget.slots, backbone.device, self._emit, revivable, self._ownership)
         checkpoint = self._store.read()
         if checkpoint is None:
             self._roster.admit_all()
@@ -138,6 +138,9 @@ class Executor:
         name = before or self._settings.backend
         self._backend = choose_backend(name, backbone.layers, len(self._roster.slots.places), backbone.device)
         backbone.use_backend(self._backend)
+        for task in self._roster.tasks:
+            if task.base_validation_loss is None:
+                task.note_base_losses(self._losses([task.evaluation_share(None)])[0])
         self._tell_started(None if checkpoint is None else checkpoint.tick)
         self._meter = ProgressMeter(self._clock)
         self._checkpointed_at, self._checkpointed_tick = self._clock(), self._tick
@@ -156,6 +159,7 @@ class Executor:
                     train_examples=len(task.train),
                     validation_examples=len(task.validation),
                     backbone_parameters=self._backbone.parameters,
+                    base_validation_loss=task.base_validation_loss,
                     resumed_from_tick=resumed_from_tick,
                 )
             )
@@ -267,15 +271,16 @@ class Executor:
                 self._roster.end(run, TrialState.STOPPED, f"its validation loss is not finite at step {run.step}")
 
     def _validation_losses(self, due: Sequence[TrialRun]) -> dict[str, list[float]]:
-        """Return the losses of each trial's validation items, by its place; in smaller ticks if memory runs out."""
-        shares = [self._roster.task_of(run).evaluation_share(run) for run in due]
+        """Return the losses of each trial's validation items, by its place."""
         mine = [place for place, run in enumerate(due) if self._ownership.owns(run)]
+        losses = self._losses([self._roster.task_of(due[place]).evaluation_share(due[place].adapter) for place in mine])
+        return self._ranks.united({str(place): each for place, each in zip(mine, losses, strict=True)})
+
+    def _losses(self, shares: Sequence[Share]) -> list[list[float]]:
+        """Return the losses of each share's items, without gradients; in smaller ticks if memory runs out."""
         while True:
             try:
-                losses = passes.item_losses(
-                    self._backbone, [shares[place] for place in mine], self._evaluation_tokens, self._most
-                )
-                return self._ranks.united({str(place): each for place, each in zip(mine, losses, strict=True)})
+                return passes.item_losses(self._backbone, shares, self._evaluation_tokens, self._most)
             except passes.TickTooLargeError as error:
                 if self._evaluation_tokens == 1:
                     raise _out_of_memory(error) from error

@@ -60,6 +60,7 @@ class TaskRun:
         self.finished: dict[str, TrialFinished] = {}
         self.parked: set[str] = set()
         self.unjudged: set[str] = set()
+        self.base_validation_loss: float | None = None
         self._backbone = backbone
         self._folder = folder
         self._emit = emit
@@ -111,14 +112,18 @@ class TaskRun:
             self._mean_tokens[length] = sum(tokens) / len(tokens)
         return (run.total_items - run.samples_trained) * self._mean_tokens[length]
 
-    def evaluation_share(self, run: TrialRun) -> Share:
-        """Return the whole validation set as a share for one trial's adapter."""
-        return Share(run.adapter, self._validation(), self._objective.item_loss)
+    def evaluation_share(self, adapter: Adapter | None) -> Share:
+        """Return the whole validation set as a share for one trial's adapter, or for the base model alone."""
+        return Share(adapter, self._validation(), self._objective.item_loss)
+
+    def note_base_losses(self, losses: Sequence[float]) -> None:
+        """Take note of the validation items' losses over the base model without any adapter."""
+        self.base_validation_loss = self._mean_validation_loss(losses)
 
     def note_evaluation(self, run: TrialRun, losses: Sequence[float]) -> Observation:
         """Take note of the validation items' losses; tell of it, and return what the policy is to see."""
         items = self._validation()
-        loss = math.fsum(losses) / max(1, sum(item.denominator for item in items))
+        loss = self._mean_validation_loss(losses)
         best = math.isfinite(loss) and run.note_validation(loss)
         self._emit(
             TrialEvaluated(
@@ -201,6 +206,7 @@ class TaskRun:
             "job_fingerprint": job_fingerprint(self.job),
             "train_fingerprint": self.train.fingerprint,
             "validation_fingerprint": self.validation.fingerprint,
+            "base_validation_loss": self.base_validation_loss,
             "runs": {trial_id: run.state() for trial_id, run in self.runs.items()},
             "finished": [dataclasses.asdict(one) for one in self.finished.values()],
             "parked": sorted(self.parked),
@@ -233,6 +239,7 @@ class TaskRun:
                     f"{path} has changed since the checkpoint was written",
                     "restore the dataset, or start over in another work folder",
                 )
+        self.base_validation_loss = state["base_validation_loss"]
         trials = {trial.trial_id: trial for trial in self.job.trials}
         for trial_id, saved in state["runs"].items():
             run = self.prepare(trials[trial_id])
@@ -244,6 +251,9 @@ class TaskRun:
         self.unjudged = set(state["unjudged"])
         self.policy.load_state_dict(state["policy"])
         self._references = {(which, row, length): tuple(sums) for which, row, length, sums in state["references"]}
+
+    def _mean_validation_loss(self, losses: Sequence[float]) -> float:
+        return math.fsum(losses) / max(1, sum(item.denominator for item in self._validation()))
 
     def _number(self, trial_id: str) -> int:
         return next(number for number, trial in enumerate(self.job.trials) if trial.trial_id == trial_id)

@@ -41,15 +41,15 @@ Global___GetNodeRequest: _TypeAlias = GetNodeRequest  # noqa: Y015
 
 @_typing.final
 class GetNodeResponse(_message.Message):
-    """Response of GetNode.
-    The node.
-    """
+    """Response of GetNode."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def node(self) -> _placement_pb2.Node: ...
+    def node(self) -> _placement_pb2.Node:
+        """The node."""
+
     def __init__(
         self,
         *,

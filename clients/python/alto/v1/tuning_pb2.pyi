@@ -732,7 +732,7 @@ class EarlyExit(_message.Message):
     SLOPE_THRESHOLD_FIELD_NUMBER: _builtins.int
     SMOOTHING_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
-    """"paper" (default), "none", "median", "asha", or the name of a plug-in."""
+    """"paper" (default), "none", "median", "asha", "hyperband", "alto", or the name of a plug-in."""
     warmup_fraction: _builtins.float
     """Share of a trial's steps, in [0, 1], after which the best `keep_fraction` carry on. Default 0.05."""
     keep_fraction: _builtins.float
