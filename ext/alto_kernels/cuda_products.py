@@ -85,7 +85,6 @@ def _launch(plan: TickPlan, module: int, shape: LaunchShape) -> Any:
             "items": schedule.items,
             "item_offsets": schedule.offsets,
             "extras": jobs.extras,
-            "segments": jobs.segments,
             "ready_target": jobs.ready_target,
             "ready": jobs.ready.data_ptr(),
             "slots": pools.pointers[module].data_ptr(),

@@ -90,7 +90,7 @@ def float64_oracle(
                 leaves[slot, module] = (a, b)
                 inside = x[start:stop]
                 dropout = case.adapters[slot][1]
-                if dropout:
+                if dropout and stop > start:
                     assert plan.row_keys is not None
                     keep = reference.keep_mask(plan.row_keys[start:stop], module, x.shape[1], dropout)
                     inside = torch.where(keep, inside / (1 - dropout), 0.0)

@@ -54,9 +54,9 @@ TickLayout make_layout(std::int64_t tokens, const std::vector<SegmentFields>& fi
 }
 
 py::tuple schedule_bytes(const TickLayout& layout, int contraction, int outputs, int grad_b_features,
-                         int grad_a_features, bool drops, int clusters) {
+                         int grad_a_features, bool drops, int pairs_in_group, int clusters) {
   const Schedule schedule =
-      make_schedule(layout, {contraction, outputs, grad_b_features, grad_a_features, drops}, clusters);
+      make_schedule(layout, {contraction, outputs, grad_b_features, grad_a_features, drops, pairs_in_group}, clusters);
   return py::make_tuple(as_bytes(schedule.items), as_bytes(schedule.offsets));
 }
 
@@ -81,7 +81,6 @@ class Launch {
     fixed_.items = pointer<const Item>(at("items"));
     fixed_.item_offsets = pointer<const int>(at("item_offsets"));
     fixed_.extras = pointer<const Extra>(at("extras"));
-    fixed_.segments = pointer<const Segment>(at("segments"));
     fixed_.ready_target = pointer<const int>(at("ready_target"));
     fixed_.ready = pointer<int>(at("ready"));
     fixed_.slots = pointer<const SlotPointers>(at("slots"));
@@ -171,11 +170,11 @@ void bind(py::module_& module) {
       .def(py::init(&make_layout), py::kw_only(), py::arg("tokens"), py::arg("segments"))
       .def_readonly("tiles", &TickLayout::tiles)
       .def_readonly("saved_rows", &TickLayout::saved_rows)
-      .def("segments", [](const TickLayout& layout) { return as_bytes(layout.segments); })
       .def("extras", [](const TickLayout& layout) { return as_bytes(layout.extras); })
       .def("ready_target", [](const TickLayout& layout) { return as_bytes(layout.ready_target); })
       .def("schedule", &schedule_bytes, py::kw_only(), py::arg("contraction"), py::arg("outputs"),
-           py::arg("grad_b_features"), py::arg("grad_a_features"), py::arg("drops"), py::arg("clusters"));
+           py::arg("grad_b_features"), py::arg("grad_a_features"), py::arg("drops"), py::arg("pairs_in_group"),
+           py::arg("clusters"));
   py::class_<Launch>(module, "Launch")
       .def(py::init<bool, const MatrixFields&, const MatrixFields&, const py::dict&, int, int, int, std::int64_t,
                     std::uint32_t, int>(),

@@ -27,7 +27,8 @@ constexpr std::uint32_t kBoxBytes = 64 * 64 * 2;
 template <Major major>
 __device__ __forceinline__ std::uint64_t operand(std::uint32_t shared_address, int sixteen) {
   const std::uint32_t step = major == Major::K ? 32u : 2048u;
-  const std::uint64_t address = (shared_address + static_cast<std::uint32_t>(sixteen) * step) >> 4;
+  // Masked to its 14 bits: the addresses of a cluster's second block carry its number above them.
+  const std::uint64_t address = ((shared_address + static_cast<std::uint32_t>(sixteen) * step) >> 4) & 0x3FFF;
   const std::uint64_t leading = major == Major::K ? 1u : kBoxBytes >> 4;
   return address | (leading << 16) | (static_cast<std::uint64_t>(1024 >> 4) << 32) | (1ull << 62);
 }
@@ -86,8 +87,12 @@ __device__ __forceinline__ int load_acquire(const int* counter) {
   return value;
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+// Adds without waiting for the old value. Each element is added to once a launch, so the result is deterministic.
+__device__ __forceinline__ void add_to(float* address, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+}
+__device__ __forceinline__ void add_to(float* address, float first, float second) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(first), "f"(second) : "memory");
 }
 
 __device__ __forceinline__ void store_matrices(std::uint32_t shared_address, std::uint32_t r0, std::uint32_t r1,

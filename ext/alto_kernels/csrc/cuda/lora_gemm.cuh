@@ -13,27 +13,46 @@
 namespace alto::cuda {
 
 constexpr int kStages = 4;
-constexpr int kOperandBytes = 2 * kBoxBytes;  // 128 tokens, or 128 features, by 64
-constexpr int kWeightBytes = 4 * kBoxBytes;   // 256 features by 64
-constexpr int kStageBytes = kOperandBytes + kWeightBytes;
+// A stage has six boxes of 64 x 64. Boxes by kind of item:
+//   base        0-1 128 tokens of the operand, 2-5 256 features of the weight
+//   down        0-1 128 tokens of the operand, 2-3 their next 64 features, 4-5 64 rank columns of the pool for each
+//   gradients   0-3 64 tokens by 256 features, 4 their S block
+constexpr int kStageBytes = 6 * kBoxBytes;
+constexpr int kWeightBox = 2;
+constexpr int kPoolBox = 4;
+constexpr int kSavedBox = 4;
 constexpr int kStagingBytes = 4 * kBoxBytes;  // two boxes for each consumer warpgroup
 constexpr int kThreads = 384;
 
-struct Barriers {
+constexpr int kItemSlots = 4;
+constexpr int kConsumerWarps = 8;
+
+// An item on its way from the producer to the consumers, who read it where it lies and not into registers.
+struct ItemSlot {
+  Item item;
+  float* gradient;  // what a gradient item adds to; null: skip it, the adapter does not adapt this module
+};
+
+struct Control {
   std::uint64_t full[kStages];
   std::uint64_t empty[kStages];
+  std::uint64_t item_full[kItemSlots];
+  std::uint64_t item_empty[kItemSlots];
+  ItemSlot slots[kItemSlots];
 };
-constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes + static_cast<int>(sizeof(Barriers)) + 1024;
+constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes + static_cast<int>(sizeof(Control)) + 1024;
+static_assert(kSharedBytes <= 227 * 1024);
 
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;
 
-// Where in the ring of stages a warp is.
+// Where in a ring of stages a thread is.
+template <int length>
 struct Ring {
   int stage = 0;
   std::uint32_t phase = 0;
   __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
+    if (++stage == length) {
       stage = 0;
       phase ^= 1;
     }
@@ -43,33 +62,22 @@ struct Ring {
 struct SharedView {
   unsigned char* stages;
   unsigned char* staging;
-  Barriers* barriers;
-  __device__ __forceinline__ unsigned char* operand(int stage) const { return stages + stage * kStageBytes; }
-  __device__ __forceinline__ unsigned char* weight(int stage) const { return operand(stage) + kOperandBytes; }
+  Control* control;
+  __device__ __forceinline__ unsigned char* box(int stage, int index) const {
+    return stages + stage * kStageBytes + index * static_cast<int>(kBoxBytes);
+  }
 };
 
 __device__ __forceinline__ Item load_item(const LoraGemmArguments& arguments, int pair, int block) {
+  constexpr int kWords = sizeof(Item) / sizeof(int4);
   const int4* from = reinterpret_cast<const int4*>(arguments.items + pair * kClusterSize + block);
   union {
-    int4 words[3];
+    int4 words[kWords];
     Item item;
   } result;
 #pragma unroll
-  for (int i = 0; i < 3; ++i) result.words[i] = __ldg(from + i);
+  for (int i = 0; i < kWords; ++i) result.words[i] = __ldg(from + i);
   return result.item;
-}
-
-// False where the adapter does not adapt this module: both blocks skip the item.
-__device__ __forceinline__ bool wants_gradient(const LoraGemmArguments& arguments, const Item& item) {
-  return arguments.slots[arguments.segments[item.segment].slot].grad_a != nullptr;
-}
-
-// Returns once the S blocks of the tile at token `row` are written.
-__device__ __forceinline__ void await_blocks(const LoraGemmArguments& arguments, int row) {
-  const int tile = row / kTileRows;
-  if (tile >= arguments.tiles) return;
-  while (load_acquire(arguments.ready + tile) < arguments.ready_target[tile]) __nanosleep(100);
-  fence_async_proxy();
 }
 
 }  // namespace alto::cuda
@@ -85,11 +93,15 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   extern __shared__ unsigned char shared_memory[];
   unsigned char* aligned = shared_memory + (1024 - (cute::cast_smem_ptr_to_uint(shared_memory) & 1023)) % 1024;
   const SharedView shared{aligned, aligned + kStages * kStageBytes,
-                          reinterpret_cast<Barriers*>(aligned + kStages * kStageBytes + kStagingBytes)};
+                          reinterpret_cast<Control*>(aligned + kStages * kStageBytes + kStagingBytes)};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      FullBarrier::init(&shared.barriers->full[stage], 1);
-      EmptyBarrier::init(&shared.barriers->empty[stage], 2 * kClusterSize);
+      FullBarrier::init(&shared.control->full[stage], 1);
+      EmptyBarrier::init(&shared.control->empty[stage], 2 * kClusterSize);
+    }
+    for (int slot = 0; slot < kItemSlots; ++slot) {
+      EmptyBarrier::init(&shared.control->item_full[slot], 1);
+      EmptyBarrier::init(&shared.control->item_empty[slot], kConsumerWarps);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -103,11 +115,11 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   const int last = arguments.item_offsets[cluster + 1];
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 2) {
-    cutlass::arch::warpgroup_reg_dealloc<40>();
+    cutlass::arch::warpgroup_reg_dealloc<56>();
     if (threadIdx.x == 2 * 128) produce<kBackward>(arguments, shared, first, last, block);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<232>();
-    consume<kBackward>(arguments, shared, first, last, block, warpgroup);
+    cutlass::arch::warpgroup_reg_alloc<224>();
+    consume<kBackward>(arguments, shared, warpgroup);
   }
 
   // No block leaves while its peer may still signal it; the last of all clears the counters for the next launch.
@@ -115,8 +127,8 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
   cute::cluster_wait();
   if (threadIdx.x == 0) {
     __threadfence();
-    if (atomicAdd(arguments.ready + arguments.tiles, 1) == static_cast<int>(gridDim.x) - 1)
-      for (int tile = 0; tile <= arguments.tiles; ++tile) arguments.ready[tile] = 0;
+    if (atomicAdd(arguments.ready + arguments.tiles + 1, 1) == static_cast<int>(gridDim.x) - 1)
+      for (int i = 0; i < arguments.tiles + 2; ++i) arguments.ready[i] = 0;
   }
 }
 

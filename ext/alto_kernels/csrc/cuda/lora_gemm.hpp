@@ -34,9 +34,8 @@ struct LoraGemmArguments {
   const Item* items;         // [2 * pairs], the two blocks of a cluster side by side
   const int* item_offsets;   // [clusters + 1], in pairs
   const Extra* extras;
-  const Segment* segments;
-  const int* ready_target;   // [tiles]
-  int* ready;                // [tiles + 1], zero between launches; the last counts finished blocks
+  const int* ready_target;   // [tiles + 1]; the last is their sum
+  int* ready;                // [tiles + 2], zero between launches; the last two: their sum, and finished blocks
   __nv_bfloat16* block_data; // what `blocks` maps
   const __nv_bfloat16* bias; // [N] or null, forward only
   const SlotPointers* slots; // of this module

@@ -13,45 +13,50 @@ struct Consumer {
   const SharedView& shared;
   int warpgroup;
   int thread;  // in the warpgroup
-  Ring ring{};
+  Ring<kStages> ring{};
   int held = -1;  // the stage that wgmma may still be reading
 
-  __device__ __forceinline__ std::uint32_t rows_address() const {
-    return cute::cast_smem_ptr_to_uint(shared.operand(ring.stage)) + static_cast<std::uint32_t>(warpgroup) * kBoxBytes;
-  }
-  __device__ __forceinline__ std::uint32_t weight_address() const {
-    return cute::cast_smem_ptr_to_uint(shared.weight(ring.stage));
+  __device__ __forceinline__ std::uint32_t box(int index) const {
+    return cute::cast_smem_ptr_to_uint(shared.box(ring.stage, index));
   }
   // The first of the two rows (the other is 8 below) of the accumulator that this thread holds, in [0, 64).
   __device__ __forceinline__ int accumulator_row() const { return thread / 32 * 16 + thread % 32 / 4; }
   __device__ __forceinline__ int accumulator_column() const { return thread % 4 * 2; }
 
-  __device__ __forceinline__ void await_full() { FullBarrier::wait(&shared.barriers->full[ring.stage], ring.phase); }
+  __device__ __forceinline__ void await_full() { FullBarrier::wait(&shared.control->full[ring.stage], ring.phase); }
 
   // Gives a stage back to the producers of both blocks.
   __device__ __forceinline__ void release(int stage) {
     if (thread < kClusterSize)
-      EmptyBarrier::arrive(&shared.barriers->empty[stage], static_cast<std::uint32_t>(thread), true);
+      EmptyBarrier::arrive(&shared.control->empty[stage], static_cast<std::uint32_t>(thread), true);
   }
 
-  // sum += operand x weight over one stage, 16 deep at a time; leaves it in flight and frees the stage before.
+  // sum += rows x weight, 64 deep, of two boxes of the stage.
   template <Major major_rows, Major major_weight, int count>
-  __device__ __forceinline__ void step(float (&sum)[count], ScaleOut& keep) {
-    fence_registers(sum);
-    cute::warpgroup_arrive();
-    const std::uint32_t rows = rows_address();
-    const std::uint32_t weight = weight_address();
+  __device__ __forceinline__ void multiply_boxes(std::uint32_t rows, std::uint32_t weight, float (&sum)[count],
+                                                 ScaleOut& keep) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       multiply<major_rows, major_weight>(operand<major_rows>(rows, i), operand<major_weight>(weight, i), sum, keep);
       keep = ScaleOut::One;
     }
+  }
+
+  // What multiply_boxes was asked since begin() is left in flight, and the stage before it freed.
+  __device__ __forceinline__ void commit_step() {
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
-    fence_registers(sum);
     if (held >= 0) release(held);
     held = ring.stage;
     ring.advance();
+  }
+
+  __device__ __forceinline__ void tile_step(float (&sum)[128], ScaleOut& keep) {
+    fence_registers(sum);
+    cute::warpgroup_arrive();
+    multiply_boxes<Major::K, kWeightMajor>(box(warpgroup), box(kWeightBox), sum, keep);
+    commit_step();
+    fence_registers(sum);
   }
 
   template <int count>
@@ -62,10 +67,21 @@ struct Consumer {
     held = -1;
   }
 
-  // Zeroes, in this warpgroup's box of the stage, the row of this thread where it is outside of the segment, and the
-  // elements that dropout drops. Set to zero, never multiplied: what is masked may be NaN.
-  __device__ __forceinline__ void mask_rows(bool inside, std::uint32_t row_bits, std::int32_t threshold, int feature) {
-    unsigned char* box = shared.operand(ring.stage) + warpgroup * kBoxBytes;
+  // Zeroes, in two boxes of the stage that are this warpgroup's, the row of this thread where it is outside of the
+  // segment, and the elements that dropout drops. Set to zero, never multiplied: what is masked may be NaN. The first
+  // box holds `feature` and the 63 behind it, the second the next 64.
+  __device__ __forceinline__ void mask_boxes(int first_box, int second_box, bool inside, std::uint32_t row_bits,
+                                             std::int32_t threshold, int feature) {
+    mask_box(shared.box(ring.stage, first_box), inside, row_bits, threshold, feature);
+    mask_box(shared.box(ring.stage, second_box), inside, row_bits, threshold, feature + 64);
+    fence_async_shared();
+    warpgroup_barrier(warpgroup);
+  }
+
+  __device__ __forceinline__ void mask_box(unsigned char* box, bool inside, std::uint32_t row_bits,
+                                           std::int32_t threshold, int feature) {
+    // Opaque, or the compiler would hash all features before the loop over steps and spill them.
+    asm volatile("" : "+r"(feature));
     const int row = thread / 2;
     const bool drops = threshold != std::numeric_limits<std::int32_t>::min();
     if (!inside || drops) {
@@ -86,15 +102,13 @@ struct Consumer {
         *at = value;
       }
     }
-    fence_async_shared();
-    warpgroup_barrier(warpgroup);
   }
 
   __device__ __forceinline__ void extra_steps(const Item& item, float (&sum)[128], ScaleOut& keep) {
 #pragma unroll 1
     for (int index = 0; index < item.extra_count; ++index) {
       await_full();
-      step<Major::K, kWeightMajor>(sum, keep);
+      tile_step(sum, keep);
     }
     finish(sum);
     // The peer has more of them.
@@ -107,19 +121,26 @@ struct Consumer {
 
   // The low-rank part of dX goes through the mask of the forward pass.
   __device__ __forceinline__ void drop_low_rank(const Item& item, float (&sum)[128]) {
+    std::uint32_t row_bits[2] = {};
+    std::int32_t threshold[2];
+    float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = item.row + warpgroup * 64 + accumulator_row() + half * 8;
-      if (token >= arguments.tokens) continue;
-      const std::int32_t threshold = arguments.thresholds[token];
-      if (threshold == std::numeric_limits<std::int32_t>::min()) continue;
-      const std::uint32_t row_bits = dropout_row(arguments.row_keys[token], arguments.module);
-      const float factor = arguments.keep_factors[token];
+      const bool real = token < arguments.tokens;
+      threshold[half] = real ? arguments.thresholds[token] : std::numeric_limits<std::int32_t>::min();
+      factor[half] = real ? arguments.keep_factors[token] : 1.0f;
+      if (real) row_bits[half] = dropout_row(arguments.row_keys[token], arguments.module);
+    }
+    const int first_feature = item.column + accumulator_column();
+    // Rows and not features in the inner loop: the hash of a feature is used twice and not kept.
 #pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        const int index = i / 2 * 4 + half * 2 + i % 2;
-        const auto feature = static_cast<std::uint32_t>(item.column + i / 2 * 8 + accumulator_column() + i % 2);
-        sum[index] = dropout_keeps(row_bits, feature, threshold) ? sum[index] * factor : 0.0f;
+    for (int i = 0; i < 64; ++i) {
+      const auto feature = static_cast<std::uint32_t>(first_feature + i / 2 * 8 + i % 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& value = sum[i / 2 * 4 + half * 2 + i % 2];
+        value = dropout_keeps(row_bits[half], feature, threshold[half]) ? value * factor[half] : 0.0f;
       }
     }
   }
@@ -182,7 +203,7 @@ struct Consumer {
 #pragma unroll 1
     for (int index = 0; index < item.steps; ++index) {
       await_full();
-      step<Major::K, kWeightMajor>(sum, keep);
+      tile_step(sum, keep);
     }
     if (!extra_first) {
       extra_steps(item, sum, keep);
@@ -193,30 +214,34 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void down(const Item& item) {
-    const Segment segment = arguments.segments[item.segment];
     const int own_token = item.row + warpgroup * 64 + thread / 2;
-    const bool drops = !kBackward && segment.threshold != std::numeric_limits<std::int32_t>::min();
+    const bool drops = !kBackward && item.threshold != std::numeric_limits<std::int32_t>::min();
     const std::uint32_t row_bits =
         drops && own_token < arguments.tokens ? dropout_row(arguments.row_keys[own_token], arguments.module) : 0;
+    const bool bad = arguments.slot_is_bad[item.slot] != 0;
     float sum[32];
     ScaleOut keep = ScaleOut::Zero;
 #pragma unroll 1
     for (int index = 0; index < item.steps; ++index) {
       await_full();
-      if (drops) mask_rows(true, row_bits, segment.threshold, index * kStepDepth);
-      step<Major::K, kWeightMajor>(sum, keep);
+      if (drops) mask_boxes(warpgroup, 2 + warpgroup, true, row_bits, item.threshold, index * kDownDepth);
+      fence_registers(sum);
+      cute::warpgroup_arrive();
+      multiply_boxes<Major::K, kWeightMajor>(box(warpgroup), box(kPoolBox), sum, keep);
+      multiply_boxes<Major::K, kWeightMajor>(box(2 + warpgroup), box(kPoolBox + 1), sum, keep);
+      commit_step();
+      fence_registers(sum);
     }
     finish(sum);
     if (item.valid == 0) return;
 
-    const float factor = segment.scale * (kBackward ? 1.0f : segment.keep_factor);
-    const bool bad = arguments.slot_is_bad[segment.slot] != 0;
-    const int columns = segment.rank - item.chunk;
+    const float factor = item.scale * (kBackward ? 1.0f : item.keep_factor);
+    const int columns = item.rank - item.chunk;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warpgroup * 64 + accumulator_row() + half * 8;
       const int token = item.row + row;
-      const bool inside = token >= segment.start && token < segment.stop;
+      const bool inside = token >= item.start && token < item.stop;
       __nv_bfloat16* to = arguments.block_data + static_cast<std::int64_t>(item.s_row + row) * kStepDepth;
 #pragma unroll
       for (int block = 0; block < 8; ++block) {
@@ -232,85 +257,103 @@ struct Consumer {
     fence_async_proxy();
     __threadfence();
     warpgroup_barrier(warpgroup);
-    if (thread == 0) add_release(arguments.ready + item.row / kTileRows, 1);
-  }
-
-  // Calls visit(i, address) for every element i of this thread's accumulator that lies within the gradient.
-  template <typename Visit>
-  __device__ __forceinline__ void for_each_gradient(const Item& item, const Segment& segment,
-                                                    const SlotPointers& pointers, Visit visit) {
-    const bool of_a = item.kind == Kind::kGradA;
-    const int features = of_a ? arguments.in_features : arguments.out_features;
-    float* gradient = of_a ? pointers.grad_a : pointers.grad_b;
-    const std::int64_t feature_stride = of_a ? 1 : segment.rank;
-    const std::int64_t rank_stride = of_a ? features : 1;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int feature = item.column + warpgroup * 64 + accumulator_row() + i / 2 % 2 * 8;
-      const int rank = item.chunk + i / 4 * 8 + accumulator_column() + i % 2;
-      if (feature < features && rank < segment.rank) visit(i, gradient + feature * feature_stride + rank * rank_stride);
+    if (thread == 0) {
+      add_release(arguments.ready + item.row / kTileRows, 1);
+      add_release(arguments.ready + arguments.tiles, 1);
     }
   }
 
-  // Has the gradient so far brought into the L2 cache while the product runs: a line of 128 bytes for each thread.
-  __device__ __forceinline__ void prefetch_gradient(const Item& item, const Segment& segment,
-                                                    const SlotPointers& pointers) {
+  // Adds this warpgroup's product, 64 features by 64 rank columns, to the gradient.
+  __device__ __forceinline__ void add_gradient(const Item& item, float* gradient, int first_feature,
+                                               const float (&sum)[32]) {
     const bool of_a = item.kind == Kind::kGradA;
     const int features = of_a ? arguments.in_features : arguments.out_features;
-    const int feature = item.column + warpgroup * 64 + (of_a ? thread % 2 * 32 : thread / 2);
-    const int rank = item.chunk + (of_a ? thread / 2 : thread % 2 * 32);
-    if (feature >= features || rank >= segment.rank) return;
-    prefetch_l2(of_a ? pointers.grad_a + static_cast<std::int64_t>(rank) * features + feature
-                     : pointers.grad_b + static_cast<std::int64_t>(feature) * segment.rank + rank);
+    const float factor = of_a ? item.keep_factor : 1.0f;
+    const int columns = item.rank - item.chunk - accumulator_column();
+    const int feature = first_feature + accumulator_row();
+    const std::int64_t row_stride = of_a ? 1 : item.rank;
+    const std::int64_t column_stride = of_a ? features : 1;
+    float* at = gradient + feature * row_stride + (item.chunk + accumulator_column()) * column_stride;
+    const bool paired = !of_a && item.rank % 2 == 0 && reinterpret_cast<std::uintptr_t>(gradient) % 8 == 0;
+#pragma unroll
+    for (int block = 0; block < 8; ++block) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float first = sum[block * 4 + half * 2] * factor;
+        const float second = sum[block * 4 + half * 2 + 1] * factor;
+        float* const here = at + half * 8 * row_stride;
+        if (feature + half * 8 < features && block * 8 < columns) {
+          if (paired) {
+            add_to(here, first, second);
+          } else {
+            add_to(here, first);
+            if (block * 8 + 1 < columns) add_to(here + column_stride, second);
+          }
+        }
+      }
+      // Opaque: one address at a time, not all of them in registers.
+      at += 8 * column_stride;
+      asm volatile("" : "+l"(at));
+    }
   }
 
-  __device__ __forceinline__ void gradient(const Item& item) {
+  __device__ __forceinline__ void gradient(const Item& item, float* gradient) {
     const bool of_a = item.kind == Kind::kGradA;
-    const Segment segment = arguments.segments[item.segment];
-    const SlotPointers pointers = arguments.slots[segment.slot];
-    const std::int32_t threshold = of_a ? segment.threshold : std::numeric_limits<std::int32_t>::min();
+    const std::int32_t threshold = of_a ? item.threshold : std::numeric_limits<std::int32_t>::min();
     const bool drops = threshold != std::numeric_limits<std::int32_t>::min();
-    prefetch_gradient(item, segment, pointers);
-    float sum[32];
+    const int feature = item.column + warpgroup * 128;
+    float first_sum[32];
+    float second_sum[32];
     ScaleOut keep = ScaleOut::Zero;
 #pragma unroll 1
     for (int index = 0; index < item.steps; ++index) {
       const int token = item.row + index * 64;
       await_full();
-      if (drops || token < segment.start || token + 64 > segment.stop) {
+      if (drops || token < item.start || token + 64 > item.stop) {
         const int own_token = token + thread / 2;
-        const bool inside = own_token >= segment.start && own_token < segment.stop;
+        const bool inside = own_token >= item.start && own_token < item.stop;
         const std::uint32_t row_bits =
             drops && inside ? dropout_row(arguments.row_keys[own_token], arguments.module) : 0;
-        mask_rows(inside, row_bits, threshold, item.column + warpgroup * 64);
+        mask_boxes(2 * warpgroup, 2 * warpgroup + 1, inside, row_bits, threshold, feature);
       }
-      step<Major::MN, Major::MN>(sum, keep);
+      fence_registers(first_sum);
+      fence_registers(second_sum);
+      cute::warpgroup_arrive();
+      ScaleOut keep_second = keep;
+      multiply_boxes<Major::MN, Major::MN>(box(2 * warpgroup), box(kSavedBox), first_sum, keep);
+      multiply_boxes<Major::MN, Major::MN>(box(2 * warpgroup + 1), box(kSavedBox), second_sum, keep_second);
+      commit_step();
+      fence_registers(first_sum);
+      fence_registers(second_sum);
     }
-    finish(sum);
-
-    const float factor = of_a ? segment.keep_factor : 1.0f;
-    // All loads before the first store, which the compiler could not move them across.
-    float before[32];
-    for_each_gradient(item, segment, pointers, [&](int i, const float* at) { before[i] = __ldcg(at); });
-    for_each_gradient(item, segment, pointers, [&](int i, float* at) { __stcg(at, before[i] + sum[i] * factor); });
+    finish(first_sum);
+    fence_registers(second_sum);
+    add_gradient(item, gradient, feature, first_sum);
+    add_gradient(item, gradient, feature + 64, second_sum);
   }
 };
 
 template <bool kBackward>
-__device__ void consume(const LoraGemmArguments& arguments, const SharedView& shared, int first, int last, int block,
-                        int warpgroup) {
+__device__ void consume(const LoraGemmArguments& arguments, const SharedView& shared, int warpgroup) {
   Consumer<kBackward> consumer{arguments, shared, warpgroup, static_cast<int>(threadIdx.x % 128)};
   const bool extra_first = kBackward && arguments.row_keys != nullptr;
+  Ring<kItemSlots> items{};
 #pragma unroll 1
-  for (int pair = first; pair < last; ++pair) {
-    const Item item = load_item(arguments, pair, block);
-    if (item.kind == Kind::kBase) {
-      consumer.base(item, extra_first);
-    } else if (item.kind == Kind::kDown) {
-      consumer.down(item);
-    } else if (kBackward && wants_gradient(arguments, item)) {
-      consumer.gradient(item);
+  for (;;) {
+    EmptyBarrier::wait(&shared.control->item_full[items.stage], items.phase);
+    const ItemSlot& slot = shared.control->slots[items.stage];
+    const Kind kind = slot.item.kind;
+    if (kind == Kind::kEnd) break;
+    if (kind == Kind::kBase) {
+      consumer.base(slot.item, extra_first);
+    } else if (kind == Kind::kDown) {
+      consumer.down(slot.item);
+    } else if (kBackward && slot.gradient != nullptr) {
+      consumer.gradient(slot.item, slot.gradient);
     }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared.control->item_empty[items.stage]);
+    items.advance();
   }
   if (consumer.thread == 0) cute::tma_store_wait<0>();
 }

@@ -8,12 +8,28 @@ struct Producer {
   const LoraGemmArguments& arguments;
   const SharedView& shared;
   int block;
-  Ring ring{};
+  Ring<kStages> ring{};
+  Ring<kItemSlots> items{};
+  bool all_ready = false;
+
+  // Hands an item to the consumers; returns where it lies, which stays as it is until the next call but three.
+  __device__ __forceinline__ const ItemSlot& hand_over(const Item& item) {
+    float* gradient = nullptr;
+    if (item.kind == Kind::kGradA) gradient = arguments.slots[item.slot].grad_a;
+    if (item.kind == Kind::kGradB) gradient = arguments.slots[item.slot].grad_b;
+    EmptyBarrier::wait(&shared.control->item_empty[items.stage], items.phase ^ 1);
+    ItemSlot& slot = shared.control->slots[items.stage];
+    slot.item = item;
+    slot.gradient = gradient;
+    EmptyBarrier::arrive(&shared.control->item_full[items.stage]);
+    items.advance();
+    return slot;
+  }
 
   // Waits until both blocks' consumers are done with the stage, then announces `bytes`; returns the barrier to fill.
   __device__ __forceinline__ std::uint64_t* open(std::uint32_t bytes) {
-    EmptyBarrier::wait(&shared.barriers->empty[ring.stage], ring.phase ^ 1);
-    std::uint64_t* barrier = &shared.barriers->full[ring.stage];
+    EmptyBarrier::wait(&shared.control->empty[ring.stage], ring.phase ^ 1);
+    std::uint64_t* barrier = &shared.control->full[ring.stage];
     if (bytes != 0) {
       FullBarrier::arrive_and_expect_tx(barrier, bytes);
     } else {
@@ -22,40 +38,50 @@ struct Producer {
     return barrier;
   }
 
-  // 128 rows of a token matrix, 64 columns.
-  __device__ __forceinline__ void load_rows(const CUtensorMap& map, std::uint64_t* barrier, int column, int row) {
-    unsigned char* to = shared.operand(ring.stage);
-    load_box(map, barrier, to, column, row);
-    load_box(map, barrier, to + kBoxBytes, column, row + 64);
+  __device__ __forceinline__ void load(const CUtensorMap& map, std::uint64_t* barrier, int box, int column, int row) {
+    load_box(map, barrier, shared.box(ring.stage, box), column, row);
+  }
+
+  // Returns once the S blocks of the tile at token `row` (of all tiles: row < 0) are written.
+  __device__ __forceinline__ void await_blocks(int row) {
+    if (all_ready) return;
+    const int total = arguments.tiles;
+    const int tile = row < 0 ? total : row / kTileRows;
+    if (tile < total || row < 0) {
+      while (load_acquire(arguments.ready + tile) < arguments.ready_target[tile]) __nanosleep(64);
+    }
+    all_ready = row < 0 || load_acquire(arguments.ready + total) >= arguments.ready_target[total];
+    fence_async_proxy();
   }
 
   __device__ __forceinline__ void base_step(const Item& item, int step) {
     std::uint64_t* barrier = open(kStageBytes);
     const int depth = step * kStepDepth;
-    load_rows(arguments.operand, barrier, depth, item.row);
+    load(arguments.operand, barrier, 0, depth, item.row);
+    load(arguments.operand, barrier, 1, depth, item.row + 64);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int box = 2 * block + half;
-      unsigned char* to = shared.weight(ring.stage) + box * kBoxBytes;
       const int feature = item.column + box * 64;
-      load_box_for_both(arguments.weight, barrier, to, kBackward ? feature : depth, kBackward ? depth : feature);
+      load_box_for_both(arguments.weight, barrier, shared.box(ring.stage, kWeightBox + box),
+                        kBackward ? feature : depth, kBackward ? depth : feature);
     }
     ring.advance();
   }
 
   __device__ __forceinline__ void extra_steps(const Item& item) {
-    if (item.extra_count > 0) await_blocks(arguments, item.row);
+    if (item.extra_count > 0) await_blocks(item.row);
     for (int step = 0; step < item.extra_steps; ++step) {
       if (step < item.extra_count) {
         const Extra extra = arguments.extras[item.extra_begin + step];
         std::uint64_t* barrier = open(kStageBytes);
-        load_rows(arguments.blocks, barrier, 0, extra.s_row);
+        load(arguments.blocks, barrier, 0, 0, extra.s_row);
+        load(arguments.blocks, barrier, 1, 0, extra.s_row + 64);
 #pragma unroll
         for (int box = 0; box < 4; ++box) {
-          unsigned char* to = shared.weight(ring.stage) + box * kBoxBytes;
           const int feature = item.column + box * 64;
-          load_box(arguments.up_pool, barrier, to, kBackward ? feature : extra.pool_column,
-                   kBackward ? extra.pool_column : feature);
+          load(arguments.up_pool, barrier, kWeightBox + box, kBackward ? feature : extra.pool_column,
+               kBackward ? extra.pool_column : feature);
         }
       } else {
         open(0);
@@ -66,31 +92,30 @@ struct Producer {
 
   __device__ __forceinline__ void down(const Item& item) {
     for (int step = 0; step < item.steps; ++step) {
-      std::uint64_t* barrier = open(kOperandBytes + kBoxBytes);
-      const int depth = step * kStepDepth;
-      load_rows(arguments.operand, barrier, depth, item.row);
-      load_box(arguments.down_pool, barrier, shared.weight(ring.stage), kBackward ? item.column : depth,
-               kBackward ? depth : item.column);
+      std::uint64_t* barrier = open(kStageBytes);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int depth = step * kDownDepth + half * 64;
+        load(arguments.operand, barrier, 2 * half, depth, item.row);
+        load(arguments.operand, barrier, 2 * half + 1, depth, item.row + 64);
+        load(arguments.down_pool, barrier, kPoolBox + half, kBackward ? item.column : depth,
+             kBackward ? depth : item.column);
+      }
       ring.advance();
     }
   }
 
   __device__ __forceinline__ void gradient(const Item& item) {
     const bool of_a = item.kind == Kind::kGradA;
-    if (of_a) {
-      const Segment segment = arguments.segments[item.segment];
-      for (int row = segment.start; row < segment.stop; row = (row / kTileRows + 1) * kTileRows)
-        await_blocks(arguments, row);
-    }
+    if (of_a) await_blocks(-1);
     const CUtensorMap& rows = of_a ? arguments.input : arguments.operand;
     const CUtensorMap& blocks = of_a ? arguments.blocks : arguments.saved;
     for (int step = 0; step < item.steps; ++step) {
-      std::uint64_t* barrier = open(kOperandBytes + kBoxBytes);
+      std::uint64_t* barrier = open(5 * kBoxBytes);
       const int token = item.row + step * 64;
-      unsigned char* to = shared.operand(ring.stage);
-      load_box(rows, barrier, to, item.column, token);
-      load_box(rows, barrier, to + kBoxBytes, item.column + 64, token);
-      load_box(blocks, barrier, shared.weight(ring.stage), 0, item.s_row + step * 64);
+#pragma unroll
+      for (int box = 0; box < 4; ++box) load(rows, barrier, box, item.column + box * 64, token);
+      load(blocks, barrier, kSavedBox, 0, item.s_row + step * 64);
       ring.advance();
     }
   }
@@ -100,18 +125,26 @@ template <bool kBackward>
 __device__ void produce(const LoraGemmArguments& arguments, const SharedView& shared, int first, int last, int block) {
   Producer<kBackward> producer{arguments, shared, block};
   const bool extra_first = kBackward && arguments.row_keys != nullptr;
+  // The next item is read ahead: its latency passes behind the current one.
+  Item next{};
+  next.kind = Kind::kEnd;
+  if (first < last) next = load_item(arguments, first, block);
   for (int pair = first; pair < last; ++pair) {
-    const Item item = load_item(arguments, pair, block);
+    const ItemSlot& slot = producer.hand_over(next);
+    const Item& item = slot.item;
+    next.kind = Kind::kEnd;
+    if (pair + 1 < last) next = load_item(arguments, pair + 1, block);
     if (item.kind == Kind::kBase) {
       if (extra_first) producer.extra_steps(item);
       for (int step = 0; step < item.steps; ++step) producer.base_step(item, step);
       if (!extra_first) producer.extra_steps(item);
     } else if (item.kind == Kind::kDown) {
       producer.down(item);
-    } else if (kBackward && wants_gradient(arguments, item)) {
+    } else if (kBackward && slot.gradient != nullptr) {
       producer.gradient(item);
     }
   }
+  producer.hand_over(next);
 }
 
 }  // namespace alto::cuda

@@ -7,11 +7,9 @@
 namespace alto::cuda {
 namespace {
 
-constexpr int kPairsInGroup = 8;  // pairs of tiles that share a stretch of the weight in the L2 cache
-
 // Simulated costs in base steps (128 x 256 x 64 on one multiprocessor).
-constexpr double kLightStep = 0.45;  // a down or gradient step: bound by its loads
-constexpr double kMaskedStep = 1.2;  // the same with dropout
+constexpr double kLightStep = 0.65;  // a down or gradient step: bound by its loads
+constexpr double kMaskedStep = 2.0;  // the same with dropout
 constexpr double kItemCost = 2.0;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -21,9 +19,20 @@ struct Pair {
   double cost;
 };
 
+void fill_segment(Item& item, const Segment& segment, int chunk) {
+  item.slot = segment.slot;
+  item.chunk = chunk;
+  item.start = segment.start;
+  item.stop = segment.stop;
+  item.rank = segment.rank;
+  item.threshold = segment.threshold;
+  item.scale = segment.scale;
+  item.keep_factor = segment.keep_factor;
+}
+
 std::vector<Pair> down_pairs(const TickLayout& layout, const LaunchShape& shape) {
   std::vector<Pair> pairs;
-  const int steps = ceil_div(shape.contraction, kStepDepth);
+  const int steps = ceil_div(shape.contraction, kDownDepth);
   const bool masked = shape.drops && shape.grad_b_features == 0;
   for (std::size_t first = 0; first < layout.downs.size(); first += kClusterSize) {
     Pair pair{};
@@ -37,9 +46,8 @@ std::vector<Pair> down_pairs(const TickLayout& layout, const LaunchShape& shape)
       item.column = layout.segments[static_cast<std::size_t>(down.segment)].pool_column + down.chunk;
       item.steps = steps;
       item.s_row = down.s_row;
-      item.segment = down.segment;
-      item.chunk = down.chunk;
       item.valid = valid ? 1 : 0;
+      fill_segment(item, layout.segments[static_cast<std::size_t>(down.segment)], down.chunk);
     }
     pairs.push_back(pair);
   }
@@ -51,9 +59,9 @@ std::vector<Pair> base_pairs(const TickLayout& layout, const LaunchShape& shape)
   const int steps = ceil_div(shape.contraction, kStepDepth);
   const int row_pairs = ceil_div(layout.tiles, kClusterSize);
   const int columns = ceil_div(shape.outputs, kTileColumns);
-  for (int group = 0; group < row_pairs; group += kPairsInGroup) {
+  for (int group = 0; group < row_pairs; group += shape.pairs_in_group) {
     for (int column = 0; column < columns; ++column) {
-      for (int row_pair = group; row_pair < std::min(group + kPairsInGroup, row_pairs); ++row_pair) {
+      for (int row_pair = group; row_pair < std::min(group + shape.pairs_in_group, row_pairs); ++row_pair) {
         Pair pair{};
         int extra_steps = 0;
         for (int block = 0; block < kClusterSize; ++block) {
@@ -91,8 +99,7 @@ void add_gradient_pairs(const TickLayout& layout, Kind kind, int features, bool 
         item.column = column + block * kGradColumns;
         item.steps = run.half_tiles;
         item.s_row = run.s_row;
-        item.segment = run.segment;
-        item.chunk = run.chunk;
+        fill_segment(item, layout.segments[static_cast<std::size_t>(run.segment)], run.chunk);
       }
       pairs.push_back(pair);
     }
@@ -182,6 +189,7 @@ TickLayout::TickLayout(std::int64_t token_count, std::vector<Segment> given) : s
     extra_begin.push_back(static_cast<int>(extras.size()));
     ready_target.push_back(2 * static_cast<int>(list.size()));  // each block is written by two warpgroups
   }
+  ready_target.push_back(2 * static_cast<int>(downs.size()));
 }
 
 Schedule make_schedule(const TickLayout& layout, const LaunchShape& shape, int clusters) {

@@ -37,7 +37,7 @@ class TickLayout {
   std::vector<Segment> segments;
   std::vector<Extra> extras;
   std::vector<int> extra_begin;   // [tiles + 1]
-  std::vector<int> ready_target;  // [tiles]
+  std::vector<int> ready_target;  // [tiles + 1]; the last is their sum
   std::vector<Down> downs;
   std::vector<Run> runs;
 };
@@ -54,6 +54,7 @@ struct LaunchShape {
   int grad_b_features = 0;  // 0 in forward
   int grad_a_features = 0;
   bool drops = false;
+  int pairs_in_group = 8;  // pairs of tiles that share a stretch of the weight in the L2 cache
 };
 
 // Lists the work of a launch and deals it to clusters: the longest chain of a simulated run is kept short, S blocks come
