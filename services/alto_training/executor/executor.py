@@ -117,7 +117,9 @@ class Executor:
         self._backbone = backbone
         configs = [trial.config for job in self._jobs for trial in job.trials]
         budget = choose_budget(self._settings, backbone, configs, self._settings.cache_dir)
-        self._tokens_per_tick = budget.tokens_per_tick
+        # The least that any rank can hold: all run the same ticks over the same slots.
+        self._tokens_per_tick = -self._most(-budget.tokens_per_tick)
+        slots = -self._most(-budget.slots)
         self._evaluation_tokens = self._settings.evaluation_tokens_per_tick or 2 * self._tokens_per_tick
         tasks = []
         for number, job in enumerate(self._jobs):
@@ -127,7 +129,7 @@ class Executor:
             tokens = self._evaluation_tokens
             tasks.append(TaskRun(job, train, validation, backbone, policy, folder, self._emit, tokens, self._ownership))
         revivable = self._settings.revivable_trials
-        self._roster = Roster(tasks, budget.slots, backbone.device, self._emit, revivable, self._ownership)
+        self._roster = Roster(tasks, slots, backbone.device, self._emit, revivable, self._ownership)
         checkpoint = self._store.read()
         if checkpoint is None:
             self._roster.admit_all()
