@@ -4,6 +4,7 @@ from typing import Any
 class ReadError(ValueError): ...
 
 class ReadSnapshot:
+    highest_priority: int
     def free_now(self) -> list[int]: ...
 
 class Reader:

@@ -31,8 +31,6 @@ class SlotBound {
         }
     }
 
-    [[nodiscard]] double area_bound() const { return area_.back() / slots_; }
-
     [[nodiscard]] bool refuted(double length) const {
         const double capacity = slots_ * length * (1 + kSlack);
         // Martello-Toth: items longer than length - e count as a whole bin, items shorter than e not at all.
@@ -93,6 +91,7 @@ double bound_on(const Problem& problem, const std::vector<char>& classes, int wi
         if (node.ready && classes[node.node_class]) slots += node.gpus / width;
     if (slots <= 0) return 0;
     std::vector<Item> items;
+    double total = 0;
     for (const Task& task : problem.tasks) {
         // A task with several choices counts with the least of each: seconds, and slots x seconds.
         double seconds = kNever, area = kNever;
@@ -104,18 +103,21 @@ double bound_on(const Problem& problem, const std::vector<char>& classes, int wi
             area = std::min(area, counts ? slots_taken(shape, width) * problem.choices[c].seconds : 0.0);
         }
         if (seconds == kNever || area <= 0) continue;
-        items.push_back({seconds, area / seconds});
+        total += area;
+        if (with_dff) items.push_back({seconds, area / seconds});
     }
     const bool rigid =
         std::all_of(problem.tasks.begin(), problem.tasks.end(), [](const Task& task) { return task.choices < 2; });
     for (const Pinned& pinned : problem.pinned) {
         const Node& node = problem.nodes[pinned.node];
         const double taken = std::popcount(pinned.gpus) / width;
-        if (node.ready && classes[node.node_class] && taken > 0) items.push_back({pinned.end_s - problem.now_s, taken});
+        if (!node.ready || !classes[node.node_class] || taken == 0) continue;
+        total += taken * (pinned.end_s - problem.now_s);
+        if (with_dff) items.push_back({pinned.end_s - problem.now_s, taken});
     }
-    const SlotBound bound(std::move(items), slots);
-    low = std::max(low, bound.area_bound());
+    low = std::max(low, total / slots);
     if (!with_dff || !rigid || low >= high) return low;
+    const SlotBound bound(std::move(items), slots);
     if (!bound.refuted(low)) {
         // Refutation need not be monotone: look a little above before giving up.
         bool any = false;

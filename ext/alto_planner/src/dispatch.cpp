@@ -43,9 +43,10 @@ class Dispatcher {
                const DispatchOptions& options)
         : problem_(problem), order_(order), options_(options), out_(problem.tasks.size()), now_(problem.now_s) {
         out_.choice = allotment;
+        out_.parts.reserve(order.size());
         set_up_nodes();
         set_up_lines();
-        if (options_.bounded_wait && !options_.empty_cluster) set_up_deadlines();
+        if (options_.bounded_wait && !options_.empty_cluster) set_up_overdue();
     }
 
     Schedule run() {
@@ -69,7 +70,6 @@ class Dispatcher {
         previous_.assign(count, -1);
         heads_.assign(problem_.classes.size() * (kMaxGpus + 1), -1);
         filled_.assign(problem_.classes.size(), 0);
-        gpu_end_.assign(count * kMaxGpus, now_);
         tenant_gpus_.assign(problem_.tenants.size(), 0);
         cohort_gpus_.assign(problem_.tenants.size() + 1, 0);
         cohort_quota_.assign(problem_.tenants.size() + 1, 0);
@@ -83,7 +83,6 @@ class Dispatcher {
             for (const Pinned& pinned : problem_.pinned) {
                 if (pinned.tenant >= 0) take_quota(pinned.tenant, std::popcount(pinned.gpus));
                 free_[pinned.node] &= ~pinned.gpus;
-                for (Mask left = pinned.gpus; left; left &= left - 1) gpu_end(pinned.node, left) = pinned.end_s;
                 events_.push({pinned.end_s, pinned.node, pinned.gpus, pinned.tenant, -1});
             }
             for (const Window& window : problem_.windows) add_window(window);
@@ -114,26 +113,34 @@ class Dispatcher {
         }
     }
 
-    void set_up_deadlines() {
+    // Tasks that are given GPUs ahead of the list: past their deadline now, or of raised priority. What becomes overdue
+    // later is left to the plan of that time.
+    void set_up_overdue() {
         int lowest = std::numeric_limits<int>::max();
         for (int task : order_) lowest = std::min(lowest, problem_.tasks[task].priority);
-        for (std::size_t rank = 0; rank < order_.size(); ++rank) {
-            const int task = order_[rank];
-            if (out_.choice[task] < 0 || shape_of(task).parts.empty()) continue;
+        for (int task : order_) {
             const Task& row = problem_.tasks[task];
+            if (out_.choice[task] < 0 || shape_of(task).parts.empty() || row.not_before_s > now_) continue;
             const double patience =
                 std::max(problem_.objective.patience * chosen(task).seconds, problem_.objective.min_patience_s);
-            double due = row.arrived_s + patience;
-            if (row.priority > lowest) due = std::min(due, now_);
-            due = std::max(due, row.not_before_s);
-            if (due < kNever) due_.push_back({due, static_cast<int>(rank), task});
+            const double due = row.priority > lowest ? now_ : row.arrived_s + patience;
+            if (due <= now_) overdue_.push_back({row.priority, due, task});
         }
-        std::make_heap(due_.begin(), due_.end(), later);
+        // Higher priority first, then longest overdue, then by the list.
+        std::stable_sort(overdue_.begin(), overdue_.end(), [](const Overdue& a, const Overdue& b) {
+            return a.priority != b.priority ? a.priority > b.priority : a.due_s < b.due_s;
+        });
+        if (overdue_.empty()) return;
+        gpu_end_.assign(problem_.nodes.size() * kMaxGpus, now_);
+        for (const Pinned& pinned : problem_.pinned) set_ends({pinned.node, pinned.gpus}, pinned.end_s);
     }
 
     // ---- nodes -----------------------------------------------------------------------------------------------------
 
-    double& gpu_end(int node, Mask lowest) { return gpu_end_[node * kMaxGpus + std::countr_zero(lowest)]; }
+    void set_ends(const PartOut& part, double end_s) {
+        for (Mask left = part.gpus; left; left &= left - 1)
+            gpu_end_[part.node * kMaxGpus + std::countr_zero(left)] = end_s;
+    }
 
     void link(int node) {
         const int count = std::popcount(free_[node]);
@@ -298,7 +305,7 @@ class Dispatcher {
         for (const PartOut& part : parts) {
             out_.parts.push_back(part);
             change_free(part.node, free_[part.node] & ~part.gpus);
-            for (Mask left = part.gpus; left; left &= left - 1) gpu_end(part.node, left) = end;
+            if (!gpu_end_.empty()) set_ends(part, end);
             if (limited(tenant)) take_quota(tenant, std::popcount(part.gpus));
             events_.push({end, part.node, part.gpus, tenant, task});
         }
@@ -315,7 +322,7 @@ class Dispatcher {
     }
 
     void start_all() {
-        start_due();
+        start_overdue();
         while (true) {
             // What a tenant may hold as its own goes before what it would borrow.
             const int own = first_fitting(false);
@@ -357,46 +364,40 @@ class Dispatcher {
 
     // ---- tasks ahead of the list -----------------------------------------------------------------------------------
 
-    struct Due {
-        double time;
-        int rank;
-        int task;
-    };
-    static bool later(const Due& a, const Due& b) { return a.time != b.time ? a.time > b.time : a.rank > b.rank; }
-
-    void start_due() {
-        // Tasks whose wait has just ended its bound join those being held for; higher priority first, then longest due.
-        bool changed = false;
-        while (!due_.empty() && due_.front().time <= now_ + kSameTime) {
-            std::pop_heap(due_.begin(), due_.end(), later);
-            if (waiting(due_.back().task)) overdue_.push_back(due_.back());
-            due_.pop_back();
-            changed = true;
+    void start_overdue() {
+        std::erase_if(served_, [&](int task) { return !waiting(task); });
+        while (served_.size() < kMaxHolds && next_overdue_ < overdue_.size()) {
+            const int task = overdue_[next_overdue_++].task;
+            if (waiting(task)) served_.push_back(task);
         }
-        if (overdue_.empty()) return;
-        if (changed)
-            std::stable_sort(overdue_.begin(), overdue_.end(), [&](const Due& a, const Due& b) {
-                const int left = problem_.tasks[a.task].priority, right = problem_.tasks[b.task].priority;
-                return left != right ? left > right : later(b, a);
-            });
-        int considered = 0;
-        for (const Due& due : overdue_) {
-            if (!waiting(due.task) || ++considered > kMaxHolds) continue;
-            const int tenant = problem_.tasks[due.task].tenant;
-            if (limited(tenant) && !quota_allows(tenant, shape_of(due.task).gpus)) continue;
-            if (find(due.task, found_)) {
-                start(due.task, found_);
-                release_hold(due.task);
-            } else {
-                hold(due.task);
+        for (int task : served_) {
+            const int tenant = problem_.tasks[task].tenant;
+            if (limited(tenant) && !quota_allows(tenant, shape_of(task).gpus)) continue;
+            const Shape& shape = shape_of(task);
+            const Hold* kept = hold_of(task);
+            const bool may_fit = shape.parts.size() > 1 || best_fit(shape, shape.parts[0]) >= 0 ||
+                                 (kept ? is_free(*kept) : !specials_.empty());
+            if (may_fit && find(task, found_)) {
+                start(task, found_);
+                release_hold(task);
+            } else if (!kept) {
+                hold(task);
             }
         }
-        std::erase_if(overdue_, [&](const Due& due) { return !waiting(due.task); });
+    }
+
+    [[nodiscard]] const Hold* hold_of(int task) const {
+        const auto found = std::find_if(holds_.begin(), holds_.end(), [&](const Hold& h) { return h.task == task; });
+        return found == holds_.end() ? nullptr : &*found;
+    }
+
+    [[nodiscard]] bool is_free(const Hold& kept) const {
+        return std::all_of(kept.parts.begin(), kept.parts.end(), [&](const PartOut& part) {
+            return (free_[part.node] & part.gpus) == part.gpus;
+        });
     }
 
     void hold(int task) {
-        for (const Hold& existing : holds_)
-            if (existing.task == task) return;
         const Shape& shape = shape_of(task);
         Hold made{task, {}};
         double shadow = now_;
@@ -499,7 +500,7 @@ class Dispatcher {
     std::vector<Mask> free_;
     std::vector<int> special_, next_, previous_, heads_;
     std::vector<Mask> filled_;
-    std::vector<double> gpu_end_;
+    std::vector<double> gpu_end_;  // when each GPU becomes free; kept only while tasks are overdue
     std::vector<Special> specials_;
     bool nodes_linked_ = true;
 
@@ -510,7 +511,14 @@ class Dispatcher {
     };
     std::vector<Release> released_to_;
     std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
-    std::vector<Due> due_, overdue_;
+    struct Overdue {
+        int priority;
+        double due_s;
+        int task;
+    };
+    std::vector<Overdue> overdue_;
+    std::size_t next_overdue_ = 0;
+    std::vector<int> served_;  // of the overdue, those that holds are kept for
     std::vector<Hold> holds_;
     std::vector<PartOut> found_;
 };

@@ -24,7 +24,7 @@ std::vector<double> completion_weights(const Problem& problem) {
     double sum = 0;
     for (std::size_t i = 0; i < weights.size(); ++i) {
         const int level = std::min(problem.tasks[i].priority - lowest, 8);
-        weights[i] = std::pow(4.0, level) * factor[problem.tasks[i].tenant];
+        weights[i] = static_cast<double>(1 << 2 * level) * factor[problem.tasks[i].tenant];
         sum += weights[i];
     }
     for (double& weight : weights) weight *= static_cast<double>(weights.size()) / sum;

@@ -31,6 +31,13 @@ struct ReadSnapshot {
         for (const alto::Pinned& pinned : problem->pinned) free[pinned.node] &= ~pinned.gpus;
         return free;
     }
+
+    // Of the waiting tasks; the lowest int when there are none.
+    [[nodiscard]] int highest_priority() const {
+        int highest = std::numeric_limits<int>::min();
+        for (const alto::Task& task : problem->tasks) highest = std::max(highest, task.priority);
+        return highest;
+    }
 };
 
 // The schedule found for a snapshot, read row by row. Immutable.
@@ -140,7 +147,9 @@ PYBIND11_MODULE(_planner, module) {
                 return ReadSnapshot{std::move(problem)};
             },
             py::arg("snapshot"));
-    py::class_<ReadSnapshot>(module, "ReadSnapshot").def("free_now", &ReadSnapshot::free_now);
+    py::class_<ReadSnapshot>(module, "ReadSnapshot")
+        .def("free_now", &ReadSnapshot::free_now)
+        .def_property_readonly("highest_priority", &ReadSnapshot::highest_priority);
     py::class_<Solution>(module, "Solution")
         .def_property_readonly("makespan_s", [](const Solution& s) { return s.answer().score.makespan_s; })
         .def_property_readonly("mean_completion_s", [](const Solution& s) { return s.answer().score.mean_completion_s; })

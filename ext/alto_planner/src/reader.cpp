@@ -25,6 +25,15 @@ void require(bool holds, const std::string& subject, const char* message) {
 }  // namespace
 
 void Reader::read(py::handle snapshot, Problem& problem) {
+    try {
+        read_all(snapshot, problem);
+    } catch (...) {
+        *this = Reader();  // half-read rows must not be taken for checked ones
+        throw;
+    }
+}
+
+void Reader::read_all(py::handle snapshot, Problem& problem) {
     ++generation_;
     problem.now_s = number(snapshot, "now_s");
     require(std::isfinite(problem.now_s), "snapshot", "now_s must be finite");
@@ -105,23 +114,24 @@ int Reader::shape_of(py::handle choice, const std::string& subject) {
     return static_cast<int>(shapes_.size()) - 1;
 }
 
-Reader::TaskRow Reader::read_task(py::handle row) {
+std::pair<Reader::TaskRow, Reader::TaskDetail> Reader::read_task(py::handle row) {
     TaskRow read;
-    read.object = py::reinterpret_borrow<py::object>(row);
-    read.id = text(row, "task_id");
+    TaskDetail detail{py::reinterpret_borrow<py::object>(row), text(row, "task_id"), {}};
+    read.object = row.ptr();
     read.task.tenant = tenant_of(text(row, "tenant"));
     read.task.priority = py::cast<int>(row.attr("priority"));
     read.task.arrived_s = number(row, "arrived_s");
     read.task.not_before_s = number(row, "not_before_s");
-    require(std::isfinite(read.task.arrived_s) && read.task.not_before_s < kNever, read.id, "times must be finite");
+    require(std::isfinite(read.task.arrived_s) && read.task.not_before_s < kNever, detail.id, "times must be finite");
     for (const py::handle choice : row.attr("choices")) {
         const double seconds = number(choice.attr("duration"), "expected_s");
-        require(std::isfinite(seconds) && seconds > 0, read.id, "an expected duration must be positive and finite");
-        read.choices.push_back({shape_of(choice, read.id), seconds});
+        require(std::isfinite(seconds) && seconds > 0, detail.id, "an expected duration must be positive and finite");
+        detail.choices.push_back({shape_of(choice, detail.id), seconds});
     }
-    require(!read.choices.empty(), read.id, "a task has at least one choice");
-    read.task.choices = static_cast<int>(read.choices.size());
-    return read;
+    require(!detail.choices.empty(), detail.id, "a task has at least one choice");
+    read.task.choices = static_cast<int>(detail.choices.size());
+    read.first = detail.choices[0];
+    return {read, std::move(detail)};
 }
 
 void Reader::read_waiting(py::handle rows, Problem& problem) {
@@ -129,66 +139,72 @@ void Reader::read_waiting(py::handle rows, Problem& problem) {
     if (!fast) throw py::error_already_set();
     const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr()));
     PyObject** items = PySequence_Fast_ITEMS(fast.ptr());
-    std::vector<int> order;
+    std::vector<int> order, fresh;
     order.reserve(count);
-    std::vector<int> fresh;
     std::size_t expected = 0;  // rows usually come in the order of last time, with a few gone or added
     for (std::size_t i = 0; i < count; ++i) {
         int row = -1;
         for (std::size_t ahead = expected; ahead < std::min(expected + 4, order_.size()); ++ahead)
-            if (rows_[order_[ahead]].object.ptr() == items[i]) {
+            if (rows_[order_[ahead]].object == items[i]) {
                 row = order_[ahead];
                 expected = ahead + 1;
                 break;
             }
         if (row < 0) {
             const auto found = row_of_.find(items[i]);
-            if (found != row_of_.end()) row = found->second;
+            row = found != row_of_.end() ? found->second : add_row(items[i], fresh);
         }
-        if (row < 0) {
-            TaskRow read = read_task(items[i]);
-            if (free_rows_.empty()) {
-                row = static_cast<int>(rows_.size());
-                rows_.emplace_back();
-            } else {
-                row = free_rows_.back();
-                free_rows_.pop_back();
-            }
-            rows_[row] = std::move(read);
-            row_of_[items[i]] = row;
-            fresh.push_back(row);
-        }
-        if (rows_[row].seen == generation_) throw ReadError("duplicate", rows_[row].id, "the task appears twice");
+        if (rows_[row].seen == generation_) throw ReadError("duplicate", details_[row].id, "the task appears twice");
         rows_[row].seen = generation_;
         order.push_back(row);
     }
     for (int row : fresh) {
-        const auto [found, added] = row_of_id_.try_emplace(rows_[row].id, row);
+        const auto [found, added] = row_of_id_.try_emplace(details_[row].id, row);
         if (added || found->second == row) continue;
-        if (rows_[found->second].seen == generation_ && rows_[found->second].id == rows_[row].id)
-            throw ReadError("duplicate", rows_[row].id, "the task appears twice");
+        if (rows_[found->second].seen == generation_)
+            throw ReadError("duplicate", details_[row].id, "the task appears twice");
         found->second = row;
     }
     order_ = std::move(order);
-    problem.tasks.clear();
-    problem.choices.clear();
     problem.tasks.reserve(count);
+    problem.choices.reserve(count);
     for (int index : order_) {
         const TaskRow& row = rows_[index];
         problem.tasks.push_back(row.task);
         problem.tasks.back().first_choice = static_cast<int>(problem.choices.size());
-        for (const ChoiceRow& choice : row.choices) problem.choices.push_back({choice.shape, choice.seconds});
+        problem.choices.push_back({row.first.shape, row.first.seconds});
+        for (int c = 1; c < row.task.choices; ++c)
+            problem.choices.push_back({details_[index].choices[c].shape, details_[index].choices[c].seconds});
     }
-    if (rows_.size() - free_rows_.size() > count) {
-        for (std::size_t r = 0; r < rows_.size(); ++r) {
-            TaskRow& row = rows_[r];
-            if (row.seen == generation_ || !row.object) continue;
-            const auto named = row_of_id_.find(row.id);
-            if (named != row_of_id_.end() && named->second == static_cast<int>(r)) row_of_id_.erase(named);
-            row_of_.erase(row.object.ptr());
-            row = {};
-            free_rows_.push_back(static_cast<int>(r));
-        }
+    if (rows_.size() - free_rows_.size() > count) forget_unseen();
+}
+
+int Reader::add_row(PyObject* object, std::vector<int>& fresh) {
+    auto [read, detail] = read_task(object);
+    int row = static_cast<int>(rows_.size());
+    if (free_rows_.empty()) {
+        rows_.emplace_back();
+        details_.emplace_back();
+    } else {
+        row = free_rows_.back();
+        free_rows_.pop_back();
+    }
+    rows_[row] = read;
+    details_[row] = std::move(detail);
+    row_of_[object] = row;
+    fresh.push_back(row);
+    return row;
+}
+
+void Reader::forget_unseen() {
+    for (std::size_t r = 0; r < rows_.size(); ++r) {
+        if (rows_[r].seen == generation_ || !rows_[r].object) continue;
+        const auto named = row_of_id_.find(details_[r].id);
+        if (named != row_of_id_.end() && named->second == static_cast<int>(r)) row_of_id_.erase(named);
+        row_of_.erase(rows_[r].object);
+        rows_[r] = {};
+        details_[r] = {};
+        free_rows_.push_back(static_cast<int>(r));
     }
 }
 

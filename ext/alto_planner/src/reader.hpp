@@ -22,7 +22,7 @@ struct ReadError : std::runtime_error {
 class Reader {
   public:
     // Fill `problem` from a snapshot object (see alto_placement.planner.model.Snapshot). Throws ReadError and then
-    // keeps nothing of the bad snapshot but rows that are well formed.
+    // forgets all rows.
     void read(pybind11::handle snapshot, Problem& problem);
 
     [[nodiscard]] int tenant_of(const std::string& name);
@@ -32,12 +32,17 @@ class Reader {
         int shape;
         double seconds;
     };
+    // What every read touches, apart from what only a new row needs.
     struct TaskRow {
+        PyObject* object = nullptr;
+        long seen = 0;
+        Task task;
+        ChoiceRow first{0, 0};
+    };
+    struct TaskDetail {
         pybind11::object object;
         std::string id;
-        Task task;
         std::vector<ChoiceRow> choices;
-        long seen = 0;
     };
     struct RunningRow {
         pybind11::object object;
@@ -48,14 +53,17 @@ class Reader {
         std::vector<std::pair<int, Mask>> parts;  // node index, GPUs
     };
 
+    void read_all(pybind11::handle snapshot, Problem& problem);
     void read_nodes(pybind11::handle rows, Problem& problem);
     void read_tenants(pybind11::handle rows, Problem& problem);
     void read_waiting(pybind11::handle rows, Problem& problem);
     void read_running(pybind11::handle rows, Problem& problem);
     void read_windows(pybind11::handle rows, Problem& problem);
     void finish_shapes(Problem& problem);
+    int add_row(PyObject* object, std::vector<int>& fresh);
+    void forget_unseen();
 
-    TaskRow read_task(pybind11::handle row);
+    std::pair<TaskRow, TaskDetail> read_task(pybind11::handle row);
     RunningRow read_running_row(pybind11::handle row);
     std::pair<int, Mask> read_part(pybind11::handle part, const std::string& subject);
     int shape_of(pybind11::handle choice, const std::string& subject);
@@ -70,6 +78,7 @@ class Reader {
     std::unordered_map<std::string, int> tenants_;
     std::vector<Shape> shapes_;
     std::vector<TaskRow> rows_;
+    std::vector<TaskDetail> details_;  // beside rows_
     std::vector<int> free_rows_;
     std::vector<int> order_;  // rows of the last snapshot, in its order
     std::unordered_map<PyObject*, int> row_of_;

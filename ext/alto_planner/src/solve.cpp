@@ -33,7 +33,7 @@ class Solver {
         run_lists();
         bounds_ = lower_bounds(problem_, longest_known());
         choose();
-        std::array<long, 3> effort{0, 0, 0};
+        std::array<long, 3> effort = improving() ? std::array<long, 3>{0, 0, 0} : std::array<long, 3>{-1, -1, -1};
         if (request_.only.empty() && problem_.tasks.size() <= kSearchTasks && improving()) {
             pack(effort);
             Effort rounds(left(1.0), request_.effort[2]);
@@ -104,9 +104,9 @@ class Solver {
 
     void choose() {
         for (Candidate& candidate : found_) candidate.score = evaluate(problem_, candidate.schedule, bounds_, weights_);
-        best_ = *std::min_element(found_.begin(), found_.end(), [](const Candidate& a, const Candidate& b) {
+        best_ = std::move(*std::min_element(found_.begin(), found_.end(), [](const Candidate& a, const Candidate& b) {
             return a.score.value < b.score.value;
-        });
+        }));
     }
 
     void pack(std::array<long, 3>& effort) {

@@ -23,7 +23,7 @@ struct Answer {
     Score score;
     Bounds bounds;
     std::string source;
-    std::array<long, 3> effort{0, 0, 0};
+    std::array<long, 3> effort{0, 0, 0};  // all -1: no search was made
 };
 
 Answer solve(const Problem& problem, const Request& request);

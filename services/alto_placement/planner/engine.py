@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import alto_planner
 
+from alto_placement.planner import exact
 from alto_placement.planner.answers import Explanations, Placements
 from alto_placement.planner.errors import (
     DuplicateRowError,
@@ -21,6 +22,12 @@ from alto_placement.planner.explaining import Explainer
 from alto_placement.planner.model import Placement, Plan, Snapshot
 from alto_placement.planner.preempting import preemptions
 from alto_placement.planner.sharing import candidates, joins
+
+# CP-SAT tightens the bound of small instances; above this many tasks it proves nothing in the time of a plan.
+EXACT_TASKS = 50
+EXACT_SHARE = 0.3  # of the budget
+LEAST_EXACT_BUDGET_S = 0.5
+WORTH_PROVING = 1e-4
 
 _ERRORS: dict[str, type[SnapshotError]] = {
     "duplicate": DuplicateRowError,
@@ -54,13 +61,18 @@ def plan(
 
     Without a budget the plan depends on the snapshot alone (and, where something is drawn, on `seed`). With a budget it
     depends on the speed of the machine too; `effort` of such a plan, given back with the same snapshot and seed,
-    repeats it exactly, whatever the time that takes. Raises SnapshotError when the snapshot contradicts itself.
+    repeats its placements exactly, whatever the time that takes. Raises SnapshotError when the snapshot contradicts
+    itself.
     """
     began = clock()
+    if effort is not None and effort[0] < 0:
+        budget_s = 0.0  # that plan was made without a search
     reader = (memory or Memory()).reader
-    rounds = tuple(effort) if effort is not None else (-1, -1, -1)
+    rounds = tuple(effort[:3]) if effort is not None else (-1, -1, -1)
     read = _read(reader, snapshot)
-    solution = alto_planner.solve(read, budget_s, seed, rounds)
+    small = budget_s >= LEAST_EXACT_BUDGET_S and exact.applicable(snapshot, EXACT_TASKS)
+    search_s = budget_s * (1 - EXACT_SHARE) if small else budget_s
+    solution = alto_planner.solve(read, search_s, seed, rounds)
     joined = _join(snapshot, solution)
     if joined:
         # What joins an executor needs no GPUs of its own: plan the others again without it.
@@ -71,7 +83,11 @@ def plan(
     else:
         remaining = snapshot
     placements = Placements(remaining, solution, tuple(joined.values()))
-    return _answer(snapshot, remaining, read, solution, placements, joined, clock, began)
+    bound = solution.makespan_bound_s
+    if small and not joined and solution.makespan_s > bound * (1 + WORTH_PROVING):
+        proof_s = budget_s * EXACT_SHARE
+        bound = max(bound, exact.improve(snapshot, placements, solution.makespan_s, proof_s, seed).lower_bound_s)
+    return _answer(snapshot, remaining, read, solution, placements, joined, bound, clock, began)
 
 
 def _read(reader: alto_planner.Reader, snapshot: Snapshot) -> alto_planner.ReadSnapshot:
@@ -97,6 +113,7 @@ def _answer(
     solution: alto_planner.Solution,
     placements: Placements,
     joined: dict[str, Placement],
+    bound_s: float,
     clock: Callable[[], float],
     began: float,
 ) -> Plan:
@@ -113,10 +130,10 @@ def _answer(
         now_s=snapshot.now_s,
         placements=placements,
         starting=placements.starting(),
-        preemptions=preemptions(remaining, placements),
+        preemptions=preemptions(remaining, placements, read.highest_priority),
         unplaced=tuple(remaining.waiting[index].task_id for index in solution.unplaced()),
         makespan_s=max(solution.makespan_s, latest_join),
-        lower_bound_s=solution.makespan_bound_s,
+        lower_bound_s=min(bound_s, solution.makespan_s),
         mean_completion_s=solution.mean_completion_s,
         mean_completion_bound_s=solution.mean_completion_bound_s,
         explanations=explanations,

@@ -299,7 +299,7 @@ class Plan:
     that are orders. `makespan_s` counts from now_s; `lower_bound_s` is a proven lower bound on any plan's makespan over
     the same snapshot, `gap` = makespan_s / lower_bound_s - 1. `mean_completion_s` and its bound count from now_s over
     the waiting tasks. `source` names the candidate that won. `effort` is the work of the search: given to `plan` with
-    the same snapshot and seed it repeats this plan.
+    the same snapshot and seed it repeats these placements.
     """
 
     epoch: int

@@ -26,11 +26,11 @@ class _Claim:
     predicted_start_s: float
 
 
-def preemptions(snapshot: Snapshot, placements: Placements) -> tuple[Preemption, ...]:
+def preemptions(snapshot: Snapshot, placements: Placements, highest_priority: int) -> tuple[Preemption, ...]:
     """Return the preemptions that the plan orders. A task without a next checkpoint is never among them.
 
-    A claim is served only if it starts earlier by it than the plan predicts. Victims are taken from one node: lowest
-    priority first, then those that have run least.
+    `highest_priority` is that of the waiting tasks. A claim is served only if it starts earlier by it than the plan
+    predicts. Victims are taken from one node: lowest priority first, then those that have run least.
     """
     draining = {node.node_id for node in snapshot.nodes if node.state is NodeState.DRAINING}
     orders = [
@@ -41,7 +41,7 @@ def preemptions(snapshot: Snapshot, placements: Placements) -> tuple[Preemption,
     if not snapshot.objective.preempt or not snapshot.running:
         return tuple(orders)
     taken = {order.task_id for order in orders}
-    for claim in _claims(snapshot, placements):
+    for claim in _claims(snapshot, placements, highest_priority):
         victims = _victims(snapshot, claim, taken)
         for victim in victims:
             assert victim.next_checkpoint_s is not None
@@ -51,10 +51,10 @@ def preemptions(snapshot: Snapshot, placements: Placements) -> tuple[Preemption,
     return tuple(orders)
 
 
-def _claims(snapshot: Snapshot, placements: Placements) -> list[_Claim]:
+def _claims(snapshot: Snapshot, placements: Placements, highest_priority: int) -> list[_Claim]:
     lowest = min(task.priority for task in snapshot.running)
     borrowers = _borrowing(snapshot)
-    if not borrowers and all(task.priority <= lowest for task in snapshot.waiting):
+    if not borrowers and highest_priority <= lowest:
         return []
     held = _held(snapshot)
     tenants = {tenant.tenant: tenant for tenant in snapshot.tenants}

@@ -1,0 +1,89 @@
+"""Latency of a re-plan: from an event (an arrival, a completion) to the new plan and its orders.
+
+    make bench NAME=planner_scale
+
+The cluster is full and the queue long. Each event changes one row; the plan is the whole plan, with a place for every
+task, and `plan` is called as the service calls it. The last line is one JSON object; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import sys
+import time
+from typing import Any
+
+from alto_placement.planner import Choice, Duration, Memory, Node, RunningTask, Snapshot, WaitingTask, plan
+from alto_placement.simulator import violations
+
+SIZES = ((1_000, 256, 1000), (10_000, 1_024, 400), (100_000, 10_000, 200))
+
+
+def task(number: int, now_s: float, draw: random.Random) -> WaitingTask:
+    choice = Choice(draw.choice((1, 2, 4, 8)), Duration.certain(draw.lognormvariate(8.0, 1.0)))
+    return WaitingTask(f"t{number:07}", f"tenant{number % 20}", (choice,), now_s)
+
+
+def measure(tasks: int, gpus: int, events: int, seed: int) -> dict[str, Any]:
+    draw = random.Random(seed)
+    nodes = tuple(Node(f"n{index:05}", "gpu", 8) for index in range(gpus // 8))
+    memory = Memory()
+    now = 0.0
+    waiting = {row.task_id: row for row in (task(number, now, draw) for number in range(tasks))}
+    running: dict[str, RunningTask] = {}
+    number = tasks
+    delays: list[float] = []
+    for event in range(-1, events):  # the first plan fills the cluster and is reported apart
+        if event >= 0 and (event % 2 == 0 or not running):
+            arrived = task(number, now, draw)
+            waiting[arrived.task_id] = arrived
+            number += 1
+        elif event >= 0:
+            ended = min(running.values(), key=lambda row: row.expected_end_s)
+            now = max(now, ended.expected_end_s)
+            del running[ended.task_id]
+        began = time.perf_counter()
+        snapshot = Snapshot(now, nodes, tuple(waiting.values()), tuple(running.values()), epoch=event + 1)
+        answer = plan(snapshot, memory=memory)
+        delays.append(1000 * (time.perf_counter() - began))
+        if event in (-1, events - 1) and tasks <= 10_000:
+            wrong = violations(snapshot, answer)
+            if wrong:
+                raise SystemExit(f"{tasks} x {gpus}: {wrong[:5]}")
+        for placed in answer.starting:
+            row = waiting.pop(placed.task_id)
+            running[row.task_id] = RunningTask(
+                row.task_id, row.tenant, placed.parts, placed.start_s, placed.end_s, placed.end_s
+            )
+    first, ordered = delays[0], sorted(delays[1:])
+    figures = {
+        "tasks": tasks,
+        "gpus": gpus,
+        "events": events,
+        "first_ms": round(first, 2),
+        "p50_ms": round(ordered[len(ordered) // 2], 3),
+        "p99_ms": round(ordered[int(0.99 * (len(ordered) - 1))], 3),
+        "max_ms": round(ordered[-1], 3),
+    }
+    print(f"  {figures}", file=sys.stderr)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    result = {
+        "benchmark": "planner_scale",
+        "sizes": [measure(tasks, gpus, events, options.seed) for tasks, gpus, events in SIZES],
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
