@@ -14,7 +14,7 @@ from alto_training.early_exit import make_policy
 from alto_training.executor import passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.backends import choose_backend
-from alto_training.executor.budget import choose_budget
+from alto_training.executor.budget import Budget, choose_budget
 from alto_training.executor.checkpoint import Checkpoint, CheckpointStore
 from alto_training.executor.control import Command, Control, Pause
 from alto_training.executor.errors import (
@@ -116,7 +116,7 @@ class Executor:
             backbone.recompute_activations()
         self._backbone = backbone
         configs = [trial.config for job in self._jobs for trial in job.trials]
-        budget = choose_budget(self._settings, backbone, configs, self._settings.cache_dir)
+        budget = self._agreed(choose_budget(self._settings, backbone, configs, self._settings.cache_dir), len(configs))
         # The least that any rank can hold: all run the same ticks over the same slots.
         self._tokens_per_tick = -self._most(-budget.tokens_per_tick)
         slots = -self._most(-budget.slots)
@@ -146,6 +146,12 @@ class Executor:
         self._tell_started(None if checkpoint is None else checkpoint.tick)
         self._meter = ProgressMeter(self._clock)
         self._checkpointed_at, self._checkpointed_tick = self._clock(), self._tick
+
+    def _agreed(self, budget: Budget, trials: int) -> Budget:
+        """Return one budget for all ranks: tokens that fit on each of them, and the slots of all together."""
+        each = self._ranks.united({str(self._ranks.rank): (budget.tokens_per_tick, budget.slots)}).values()
+        slots = self._settings.slots or sum(slots for _, slots in each)
+        return Budget(min(tokens for tokens, _ in each), min(slots, trials))
 
     def _tell_started(self, resumed_from_tick: int | None) -> None:
         for task in self._roster.tasks:

@@ -19,3 +19,7 @@ class StrategyError(ExecutorError):
 
 class RankFailedError(ExecutorError):
     """A worker rank died or hung, again and again; the message names it."""
+
+
+class InputRefusedError(ExecutorError):
+    """The dataset or the base model cannot be used; the message is that of the error that says so."""

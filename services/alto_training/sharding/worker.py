@@ -21,6 +21,8 @@ from typing import TextIO
 
 import torch
 import torch.distributed as dist
+from alto_common.base_models import BaseModelError
+from alto_common.dataset_rows import DatasetError
 from alto_common.tuning import TuningJob
 
 from alto_training.executor.backbone import Backbone
@@ -33,6 +35,7 @@ from alto_training.executor.loading import load_job_backbone, open_job_data
 from alto_training.executor.progress import peak_memory_bytes
 from alto_training.executor.settings import Backend
 from alto_training.sharding.counted_passes import CountedPasses
+from alto_training.sharding.errors import InputRefusedError
 from alto_training.sharding.heartbeat import Heartbeats
 from alto_training.sharding.loading import load_shared_backbone
 from alto_training.sharding.plain_json import decode_named, encode, encode_named
@@ -62,8 +65,11 @@ def main() -> None:
     _die_with_parent(order.parent_process_id)
     try:
         _run(folder, order, rank)
-    except ExecutorError as error:
-        failure = RankFailure(type(error).__name__, error.message, error.cure)
+    except (ExecutorError, DatasetError, BaseModelError) as error:
+        if isinstance(error, ExecutorError):
+            failure = RankFailure(type(error).__name__, error.message, error.cure)
+        else:
+            failure = RankFailure(InputRefusedError.__name__, str(error), "correct it, and start again")
         failure_file(folder, rank).write_text(json.dumps(encode(failure)))
         # Without the usual clean-up: it may wait for ranks that wait for this one.
         sys.stderr.flush()

@@ -1,0 +1,132 @@
+"""Whole searches on several real processes: every trial ends as it does in one process, whatever happens to ranks."""
+
+import os
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from alto_common.tuning import EarlyExit, Evaluation, TuningJob
+from alto_training.executor.events import CheckpointWritten, Event, Outcome, TaskStarted, TrialDecided, TrialState
+from alto_training.executor.executor import Executor
+from alto_training.executor.settings import Backend, ExecutorSettings
+from alto_training.sharding.errors import InputRefusedError, RankFailedError
+from alto_training.sharding.rank_processes import RankProcesses
+from alto_training.sharding.run import RankedRun, RankSettings
+from alto_training.sharding.strategy import EngineName, Strategy
+from safetensors.torch import load_file
+from tiny_task import make_job, mixed_configs
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = ExecutorSettings(tokens_per_tick=160, backend=Backend.CPU, slots=4, threads=1, checkpoint_every_ticks=3)
+# Two thirds of the way, the worse half is stopped; places are freed for whoever waits.
+EXITS = EarlyExit("paper", warmup_fraction=0.6, keep_fraction=0.5)
+
+
+@pytest.fixture(scope="module")
+def task(tiny_folder: Path) -> TuningJob:
+    return make_job(tiny_folder, *mixed_configs(), early_exit=EXITS, evaluation=Evaluation(count=3))
+
+
+@pytest.fixture(scope="module")
+def alone(task: TuningJob, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What one process makes of the task."""
+    return Executor(task, tmp_path_factory.mktemp("alone"), lambda event: None, SETTINGS).run()
+
+
+def assert_same(ours: Outcome, expected: Outcome) -> None:
+    assert {one.trial_id: (one.state, one.step, one.best_step) for one in ours.trials} == {
+        one.trial_id: (one.state, one.step, one.best_step) for one in expected.trials
+    }
+    paths = {one.trial_id: one.adapter_path for one in ours.trials}
+    for trial in expected.trials:
+        assert (paths[trial.trial_id] is None) == (trial.adapter_path is None)
+        if trial.adapter_path is None:
+            continue
+        theirs = load_file(Path(trial.adapter_path) / "adapter_model.safetensors")
+        mine = load_file(Path(paths[trial.trial_id] or "") / "adapter_model.safetensors")
+        for name, expected_weight in theirs.items():
+            error = torch.linalg.vector_norm(mine[name] - expected_weight)
+            assert error <= 1e-5 * torch.linalg.vector_norm(expected_weight), (trial.trial_id, name)
+
+
+def test_a_sharded_search_equals_one_process_and_sends_the_backbone_alone(
+    task: TuningJob, alone: Outcome, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    ranks = RankSettings(2, Strategy.SHARDED, count_traffic=True)
+    run = RankedRun(task, tmp_path, events.append, SETTINGS, None, ranks)
+    (outcome,) = run.run_all()
+    assert_same(outcome, alone)
+    stopped = {one.trial_id for one in outcome.trials if one.state is TrialState.STOPPED}
+    assert "trial-4" in stopped, "the trial that becomes NaN"
+    assert {event.trial_id for event in events if isinstance(event, TrialDecided)} >= stopped
+    for report in run.reports:
+        passes = (report.training_passes, report.inference_passes)
+        gathered = passes[0] * report.training_gather_bytes + passes[1] * report.inference_gather_bytes
+        # The gathers of the backbone, and fixed small messages of what each rank found: nothing of any adapter.
+        assert report.traffic_bytes["_allgather_base_"] == gathered
+        assert set(report.traffic_bytes) == {"_allgather_base_", "allgather_"}
+        assert report.traffic_bytes["allgather_"] % (2 * 4096) == 0
+        assert report.shard_bytes * 2 == pytest.approx(report.backbone_bytes, rel=0.01)
+    assert [report.training_passes for report in run.reports] == [run.reports[0].training_passes] * 2
+    assert sum(report.idle_passes for report in run.reports) > 0, "at the end, a rank has nothing to do"
+
+
+def test_a_rank_that_is_killed_at_any_moment_costs_nothing_but_time(
+    task: TuningJob, alone: Outcome, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    attempts: list[RankProcesses] = []
+    kill_after = random.randrange(1, 5)
+
+    def tell(event: Event) -> None:
+        events.append(event)
+        written = sum(isinstance(each, CheckpointWritten) for each in events)
+        if isinstance(event, CheckpointWritten) and written == kill_after:
+            os.kill(attempts[-1].process_ids[random.randrange(2)], signal.SIGKILL)
+
+    ranks = RankSettings(2, Strategy.REPLICATED)
+    (outcome,) = RankedRun(task, tmp_path, tell, SETTINGS, None, ranks, watch=attempts.append).run_all()
+    assert len(attempts) == 2, f"killed after checkpoint {kill_after}"
+    assert_same(outcome, alone)
+    resumed = [event.resumed_from_tick for event in events if isinstance(event, TaskStarted)]
+    assert resumed[0] is None
+    assert resumed[1] is not None
+
+
+def test_a_rank_that_hangs_is_named(task: TuningJob, tmp_path: Path) -> None:
+    attempts: list[RankProcesses] = []
+
+    def freeze(event: Event) -> None:
+        if isinstance(event, CheckpointWritten):
+            os.kill(attempts[-1].process_ids[1], signal.SIGSTOP)
+
+    ranks = RankSettings(2, Strategy.SHARDED, EngineName.FSDP2, hang_timeout_s=3.0, attempts_without_progress=1)
+    with pytest.raises(RankFailedError, match=r"worker rank 1 \(device 1\) has shown no sign of life"):
+        RankedRun(task, tmp_path, freeze, SETTINGS, None, ranks, watch=attempts.append).run_all()
+    for process_id in attempts[-1].process_ids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process_id, 0)
+
+
+def test_a_refusal_is_told_and_not_tried_again(task: TuningJob, tmp_path: Path) -> None:
+    empty = Path(task.validation_path).with_name("empty.jsonl")
+    empty.write_text("")
+    job = replace(task, validation_path=str(empty))
+    attempts: list[RankProcesses] = []
+    ranks = RankSettings(2, Strategy.REPLICATED)
+    with pytest.raises(InputRefusedError, match=r"empty\.jsonl"):
+        RankedRun(job, tmp_path, lambda event: None, SETTINGS, None, ranks, watch=attempts.append).run_all()
+    assert len(attempts) == 1
+
+
+def test_four_ranks_in_two_groups_equal_one_process(task: TuningJob, alone: Outcome, tmp_path: Path) -> None:
+    ranks = RankSettings(4, Strategy.HYBRID, ranks_per_host=2)
+    run = RankedRun(task, tmp_path, lambda event: None, SETTINGS, None, ranks)
+    (outcome,) = run.run_all()
+    assert_same(outcome, alone)
+    assert all(report.shard_bytes * 2 == pytest.approx(report.backbone_bytes, rel=0.01) for report in run.reports)
