@@ -10,6 +10,7 @@ from typing import Any
 from alto_cli.extras import needs_extra
 from alto_cli.failures import CommandError
 from alto_cli.output import print_facts, print_json, say
+from alto_cli.quiet import quiet_libraries
 from alto_cli.view.wording import bytes_text
 
 
@@ -44,7 +45,8 @@ def check_dataset(path: Path, model: str, objective: str, loss_scope: str, max_l
 
 def _describe(path: Path, model: str, objective: Any, max_length: int, json_output: bool) -> None:
     with needs_extra("training", "showing what a model sees"):
-        from alto_common.base_models import UnknownModelError
+        quiet_libraries("cpu")
+        from alto_common.base_models import UnknownModelError, list_models
         from alto_training.executor.data.report import describe
         from alto_training.executor.loading import locate_base_model
         from transformers import AutoTokenizer
@@ -52,8 +54,11 @@ def _describe(path: Path, model: str, objective: Any, max_length: int, json_outp
         folder = locate_base_model(str(Path(model).resolve()) if Path(model).is_dir() else model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (UnknownModelError, OSError, ValueError) as error:
+        here = ", ".join(list_models()) or "none yet"
         raise CommandError(
-            f"--model {model}: {str(error).splitlines()[0]}", "fetch a small one: alto models fetch"
+            f"--model {model}: {str(error).splitlines()[0]}",
+            f"models on this machine: {here}",
+            "fetch a small one: alto models fetch",
         ) from None
     with tempfile.TemporaryDirectory() as cache:
         report = describe(path, tokenizer, objective, Path(cache), max_length)

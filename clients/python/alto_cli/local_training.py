@@ -22,6 +22,7 @@ from alto_cli.failures import CommandError
 from alto_cli.following import Follower, follower, show_result
 from alto_cli.local_job import local_job
 from alto_cli.output import say
+from alto_cli.quiet import quiet_libraries
 from alto_cli.view.story import Story
 
 if TYPE_CHECKING:
@@ -46,10 +47,13 @@ def train_file(
     work = work.resolve() if work else folder.with_name(f"{folder.name}.work")
     with needs_extra("training", "training on this machine"):
         import torch
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        quiet_libraries(device.partition(":")[0])
         from alto_training.executor.control import ControlQueue
         from alto_training.executor.errors import ExecutorError
         from alto_training.executor.executor import Executor
-    settings = _settings(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, slots)
+    settings = _settings(device, dtype, slots)
     job = local_job(task_file, work)
     story, control = Story(), ControlQueue()
     with follower(story, json_output) as shown, _pause_on_interrupt(control, shown):
@@ -120,7 +124,9 @@ def _sink(job: TuningJob, shown: Follower) -> Any:
 
 
 def _close(story: Story, outcome: Outcome) -> None:
-    """Put into the story what only the outcome tells: savings, the end."""
+    """Put into the story what only the outcome tells: savings, the end, and trials that ended in an earlier run."""
+    from alto_training.wire import TRIAL_STATES
+
     trained = sum(trial.samples_trained for trial in outcome.trials)
     saved = sum(trial.samples_saved for trial in outcome.trials)
     stopped = sum(trial.state == "stopped" for trial in outcome.trials)
@@ -129,10 +135,21 @@ def _close(story: Story, outcome: Outcome) -> None:
     )
     for trial in outcome.trials:
         known = story.trials[trial.trial_id]
-        known.samples_trained = trial.samples_trained
+        known.state = TRIAL_STATES[trial.state]
+        known.step, known.total_steps, known.samples_trained = trial.step, trial.total_steps, trial.samples_trained
+        if trial.best_validation_loss is not None:
+            known.best_validation_loss, known.best_step = trial.best_validation_loss, trial.best_step or 0
+        if trial.state == "stopped" and not known.HasField("decision"):
+            known.decision.reason = trial.reason
+    if outcome.best is not None and outcome.best.best_validation_loss is not None:
+        story.task.best_trial_id = outcome.best.trial_id
+        story.task.best_validation_loss = outcome.best.best_validation_loss
     end = event_pb2.TaskEvent(
         task_state_changed=event_pb2.TaskStateChanged(state=END_STATES.get(outcome.state, story.task.state))
     )
+    if outcome.state == "failed":
+        reasons = dict.fromkeys(trial.reason for trial in outcome.trials)
+        end.task_state_changed.failure.message = f"no trial left an adapter: {'; '.join(reasons)}"
     end.time.GetCurrentTime()
     story.apply_event(end)
 

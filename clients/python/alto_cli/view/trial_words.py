@@ -46,7 +46,7 @@ def rule_text(trial: tuning_pb2.Trial) -> str:
     """Return the rule that stopped a trial, in a word."""
     if trial.state == tuning_pb2.TRIAL_STATE_FAILED:
         return printable(trial.failure.reason.lower().replace("_", " ")) or "failed"
-    return printable(trial.decision.rule or trial.decision.policy) or "stopped"
+    return printable(trial.decision.rule or trial.decision.policy) or "in an earlier run"
 
 
 def varying_fields(trials: Sequence[tuning_pb2.Trial]) -> list[str]:
