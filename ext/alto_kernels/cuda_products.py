@@ -49,9 +49,8 @@ def linears_backward(
     """Return dx of all modules together, None where it is not needed; add to the gradients of A and B."""
     x_TK = _matrix(x_TK, "x_TK")
     stream = torch.cuda.current_stream(x_TK.device).cuda_stream
-    total_TK: Tensor | None = None
-    for dy, weight, s_blocks, module in zip(dys, weights, saved, modules, strict=True):
-        dx_TK = _empty(x_TK, *x_TK.shape)
+    dx_TK = _empty(x_TK, *x_TK.shape)
+    for i, (dy, weight, s_blocks, module) in enumerate(zip(dys, weights, saved, modules, strict=True)):
         if plan.tokens > 0:
             shape = LaunchShape.backward(*plan.table.module_shapes[module], needs_dx)
             _launch(plan, module, shape).backward(
@@ -61,10 +60,10 @@ def linears_backward(
                 s_blocks.data_ptr(),
                 _empty(s_blocks, *s_blocks.shape).data_ptr(),
                 dx_TK.data_ptr(),
+                i > 0,
                 stream,
             )
-        total_TK = dx_TK if total_TK is None else total_TK.add_(dx_TK)
-    return total_TK if needs_dx else None
+    return dx_TK if needs_dx else None
 
 
 def _launch(plan: TickPlan, module: int, shape: LaunchShape) -> Any:

@@ -109,7 +109,8 @@ class Launch {
     check(launch_forward(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm forward");
   }
 
-  void backward(Address dy, Address x, Address weight, Address saved, Address ds, Address dx, Address stream) const {
+  void backward(Address dy, Address x, Address weight, Address saved, Address ds, Address dx, bool adds_to_dx,
+                Address stream) const {
     if (!backward_) throw std::invalid_argument("launch: made for forward");
     LoraGemmArguments arguments = fixed_;
     arguments.operand = map_of(dy, fixed_.tokens, fixed_.out_features, "dy_TN");
@@ -119,6 +120,7 @@ class Launch {
     arguments.saved = map_of(saved, saved_rows_, kStepDepth, "saved");
     arguments.input = map_of(x, fixed_.tokens, fixed_.in_features, "x_TK");
     arguments.block_data = pointer<__nv_bfloat16>(ds);
+    arguments.adds_to_output = adds_to_dx;
     check(launch_backward(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm backward");
   }
 

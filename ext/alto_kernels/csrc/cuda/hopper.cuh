@@ -70,6 +70,21 @@ __device__ __forceinline__ void load_box_for_both(const CUtensorMap& map, std::u
                                          row);
 }
 
+// A box from shared memory to the matrix, not kept in the L2 cache: nothing of this launch reads it again.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(
+          reinterpret_cast<std::uint64_t>(&map)),
+      "r"(cute::cast_smem_ptr_to_uint(from)), "r"(column), "r"(row),
+      "l"(static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
+      : "memory");
+}
+
+// The same, added to what the matrix holds, in bf16.
+__device__ __forceinline__ void add_box(const CUtensorMap& map, const void* from, int column, int row) {
+  cute::SM90_TMA_REDUCE_ADD_2D::copy(&map, from, column, row);
+}
+
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

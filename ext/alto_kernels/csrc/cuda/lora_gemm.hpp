@@ -48,6 +48,7 @@ struct LoraGemmArguments {
   int in_features;
   int out_features;
   std::uint32_t module;
+  bool adds_to_output;  // backward: dX is added to, by bf16 rounding, and not written
 };
 
 // Launch on `stream` with `clusters` clusters of two blocks. Return the launch's error code.

@@ -182,7 +182,12 @@ struct Consumer {
       warpgroup_barrier(warpgroup);
       const int column = item.column + quarter * 64;
       if (thread == 0 && column < (kBackward ? arguments.in_features : arguments.out_features)) {
-        cute::SM90_TMA_STORE_2D::copy(&arguments.output, staging, column, item.row + warpgroup * 64);
+        const int row_in_output = item.row + warpgroup * 64;
+        if (kBackward && arguments.adds_to_output) {
+          add_box(arguments.output, staging, column, row_in_output);
+        } else {
+          store_box(arguments.output, staging, column, row_in_output);
+        }
       }
       if (thread == 0) cute::tma_store_arrive();
     }

@@ -2,14 +2,17 @@
 
 #include <algorithm>
 #include <limits>
+#include <list>
 #include <utility>
 
 namespace alto::cuda {
 namespace {
 
-// Simulated costs in base steps (128 x 256 x 64 on one multiprocessor).
-constexpr double kLightStep = 0.65;  // a down or gradient step: bound by its loads
-constexpr double kMaskedStep = 2.0;  // the same with dropout
+// Simulated costs in base steps (128 x 256 x 64 on one multiprocessor), from runs on an H100: there the L2 cache's
+// bandwidth is the common limit, so a step costs what it loads.
+constexpr double kDownStep = 1.25;
+constexpr double kGradStep = 1.05;
+constexpr double kMaskCost = 1.5;  // of dropout, for each step
 constexpr double kItemCost = 2.0;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -36,7 +39,7 @@ std::vector<Pair> down_pairs(const TickLayout& layout, const LaunchShape& shape)
   const bool masked = shape.drops && shape.grad_b_features == 0;
   for (std::size_t first = 0; first < layout.downs.size(); first += kClusterSize) {
     Pair pair{};
-    pair.cost = steps * (masked ? kMaskedStep : kLightStep) + kItemCost;
+    pair.cost = steps * (kDownStep + (masked ? kMaskCost : 0.0)) + kItemCost;
     for (std::size_t block = 0; block < kClusterSize; ++block) {
       const bool valid = first + block < layout.downs.size();
       const auto& down = layout.downs[valid ? first + block : first];
@@ -91,7 +94,7 @@ void add_gradient_pairs(const TickLayout& layout, Kind kind, int features, bool 
   for (const auto& run : layout.runs) {
     for (int column = 0; column < features; column += kGradColumns * kClusterSize) {
       Pair pair{};
-      pair.cost = run.half_tiles * (drops ? kMaskedStep : kLightStep) + kItemCost;
+      pair.cost = run.half_tiles * (kGradStep + (drops ? kMaskCost : 0.0)) + kItemCost;
       for (int block = 0; block < kClusterSize; ++block) {
         Item& item = pair.items[block];
         item.kind = kind;
@@ -106,25 +109,35 @@ void add_gradient_pairs(const TickLayout& layout, Kind kind, int features, bool 
   }
 }
 
-// Both lists in their own order, advanced in proportion to their cost.
-std::vector<Pair> interleave(const std::vector<Pair>& base, const std::vector<Pair>& gradients) {
-  double base_total = 0.0;
-  double gradient_total = 0.0;
-  for (const auto& pair : base) base_total += pair.cost;
-  for (const auto& pair : gradients) gradient_total += pair.cost;
+double total_cost(const std::vector<Pair>& pairs) {
+  double total = 0.0;
+  for (const auto& pair : pairs) total += pair.cost;
+  return total;
+}
+
+// The order in which output tiles and gradients are dealt. First the gradients that take longer than a tile, which would
+// else stick out at the end; then the tiles, `share` of the other gradients spread among them; then the remaining ones,
+// which fill the wave that the tiles leave unfinished.
+std::vector<Pair> interleave(const std::vector<Pair>& base, const std::vector<Pair>& gradients, double share) {
+  if (base.empty()) return gradients;
   std::vector<Pair> merged;
+  std::vector<Pair> shorter;
+  for (const auto& pair : gradients) (pair.cost > base.front().cost ? merged : shorter).push_back(pair);
+  std::stable_sort(merged.begin(), merged.end(), [](const Pair& a, const Pair& b) { return a.cost > b.cost; });
+  const double base_total = total_cost(base);
+  const double spread = share * total_cost(shorter);
   double base_done = 0.0;
-  double gradient_done = 0.0;
+  double shorter_done = 0.0;
   std::size_t next = 0;
   for (const auto& pair : base) {
     merged.push_back(pair);
     base_done += pair.cost;
-    while (next < gradients.size() && gradient_done * base_total < gradient_total * base_done) {
-      gradient_done += gradients[next].cost;
-      merged.push_back(gradients[next++]);
+    while (next < shorter.size() && shorter_done * base_total < spread * base_done) {
+      shorter_done += shorter[next].cost;
+      merged.push_back(shorter[next++]);
     }
   }
-  merged.insert(merged.end(), gradients.begin() + static_cast<std::ptrdiff_t>(next), gradients.end());
+  merged.insert(merged.end(), shorter.begin() + static_cast<std::ptrdiff_t>(next), shorter.end());
   return merged;
 }
 
@@ -201,15 +214,19 @@ Schedule make_schedule(const TickLayout& layout, const LaunchShape& shape, int c
     add_gradient_pairs(layout, Kind::kGradB, shape.grad_b_features, false, gradients);
     add_gradient_pairs(layout, Kind::kGradA, shape.grad_a_features, shape.drops, gradients);
   }
-  const std::vector<Pair> rest = interleave(base, gradients);
   const bool extra_first = backward && shape.drops;
 
+  // Of a few ways to deal, the one with the shortest simulated run; the more the gradients are spread the better, else.
   Dealt best;
   best.makespan = std::numeric_limits<double>::max();
-  for (int downs_each = 1; downs_each <= 4; ++downs_each) {
-    Dealt dealt = deal(downs, rest, downs_each, extra_first, clusters);
-    if (dealt.makespan < best.makespan) best = std::move(dealt);
-    if (extra_first) break;
+  std::list<std::vector<Pair>> orders;  // Dealt points into them
+  for (const double share : {1.0, 0.5, 0.0}) {
+    orders.push_back(interleave(base, gradients, share));
+    for (int downs_each = 1; downs_each <= (extra_first ? 1 : 4); ++downs_each) {
+      Dealt dealt = deal(downs, orders.back(), downs_each, extra_first, clusters);
+      if (dealt.makespan < best.makespan) best = std::move(dealt);
+    }
+    if (gradients.empty()) break;
   }
 
   Schedule schedule;
