@@ -79,6 +79,7 @@ class PlacementEngine:
         self._changed = asyncio.Event()
         self._revision = 0
         self._facts = PlanFacts()
+        self._is_planning_broken = False
         self._links: dict[str, NodeLink] = {}
         self._watches: set[PlanWatch] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -106,8 +107,8 @@ class PlacementEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the loops run."""
-        return bool(self._loops) and not any(loop.done() for loop in self._loops)
+        """Whether the loops run and plans are made."""
+        return bool(self._loops) and not any(loop.done() for loop in self._loops) and not self._is_planning_broken
 
     def now(self) -> Moment:
         """Return the present on the engine's clocks."""
@@ -295,7 +296,9 @@ class PlacementEngine:
             self._changed.clear()
             try:
                 await self._replan()
+                self._is_planning_broken = False
             except Exception:
+                self._is_planning_broken = True
                 log.exception("no plan could be made; the last one stays")
                 await asyncio.sleep(self._settings.refresh_s)
                 self._changed.set()

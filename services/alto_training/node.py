@@ -14,10 +14,11 @@ from pathlib import Path
 
 import grpc
 import structlog
-from alto.v1 import placement_pb2, placement_service_pb2, report_service_pb2_grpc
+from alto.v1 import error_pb2, placement_pb2, placement_service_pb2, report_service_pb2_grpc
+from alto_common.errors import reason_name
 from alto_common.rpc.channel import bearer_metadata
 
-from alto_training.assignments import Assignments, EndKind, Held, StopReason
+from alto_training.assignments import Assignments, Ending, EndKind, Held, StopReason
 from alto_training.devices import Devices
 from alto_training.folders import AssignmentFolders
 from alto_training.reporter import Reporter
@@ -113,7 +114,12 @@ class TrainingNode:
         before = [self._runs[held_before.assignment_id] for held_before in self._same_task(held)]
         for outdated in self.assignments.outdated_by(held):
             self._stop(outdated.assignment_id, StopReason.SUPERSEDED)
-        folders = AssignmentFolders(self._settings.work_root, held.task_id, held.epoch)
+        try:
+            folders = AssignmentFolders(self._settings.work_root, held.task_id, held.epoch)
+        except ValueError as error:
+            reason = reason_name(error_pb2.ERROR_REASON_INVALID_FIELD)
+            self.assignments.end(held.assignment_id, Ending(EndKind.FAILED, reason, str(error)))
+            return
         supervisor = Supervisor(
             held,
             assignment.work,

@@ -70,6 +70,9 @@ class PlacementSession:
                 if self.is_connected:
                     backoff_s = MIN_BACKOFF_S
                 log.warning("placement does not answer; trying again", error=in_words(error), wait_s=backoff_s)
+            except Exception:
+                # A message that this node cannot make sense of must not cost it everything else that it trains.
+                log.exception("the session with placement broke; trying again")
             finally:
                 self.is_connected = False
             await asyncio.sleep(backoff_s)

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -28,6 +29,7 @@ from alto_training.reporter import Reporter, StaleEpochError, UnknownTaskError
 from alto_training.worker_order import LOG_FILE, WORK_FILE, WorkerOrder
 
 FOLLOW_S = 0.25
+FOLLOWED_AT_ONCE = 2000
 LOG_TAIL_BYTES = 2000
 FINAL_STATES = (tuning_pb2.TASK_STATE_SUCCEEDED, tuning_pb2.TASK_STATE_FAILED)
 # What a credential of the node must not be in.
@@ -98,10 +100,8 @@ class Supervisor:
 
     async def run(self) -> Ending | None:
         """Train and report."""
-        self._folders.prepare()
-        (self.folder / WORK_FILE).write_bytes(self._work.SerializeToString())
-        self._order.write(self.folder)
-        finished_before = carry_over(self._folders.earlier(), self.folder)
+        # Journals may be long: reading them must not keep the node from its heartbeats.
+        finished_before = await asyncio.to_thread(self._prepare)
         reporting = asyncio.create_task(self.reporter.run())
         following = asyncio.create_task(self._follow())
         try:
@@ -112,10 +112,10 @@ class Supervisor:
                 crash = await self._work_until_end(reporting)
             if self._is_superseded():
                 return None
-            last = self._conclude(crash)
+            last = await asyncio.to_thread(self._conclude, crash)
             self.reporter.complete()
             await self._reported_or_superseded(reporting)
-            return None if self._is_superseded() else self._ending(last, crash)
+            return None if self._is_superseded() else await asyncio.to_thread(self._ending, last, crash)
         except StaleEpochError:
             log.warning("a newer assignment has taken over", task_id=self.held.task_id, epoch=self.held.epoch)
             # Placement knows already and passes this over; if it does not, it must place the task again.
@@ -129,6 +129,13 @@ class Supervisor:
                 task.cancel()
                 with suppress(asyncio.CancelledError, StaleEpochError, UnknownTaskError):
                     await task
+
+    def _prepare(self) -> bool:
+        """Make the attempt's folder; return whether an earlier attempt on this host has finished the task."""
+        self._folders.prepare()
+        (self.folder / WORK_FILE).write_bytes(self._work.SerializeToString())
+        self._order.write(self.folder)
+        return carry_over(self._folders.earlier(), self.folder)
 
     async def _work_until_end(self, reporting: asyncio.Task[None]) -> str | None:
         """Run the worker; return what its end leaves to say when it crashed, None when its journal says all."""
@@ -234,7 +241,8 @@ class Supervisor:
         """Keep up with the journal, whether or not admission can be reached."""
         offset = 0
         while True:
-            for record in read_journal(self.folder / JOURNAL_FILE, offset, self.events_written):
+            records = read_journal(self.folder / JOURNAL_FILE, offset, self.events_written)
+            for record in islice(records, FOLLOWED_AT_ONCE):
                 offset, self.events_written = record.end_offset, record.sequence
                 if record.event.HasField("task_progressed"):
                     self.held.progress = _progress(record.event.task_progressed)
