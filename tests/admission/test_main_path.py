@@ -1,4 +1,4 @@
-"""The main path over real sockets: upload, create, enqueue, reports, watch, download."""
+"""The main path over real sockets, on both databases: upload, create, enqueue, reports, watch, download."""
 
 import asyncio
 
@@ -8,7 +8,8 @@ from alto.v1 import tuning_pb2
 from .reporting import Node
 
 
-async def test_from_upload_to_download(admission, placement, tmp_path):
+async def test_from_upload_to_download(started, database_url, placement, tmp_path):
+    admission = await started(database_url=database_url)
     client = await admission.client()
     task = await client.create()
     assert (task.state, task.trial_count) == (tuning_pb2.TASK_STATE_QUEUED, 2)
