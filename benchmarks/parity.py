@@ -34,6 +34,7 @@ from alto_training.executor.backbone import prepare_backbone
 from alto_training.executor.control import ControlQueue, StopTrial
 from alto_training.executor.events import Event, TrialFinished, TrialProgress
 from alto_training.executor.executor import Executor
+from alto_training.executor.settings import Backend
 from parity_scenarios import SCENARIOS, Scenario, make_model, open_random, scenario
 from peft_solo import train_alone
 from safetensors.torch import load_file
@@ -199,6 +200,7 @@ def measure(case: Scenario) -> dict[str, Any]:
         "steps": steps_compared,
         "max_rel_weight_err": weight_error,
         "max_loss_err": loss_error,
+        "backend": case.settings.backend,
         "bitwise": same_bits(together, second, but=case.poisoned),
     }
 
@@ -208,6 +210,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--scenario", default="mix", help=f"mix, all, or one of {', '.join(SCENARIOS)}")
     parser.add_argument("--adam-epsilon", type=float, help="instead of the mix's own; see parity_scenarios.trial_mix")
+    parser.add_argument("--backend", default="reference", help="reference or cpu; auto may choose otherwise each time")
     parser.add_argument("--floor", action="store_true", help="also measure how far PEFT is from itself")
     arguments = parser.parse_args()
     changes = {} if arguments.adam_epsilon is None else {"adam_epsilon": arguments.adam_epsilon}
@@ -216,6 +219,7 @@ def main() -> int:
     results = []
     for name in names:
         case = scenario(name, arguments.trials, **changes)
+        case = replace(case, settings=replace(case.settings, backend=Backend(arguments.backend)))
         results.append(measure(case))
         if arguments.floor:
             results[-1]["peft_rel_weight_err"] = peft_floor(case)

@@ -16,23 +16,32 @@ from alto_training.executor.tick import Item, PackedSequence, Share, Tick, build
 
 _PROBE_TOKENS = 128  # of each adapter
 _PROBE_RANK = 16
-_REPETITIONS = 3
+_REPETITIONS = 5
+_CLEARLY_SLOWER = 1.5
 
 
 def choose_backend(name: str, layers: Sequence[MultiLoraLinear], seats: int, device: torch.device) -> LoraBackend:
-    """Return the back end of this name; `auto` takes the fastest of those usable here, measured on one layer.
+    """Return the back end of this name; `auto` takes one that is usable and fast here, measured on one layer.
 
     `seats` is the largest number of adapters in a tick.
     """
     if name != Backend.AUTO:
         return _make(name, layers, seats, device)
-    usable = [candidate for candidate in alto_kernels.backends() if (candidate == "cpu") <= (device.type == "cpu")]
+    on_cpu = device.type == "cpu"
+    usable = [one for one in alto_kernels.backends() if one == Backend.REFERENCE or (one == Backend.CPU) == on_cpu]
     candidates = [_make(candidate, layers, seats, device) for candidate in usable]
     if len(candidates) == 1:
         return candidates[0]
     frozen = max((layer.frozen for layer in layers), key=lambda one: one.in_features * one.out_features)
     tick = _probe_tick(frozen, layers, min(seats, 4), device)
-    return min(candidates, key=lambda backend: _seconds(backend, frozen, tick))
+    seconds = [_seconds(backend, frozen, tick) for backend in candidates]
+    # The most specialised one, unless it is clearly slower: two runs on one machine should choose alike, for each back
+    # end rounds in its own way.
+    return next(
+        backend
+        for backend, own in reversed(list(zip(candidates, seconds, strict=True)))
+        if own <= _CLEARLY_SLOWER * min(seconds)
+    )
 
 
 def _make(name: str, layers: Sequence[MultiLoraLinear], seats: int, device: torch.device) -> LoraBackend:

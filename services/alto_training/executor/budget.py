@@ -46,13 +46,14 @@ def choose_budget(
     """
     facts = backbone_facts(backbone)
     known = [config for config in configs if adapter_parameters(facts, config) > 0] or list(configs)
-    model = _cost_model(settings, backbone, facts, calibrations)
+    known_costs = load_calibration(calibrations, calibration_key(settings, backbone)) if calibrations else None
+    model = known_costs or prior_cost_model(backbone)
     limit = settings.memory_limit_bytes or free_memory_bytes(backbone.device) * _SHARE_OF_FREE_MEMORY
     if settings.memory_limit_bytes is None:
         # What is free is free beside the backbone, which is loaded.
         limit += facts.parameters * _bytes_per_value(backbone)
     largest = max(known, key=lambda config: adapter_parameters(facts, config))
-    enough = _ENOUGH_TOKENS[backbone.device.type]
+    enough = enough_tokens(backbone.device)
     tokens = settings.tokens_per_tick or min(enough, model.tokens_that_fit(limit, Load.of(facts, [(largest, enough)])))
     tokens = max(1, tokens)
     fitting = model.slots_that_fit(
@@ -63,6 +64,11 @@ def choose_budget(
     )
     slots = settings.slots or fitting
     return Budget(tokens, max(1, min(slots, len(configs))))
+
+
+def enough_tokens(device: torch.device) -> int:
+    """Return the tokens of a tick above which it gets no faster."""
+    return _ENOUGH_TOKENS[device.type]
 
 
 def backbone_facts(backbone: Backbone) -> ModelFacts:
@@ -116,11 +122,9 @@ def _container_memory() -> list[int]:
         return []
 
 
-def _cost_model(
-    settings: ExecutorSettings, backbone: Backbone, facts: ModelFacts, calibrations: Path | None
-) -> CostModel:
-    found = load_calibration(calibrations, calibration_key(settings, backbone)) if calibrations else None
-    return found or prior(facts, _bytes_per_value(backbone), _FLOPS_PER_S[backbone.device.type])
+def prior_cost_model(backbone: Backbone) -> CostModel:
+    """Return the cost model of a backbone before anything was measured."""
+    return prior(backbone_facts(backbone), _bytes_per_value(backbone), _FLOPS_PER_S[backbone.device.type])
 
 
 def _bytes_per_value(backbone: Backbone) -> int:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alto_common.tuning import TuningJob
+from alto_common.tuning import TrialConfig, TuningJob
 
 from alto_training.early_exit import make_policy
 from alto_training.executor import passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.backends import choose_backend
-from alto_training.executor.budget import Budget, choose_budget
+from alto_training.executor.budget import Budget, calibration_key, choose_budget, enough_tokens
+from alto_training.executor.calibration import calibrate
 from alto_training.executor.checkpoint import Checkpoint, CheckpointStore
 from alto_training.executor.control import Command, Control, Pause
 from alto_training.executor.errors import (
@@ -35,6 +36,7 @@ from alto_training.executor.events import (
     Verdict,
 )
 from alto_training.executor.loading import OpenData, load_job_backbone, open_job_data
+from alto_training.executor.memory_model import load_calibration
 from alto_training.executor.packer import choose_items
 from alto_training.executor.progress import ProgressMeter
 from alto_training.executor.ranks import OneRank, Ownership, Ranks
@@ -116,10 +118,9 @@ class Executor:
             backbone.recompute_activations()
         self._backbone = backbone
         configs = [trial.config for job in self._jobs for trial in job.trials]
+        self._calibrate(backbone, configs)
         budget = self._agreed(choose_budget(self._settings, backbone, configs, self._settings.cache_dir), len(configs))
-        # The least that any rank can hold: all run the same ticks over the same slots.
-        self._tokens_per_tick = -self._most(-budget.tokens_per_tick)
-        slots = -self._most(-budget.slots)
+        self._tokens_per_tick = budget.tokens_per_tick
         self._evaluation_tokens = self._settings.evaluation_tokens_per_tick or 2 * self._tokens_per_tick
         tasks = []
         for number, job in enumerate(self._jobs):
@@ -129,7 +130,7 @@ class Executor:
             tokens = self._evaluation_tokens
             tasks.append(TaskRun(job, train, validation, backbone, policy, folder, self._emit, tokens, self._ownership))
         revivable = self._settings.revivable_trials
-        self._roster = Roster(tasks, slots, backbone.device, self._emit, revivable, self._ownership)
+        self._roster = Roster(tasks, budget.slots, backbone.device, self._emit, revivable, self._ownership)
         checkpoint = self._store.read()
         if checkpoint is None:
             self._roster.admit_all()
@@ -152,6 +153,16 @@ class Executor:
         each = self._ranks.united({str(self._ranks.rank): (budget.tokens_per_tick, budget.slots)}).values()
         slots = self._settings.slots or sum(slots for _, slots in each)
         return Budget(min(tokens for tokens, _ in each), min(slots, trials))
+
+    def _calibrate(self, backbone: Backbone, configs: Sequence[TrialConfig]) -> None:
+        """Measure what ticks cost, if it is asked for and not known; alone, for ranks would have to do it in step."""
+        asked = self._settings.calibrate
+        folder = self._settings.cache_dir
+        if folder is None or self._ranks.size > 1 or not (backbone.device.type == "cuda" if asked is None else asked):
+            return
+        if load_calibration(folder, calibration_key(self._settings, backbone)) is None:
+            backbone.use_backend(choose_backend(self._settings.backend, backbone.layers, len(configs), backbone.device))
+            calibrate(self._settings, backbone, configs, enough_tokens(backbone.device), folder)
 
     def _tell_started(self, resumed_from_tick: int | None) -> None:
         for task in self._roster.tasks:

@@ -32,7 +32,9 @@ class ExecutorSettings:
     None lets the memory model choose. `slots` None means one for every trial that memory allows. `recompute` trades
     time for memory: activations of a layer are computed again in the backward pass. `cache_dir` holds tokenised
     datasets; None puts them under the work folder. `checkpoint_every_ticks`, when given, is used besides the interval.
-    The state of the last `revivable_trials` that a policy stopped is kept, so that their user can revive them.
+    `calibrate` measures a dozen ticks before the first run over a backbone on this kind of device, and keeps what they
+    cost in `cache_dir` (None: on accelerators only, where they take seconds). The state of the last `revivable_trials`
+    that a policy stopped is kept, so that their user can revive them.
     """
 
     device: str = "cpu"
@@ -48,4 +50,5 @@ class ExecutorSettings:
     progress_interval_s: float = 1.0
     revivable_trials: int = 8
     memory_limit_bytes: int | None = None
+    calibrate: bool | None = None
     cache_dir: Path | None = None

@@ -8,8 +8,9 @@ import torch
 from alto_common.tuning import TrialConfig
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.budget import backbone_facts, calibration_key, choose_budget, free_memory_bytes
+from alto_training.executor.calibration import calibrate
 from alto_training.executor.events import TaskStarted
-from alto_training.executor.memory_model import adapter_parameters, prior, save_calibration
+from alto_training.executor.memory_model import adapter_parameters, load_calibration, prior, save_calibration
 from alto_training.executor.settings import ExecutorSettings
 from tiny_jobs import job, run
 
@@ -58,3 +59,25 @@ def test_a_run_says_how_many_slots_memory_gave_it(tmp_path: Path) -> None:
 
 def test_free_memory_is_told() -> None:
     assert free_memory_bytes(torch.device("cpu")) > 2**20
+
+
+def test_a_profile_is_measured_kept_and_believed(backbone: Backbone, tmp_path: Path) -> None:
+    settings = ExecutorSettings(memory_limit_bytes=2**33)
+    configs = [CONFIG, replace(CONFIG, lora_rank=64)]
+    model = calibrate(settings, backbone, configs, most_tokens=512, folder=tmp_path)
+    assert load_calibration(tmp_path, calibration_key(settings, backbone)) == model
+    assert model.seconds_per_token > 0
+    assert model.fixed_bytes > 0
+    # Measured with these settings, not for others.
+    assert load_calibration(tmp_path, calibration_key(replace(settings, recompute=True), backbone)) is None
+    assert choose_budget(settings, backbone, configs, tmp_path).tokens_per_tick >= 1
+
+
+def test_a_run_measures_once_where_it_is_asked_to(tmp_path: Path) -> None:
+    settings = ExecutorSettings(calibrate=True, cache_dir=tmp_path / "cache")
+    first, _ = run(job(CONFIG), tmp_path / "first", settings=settings)
+    (kept,) = (tmp_path / "cache").glob("*.json")
+    written = kept.stat().st_mtime_ns
+    second, _ = run(job(CONFIG), tmp_path / "second", settings=settings)
+    assert kept.stat().st_mtime_ns == written
+    assert (first.state, second.state) == ("succeeded", "succeeded")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from alto_common.tuning import EarlyExit, Evaluation, Objective, ObjectiveKind, TrialConfig, TuningJob
-from alto_training.executor import passes
 from alto_training.executor.control import Cancel, ControlQueue, ReviveTrial, StopTrial
 from alto_training.executor.errors import EmptyDatasetError, OutOfMemoryError
 from alto_training.executor.events import (
@@ -26,7 +25,9 @@ from alto_training.executor.events import (
     TrialStarted,
 )
 from alto_training.executor.executor import Executor
+from alto_training.executor.lora_linear import ReferenceBackend
 from alto_training.executor.settings import Backend, ExecutorSettings
+from alto_training.executor.tick import Tick
 from tiny_jobs import MemoryDataset, adapter_weights, assert_same_bits, job, open_memory, run
 
 SETTINGS = ExecutorSettings(tokens_per_tick=96, backend=Backend.REFERENCE, progress_interval_s=0.0)
@@ -165,23 +166,23 @@ def test_a_stopped_trial_is_revived_with_its_state_and_judged_no_more(tmp_path: 
 
 @pytest.fixture
 def scarce_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let every pass with more than so many tokens run out of memory, in the middle of its backward pass."""
+    """Let passes with more than so many tokens run out of memory when half of the gradients have been added."""
 
     def limit(tokens: int) -> None:
-        unlimited = passes.token_nll
+        forward, backward = ReferenceBackend.forward, ReferenceBackend.backward
 
-        def token_nll(hidden_RH: torch.Tensor, targets_R: torch.Tensor, head: Any) -> torch.Tensor:
-            def fail(gradient: torch.Tensor) -> torch.Tensor:
+        def scarce_forward(self: Any, y_TN: Any, x_TK: Any, module_index: int, tick: Tick) -> Any:
+            if tick.tokens > tokens and not tick.training:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            return forward(self, y_TN, x_TK, module_index, tick)
+
+        def scarce_backward(self: Any, dy: Any, x: Any, saved: Any, module_index: int, tick: Tick, dx: Any) -> None:
+            if tick.tokens > tokens and module_index == 6:
                 raise torch.OutOfMemoryError("CUDA out of memory")
+            backward(self, dy, x, saved, module_index, tick, dx)
 
-            nll_R = unlimited(hidden_RH, targets_R, head)
-            if len(targets_R) > tokens:
-                if not nll_R.requires_grad:
-                    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-                hidden_RH.register_hook(fail)  # type: ignore[no-untyped-call]
-            return nll_R
-
-        monkeypatch.setattr(passes, "token_nll", token_nll)
+        monkeypatch.setattr(ReferenceBackend, "forward", scarce_forward)
+        monkeypatch.setattr(ReferenceBackend, "backward", scarce_backward)
 
     return limit
 
@@ -191,11 +192,13 @@ def test_memory_that_runs_out_halves_the_tick_and_loses_nothing(
 ) -> None:
     task = job(config(gradient_accumulation_steps=2), config(lora_rank=2, seed=1, lora_dropout=0.2))
     expected, _ = run(task, tmp_path / "plenty", settings=replace(SETTINGS, tokens_per_tick=24))
-    scarce_memory(30)
+    scarce_memory(40)
     wide = replace(SETTINGS, tokens_per_tick=96, evaluation_tokens_per_tick=200)
     outcome, events = run(task, tmp_path / "scarce", settings=wide)
     assert of(events, TickHalved)
-    for trial, other in zip(expected.trials, outcome.trials, strict=True):
+    ended = {trial.trial_id: trial for trial in outcome.trials}
+    for trial in expected.trials:
+        other = ended[trial.trial_id]
         assert other.samples_trained == trial.samples_trained
         assert other.best_validation_loss == pytest.approx(trial.best_validation_loss, rel=1e-5)
 
