@@ -121,9 +121,7 @@ class Dispatcher {
         for (int task : order_) {
             const Task& row = problem_.tasks[task];
             if (out_.choice[task] < 0 || shape_of(task).parts.empty() || row.not_before_s > now_) continue;
-            const double patience =
-                std::max(problem_.objective.patience * chosen(task).seconds, problem_.objective.min_patience_s);
-            const double due = row.priority > lowest ? now_ : row.arrived_s + patience;
+            const double due = row.priority > lowest ? now_ : row.arrived_s + problem_.patience_s(out_.choice[task]);
             if (due <= now_) overdue_.push_back({row.priority, due, task});
         }
         // Higher priority first, then longest overdue, then by the list.
@@ -266,34 +264,37 @@ class Dispatcher {
         if (problem_.tenants[tenant].cohort >= 0) cohort_gpus_[problem_.tenants[tenant].cohort] += gpus;
     }
 
-    // Find GPUs for all parts of `task` now. `found` is scratch.
+    // Find GPUs for all parts of `task` now, each on a node of its own.
     bool find(int task, std::vector<PartOut>& found) {
         const Shape& shape = shape_of(task);
-        const double seconds = chosen(task).seconds;
         found.clear();
-        if (shape.parts.size() == 1) {
-            const int node = best_fit(shape, shape.parts[0]);
+        for (int width : shape.parts) {
+            const int node = best_fit(shape, width);
             if (node >= 0) {
-                found.push_back({node, lowest_bits(free_[node], shape.parts[0])});
-                return true;
-            }
-        } else {
-            for (int width : shape.parts) {
-                const int node = best_fit(shape, width);
-                if (node < 0) break;
                 found.push_back({node, lowest_bits(free_[node], width)});
-                unlink(node);
+                if (shape.parts.size() > 1) unlink(node);
+            } else if (const PartOut part = on_special(task, shape, width, found); part.node >= 0) {
+                found.push_back(part);
+            } else {
+                break;
             }
-            for (std::size_t i = found.size(); i-- > 0;) link(found[i].node);
-            if (found.size() == shape.parts.size()) return true;
         }
-        for (const Special& special : specials_) {
-            if (found.size() == shape.parts.size()) break;
-            if (special_[special.node] < 0 || !shape.eligible[problem_.nodes[special.node].node_class]) continue;
-            const Mask gpus = usable(special, task, shape.parts[found.size()], seconds);
-            if (gpus) found.push_back({special.node, gpus});
-        }
+        if (shape.parts.size() > 1)
+            for (std::size_t i = found.size(); i-- > 0;)
+                if (special_[found[i].node] < 0) link(found[i].node);
         return found.size() == shape.parts.size();
+    }
+
+    // GPUs on a special node that is not among `used`; node -1 for none.
+    PartOut on_special(int task, const Shape& shape, int width, const std::vector<PartOut>& used) const {
+        for (const Special& special : specials_) {
+            if (!shape.eligible[problem_.nodes[special.node].node_class]) continue;
+            if (std::any_of(used.begin(), used.end(), [&](const PartOut& part) { return part.node == special.node; }))
+                continue;
+            const Mask gpus = usable(special, task, width, chosen(task).seconds);
+            if (gpus) return {special.node, gpus};
+        }
+        return {-1, 0};
     }
 
     void start(int task, const std::vector<PartOut>& parts) {

@@ -47,7 +47,7 @@ Score evaluate(const Problem& problem, const Schedule& schedule, const Bounds& b
         score.makespan_s = std::max(score.makespan_s, end);
         score.mean_completion_s += end;
         weighted += weights[i] * end;
-        const double patience = std::max(problem.objective.patience * length, problem.objective.min_patience_s);
+        const double patience = problem.patience_s(schedule.choice[i]);
         lateness += std::max(0.0, schedule.start_s[i] - problem.tasks[i].arrived_s - patience);
         seconds += length;
         ++placed;

@@ -1,6 +1,7 @@
 // The problem and the schedule, as columns. Times are seconds on the snapshot's clock.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -95,6 +96,22 @@ struct Problem {
     std::vector<Tenant> tenants;
     Objective objective;
     bool has_quotas = false;
+
+    // How long a task may wait before GPUs are kept for it.
+    [[nodiscard]] double patience_s(int choice) const {
+        return std::max(objective.patience * choices[choice].seconds, objective.min_patience_s);
+    }
+
+    // Whether tasks are equal but for their sizes: nothing overdue, reserved, limited, held back or of raised priority.
+    [[nodiscard]] bool plain(const std::vector<int>& allotment) const {
+        if (!windows.empty() || has_quotas) return false;
+        for (std::size_t i = 0; i < tasks.size(); ++i) {
+            if (allotment[i] < 0) continue;
+            if (tasks[i].priority != tasks[0].priority || tasks[i].not_before_s > now_s) return false;
+            if (tasks[i].arrived_s + patience_s(allotment[i]) <= now_s) return false;
+        }
+        return true;
+    }
 
     [[nodiscard]] int ready_gpus() const {
         int total = 0;

@@ -33,7 +33,7 @@ struct Mirrored {
 Mirrored mirror(const Problem& problem, const Allotment& allotment, Rule rule);
 
 // Keep each task's GPUs and the order of `schedule`'s starts, and start every task as soon as its GPUs are free.
-// Only for problems without windows or quotas.
+// Only for plain problems (see Problem::plain).
 Schedule shift_left(const Problem& problem, const Schedule& schedule);
 
 }  // namespace alto

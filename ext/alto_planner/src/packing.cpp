@@ -23,7 +23,7 @@ double excess(double load, double target) {
 }  // namespace
 
 std::optional<Packing> Packing::make(const Problem& problem, const Allotment& allotment) {
-    if (!problem.windows.empty() || problem.has_quotas) return std::nullopt;
+    if (!problem.plain(allotment)) return std::nullopt;
     Packing packing;
     int widest = 1;
     std::map<int, int> group_of_shape;
@@ -31,7 +31,7 @@ std::optional<Packing> Packing::make(const Problem& problem, const Allotment& al
         if (allotment[i] < 0) continue;
         const Shape& shape = problem.shapes[problem.choices[allotment[i]].shape];
         if (shape.parts.empty()) continue;
-        if (!power_of_two(shape.gpus) || problem.tasks[i].not_before_s > problem.now_s) return std::nullopt;
+        if (!power_of_two(shape.gpus)) return std::nullopt;
         widest = std::max(widest, shape.gpus);
         const auto [found, added] =
             group_of_shape.try_emplace(problem.choices[allotment[i]].shape, static_cast<int>(group_of_shape.size()));

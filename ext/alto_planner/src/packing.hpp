@@ -22,7 +22,7 @@ struct Unit {
 
 class Packing {
   public:
-    // Nothing when the problem is not of this form: other widths, windows, quotas, release times.
+    // Nothing when the problem is not of this form: other widths, or anything but sizes to tell tasks apart.
     static std::optional<Packing> make(const Problem& problem, const Allotment& allotment);
 
     // Put every task where the load is least: widest first, longest first.

@@ -60,8 +60,9 @@ class Solver {
     void offer_mirrored(const Allotment& allotment) {
         Mirrored mirrored = mirror(problem_, allotment, Rule::kLargestArea);
         offer(allotment, mirrored.order, "largest area mirrored");
-        const bool plain = problem_.windows.empty() && !problem_.has_quotas;
-        if (plain) found_.push_back({shift_left(problem_, mirrored.placed), {}, mirrored.order, "largest area mirrored"});
+        if (!problem_.plain(allotment)) return;
+        Schedule shifted = shift_left(problem_, mirrored.placed);
+        found_.push_back({std::move(shifted), {}, std::move(mirrored.order), "largest area mirrored"});
     }
 
     void run_lists() {

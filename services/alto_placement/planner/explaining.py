@@ -176,8 +176,8 @@ class Explainer:
                 Change(ChangeKind.FEWER_GPUS, max(widest_fit(c, self._snapshot.nodes) for c in task.choices))
             )
         if reason is WaitReason.QUOTA:
-            row = next(tenant for tenant in self._snapshot.tenants if tenant.tenant == task.tenant)
-            missing = self._held.get(task.tenant, 0) + choice.gpus - (row.quota_gpus or 0)
+            quotas = {tenant.tenant: tenant.quota_gpus or 0 for tenant in self._snapshot.tenants}
+            missing = self._held.get(task.tenant, 0) + choice.gpus - quotas.get(task.tenant, 0)
             changes.append(Change(ChangeKind.MORE_QUOTA, max(1, missing)))
         if reason in (WaitReason.GPUS_BUSY, WaitReason.FRAGMENTED, WaitReason.TURN_OF_OTHERS, WaitReason.RESERVED):
             if waits_for:

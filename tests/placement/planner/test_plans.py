@@ -1,0 +1,240 @@
+"""What a plan promises, case by case."""
+
+import dataclasses
+
+import pytest
+from alto_placement.planner import (
+    ChangeKind,
+    Choice,
+    DuplicateRowError,
+    Duration,
+    GpuConflictError,
+    InvalidRowError,
+    Node,
+    NodeState,
+    Objective,
+    Part,
+    PreemptionReason,
+    Reservation,
+    ReservationConflictError,
+    RunningTask,
+    Sharing,
+    Snapshot,
+    TaskNeverFitsError,
+    Tenant,
+    UnknownNodeError,
+    WaitingTask,
+    WaitReason,
+    check_can_ever_fit,
+    plan,
+)
+from alto_placement.simulator import violations
+
+NODE = Node("n0", "h100", 8)
+OTHER = Node("n1", "h100", 8)
+
+
+def task(task_id: str, gpus: int = 1, seconds: float = 100.0, **more: object) -> WaitingTask:
+    more.setdefault("arrived_s", 0.0)
+    return WaitingTask(task_id, str(more.pop("tenant", "ada")), (Choice(gpus, Duration.certain(seconds)),), **more)
+
+
+def running(task_id: str, node: str, gpus: range, end: float, **more: object) -> RunningTask:
+    return RunningTask(task_id, str(more.pop("tenant", "ada")), (Part(node, tuple(gpus)),), 0.0, end, end, **more)
+
+
+def test_an_empty_queue_gives_an_empty_plan() -> None:
+    answer = plan(Snapshot(5.0, [NODE]))
+    assert len(answer.placements) == 0
+    assert answer.gap == 0.0
+
+
+def test_a_wide_task_takes_whole_nodes_and_a_remainder() -> None:
+    answer = plan(Snapshot(0.0, [NODE, OTHER], [task("wide", 12)]))
+    assert sorted(len(part.gpu_indices) for part in answer.placements[0].parts) == [4, 8]
+    one_node = dataclasses.replace(task("wide").choices[0], gpus=12, one_node=True)
+    refused = plan(Snapshot(0.0, [NODE, OTHER], [dataclasses.replace(task("wide"), choices=(one_node,))]))
+    assert refused.unplaced == ("wide",)
+    assert refused.explanations["wide"].reason is WaitReason.NEVER_FITS
+    assert refused.explanations["wide"].largest_fit_gpus == 8
+
+
+def test_of_several_choices_the_one_that_serves_the_cluster_is_taken() -> None:
+    both = (Choice(1, Duration.certain(800.0)), Choice(8, Duration.certain(110.0)))
+    alone = plan(Snapshot(0.0, [NODE], [WaitingTask("a", "ada", both, 0.0)]))
+    assert alone.placements[0].choice == 1
+    queue = [WaitingTask(f"t{i}", "ada", both, 0.0) for i in range(8)]
+    crowd = plan(Snapshot(0.0, [NODE], queue, objective=Objective(completion=0.0)))
+    assert crowd.makespan_s == 800.0
+    assert not crowd.gap
+
+
+def test_what_runs_stays_and_an_overdue_task_is_not_taken_for_gone() -> None:
+    answer = plan(Snapshot(100.0, [NODE], [task("a", 8)], [running("r", "n0", range(8), 50.0)]))
+    assert answer.placements[0].start_s > 100.0
+    assert answer.explanations["a"].waits_for == ("r",)
+    assert answer.explanations["a"].reason is WaitReason.GPUS_BUSY
+
+
+def test_nothing_is_placed_on_a_node_that_takes_no_work() -> None:
+    for state in (NodeState.CORDONED, NodeState.DRAINING, NodeState.LOST):
+        answer = plan(Snapshot(0.0, [dataclasses.replace(NODE, state=state)], [task("a")]))
+        assert answer.unplaced == ("a",)
+    cordoned = plan(Snapshot(0.0, [dataclasses.replace(NODE, state=NodeState.CORDONED)], [task("a")]))
+    assert cordoned.explanations["a"].reason is WaitReason.NO_NODE_READY
+
+
+def test_a_draining_node_is_left_at_the_next_checkpoint() -> None:
+    draining = dataclasses.replace(NODE, state=NodeState.DRAINING)
+    ends = (
+        running("leaves", "n0", range(4), 900.0, next_checkpoint_s=120.0),
+        running("stays", "n0", range(4, 8), 900.0),
+    )
+    answer = plan(Snapshot(100.0, [draining], [], ends))
+    assert [(row.task_id, row.at_s, row.reason) for row in answer.preemptions] == [
+        ("leaves", 120.0, PreemptionReason.NODE_DRAINS)
+    ]
+
+
+def test_priority_preempts_only_at_a_checkpoint_and_only_for_an_earlier_start() -> None:
+    low = running("low", "n0", range(8), 10_000.0, next_checkpoint_s=60.0)
+    urgent = task("urgent", 8, priority=5)
+    ordered = plan(Snapshot(50.0, [NODE], [urgent], [low])).preemptions
+    assert [(row.task_id, row.for_task_id, row.reason) for row in ordered] == [
+        ("low", "urgent", PreemptionReason.PRIORITY)
+    ]
+    never = dataclasses.replace(low, next_checkpoint_s=None)
+    assert not plan(Snapshot(50.0, [NODE], [urgent], [never])).preemptions
+    soon_over = dataclasses.replace(low, expected_end_s=55.0)
+    assert not plan(Snapshot(50.0, [NODE], [urgent], [soon_over])).preemptions
+    asked_not_to = Objective(preempt=False)
+    assert not plan(Snapshot(50.0, [NODE], [urgent], [low], objective=asked_not_to)).preemptions
+
+
+def test_a_higher_priority_goes_first_even_when_it_is_wide() -> None:
+    half = running("r", "n0", range(4), 50.0)
+    narrow = [task(f"t{i}", 1, 1000.0) for i in range(20)]
+    answer = plan(Snapshot(0.0, [NODE], [*narrow, task("wide", 8, priority=1)], [half]))
+    placed = {row.task_id: row for row in answer.placements}
+    assert placed["wide"].start_s == 50.0
+
+
+def test_a_quota_holds_and_can_be_borrowed_and_claimed_back() -> None:
+    tenants = [Tenant("ada", quota_gpus=4, cohort="lab"), Tenant("bo", quota_gpus=4, cohort="lab")]
+    greedy = [task(f"a{i}", 1, tenant="ada") for i in range(8)]
+    borrowed = plan(Snapshot(0.0, [NODE], greedy, tenants=tenants))
+    assert len(borrowed.starting) == 8
+    alone = [dataclasses.replace(tenant, cohort="") for tenant in tenants]
+    capped = plan(Snapshot(0.0, [NODE], greedy, tenants=alone))
+    assert len(capped.starting) == 4
+    waiting = next(row.task_id for row in greedy if row.task_id not in {p.task_id for p in capped.starting})
+    assert capped.explanations[waiting].reason is WaitReason.QUOTA
+    holders = [running(f"r{i}", "n0", range(i, i + 1), 9000.0, next_checkpoint_s=10.0) for i in range(8)]
+    claimed = plan(Snapshot(5.0, [NODE], [task("b", 2, tenant="bo")], holders, tenants=tenants))
+    assert len(claimed.preemptions) == 2
+    assert {row.reason for row in claimed.preemptions} == {PreemptionReason.QUOTA_RECLAIMED}
+
+
+def test_tenants_take_turns_by_weighted_usage() -> None:
+    tenants = [Tenant("ada", usage_gpu_s=1e6), Tenant("bo")]
+    queue = [task("a", 8, tenant="ada"), task("b", 8, tenant="bo")]
+    assert plan(Snapshot(0.0, [NODE], queue, tenants=tenants)).starting[0].task_id == "b"
+
+
+def test_a_wait_is_bounded() -> None:
+    # A wide task that smaller ones would overtake for ever.
+    narrow = [task(f"t{i}", 1, 100.0, arrived_s=10_000.0) for i in range(100)]
+    half = running("r", "n0", range(4), 10_050.0)
+    objective = Objective(patience=2.0, min_patience_s=1000.0)
+    answer = plan(Snapshot(10_000.0, [NODE], [*narrow, task("wide", 8, 200.0)], [half], objective=objective))
+    placed = {row.task_id: row for row in answer.placements}
+    assert placed["wide"].start_s == 10_050.0
+    assert not violations(Snapshot(10_000.0, [NODE], [*narrow, task("wide", 8, 200.0)], [half]), answer)
+
+
+def test_a_reservation_is_kept_and_short_tasks_use_the_time_before() -> None:
+    kept = Reservation("service", Part("n0", tuple(range(8))), 100.0, 200.0)
+    answer = plan(Snapshot(0.0, [NODE], [task("short", 8, 90.0), task("long", 8, 150.0)], [], [kept]))
+    placed = {row.task_id: row.start_s for row in answer.placements}
+    assert placed == {"short": 0.0, "long": 200.0}
+
+
+def test_a_task_joins_an_executor_over_the_same_backbone_when_that_pays() -> None:
+    host = running("host", "n0", range(8), 5000.0, backbone="llama", sharing=Sharing(10, 0.5), free_memory_bytes=100)
+    guest = task("guest", 8, 300.0, backbone="llama", sharing=Sharing(20, 0.4))
+    answer = plan(Snapshot(0.0, [NODE], [guest], [host]))
+    assert answer.starting[0].host_task_id == "host"
+    assert answer.starting[0].end_s == 300.0
+    assert answer.explanations["guest"].reason is WaitReason.JOINS_EXECUTOR
+    assert not violations(Snapshot(0.0, [NODE], [guest], [host]), answer)
+    for refused in (
+        dataclasses.replace(guest, sharing=Sharing(200, 0.4)),
+        dataclasses.replace(guest, backbone="qwen"),
+        dataclasses.replace(guest, sharing=None),
+    ):
+        assert not plan(Snapshot(0.0, [NODE], [refused], [host])).starting
+
+
+def test_an_explanation_says_what_would_help() -> None:
+    holder = running("r", "n0", range(6), 500.0)
+    answer = plan(Snapshot(0.0, [NODE], [task("a", 4)], [holder]))
+    explanation = answer.explanations["a"]
+    assert explanation.reason is WaitReason.GPUS_BUSY
+    assert explanation.predicted_start_s == 500.0
+    changes = {change.kind: change.amount for change in explanation.changes}
+    assert changes[ChangeKind.FEWER_GPUS] == 2
+    assert changes[ChangeKind.MORE_GPUS] == 2
+
+
+def test_fragmentation_is_told_from_busy_gpus() -> None:
+    holders = [running("r0", "n0", range(5), 500.0), running("r1", "n1", range(5), 600.0)]
+    answer = plan(Snapshot(0.0, [NODE, OTHER], [task("a", 4)], holders))
+    assert answer.explanations["a"].reason is WaitReason.FRAGMENTED
+
+
+def test_admission_refuses_what_never_fits() -> None:
+    with pytest.raises(TaskNeverFitsError) as caught:
+        check_can_ever_fit(task("a", 99), [NODE, OTHER])
+    assert caught.value.largest_fit_gpus == 16
+    check_can_ever_fit(task("a", 16), [NODE, OTHER])
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "error", "subject"),
+    [
+        (Snapshot(0.0, [NODE, NODE]), DuplicateRowError, "n0"),
+        (Snapshot(0.0, [NODE], [task("a"), task("a")]), DuplicateRowError, "a"),
+        (Snapshot(0.0, [NODE], [task("a")], [running("a", "n0", range(1), 9.0)]), DuplicateRowError, "a"),
+        (Snapshot(0.0, [NODE], [], [running("r", "gone", range(1), 9.0)]), UnknownNodeError, "r"),
+        (Snapshot(0.0, [NODE], [], [running("r", "n0", range(9), 9.0)]), UnknownNodeError, "r"),
+        (
+            Snapshot(0.0, [NODE], [], [running("r", "n0", range(2), 9.0), running("s", "n0", range(2), 9.0)]),
+            GpuConflictError,
+            "s",
+        ),
+        (
+            Snapshot(
+                0.0,
+                [NODE],
+                reservations=[
+                    Reservation("k", Part("n0", (0, 1)), 5.0, 9.0),
+                    Reservation("l", Part("n0", (1,)), 8.0, 12.0),
+                ],
+            ),
+            ReservationConflictError,
+            "l",
+        ),
+        (Snapshot(0.0, [NODE], [task("a", 1, -1.0)]), InvalidRowError, "a"),
+        (Snapshot(0.0, [NODE], [task("a", 1, float("inf"))]), InvalidRowError, "a"),
+        (Snapshot(0.0, [NODE], [task("a", 0)]), InvalidRowError, "a"),
+        (Snapshot(0.0, [Node("big", "h100", 65)]), InvalidRowError, "big"),
+        (Snapshot(float("nan"), [NODE]), InvalidRowError, "snapshot"),
+        (Snapshot(0.0, [NODE], tenants=[Tenant("ada", weight=0.0)]), InvalidRowError, "ada"),
+    ],
+)
+def test_a_snapshot_that_contradicts_itself_is_refused(
+    snapshot: Snapshot, error: type[Exception], subject: str
+) -> None:
+    with pytest.raises(error) as caught:
+        plan(snapshot)
+    assert getattr(caught.value, "subject", None) == subject
