@@ -1,6 +1,7 @@
 """Leases, epochs and assignments under every kind of trouble; and that the simulation notices a missing guard."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from alto_placement import lifecycle
@@ -114,3 +115,60 @@ def test_an_end_that_is_forgotten_before_it_was_heard_is_noticed(monkeypatch):
 
     monkeypatch.setattr(Assignments, "next_turn", next_turn)
     assert is_noticed()
+
+
+def play(steps, tasks=1):
+    cluster = Cluster(tasks=tasks)
+    for step in steps:
+        cluster.act(*step)
+    return cluster
+
+
+def meeting(number):
+    """A node connects and gets its lease."""
+    return [("connect", number), ("hear", number), ("read", number)]
+
+
+# A node restarts and trains; then its first start's registration comes again.
+LATE_REGISTRATION = [*meeting(0), ("kill node", 0), *meeting(0), ("place", 0), ("read", 0), ("late registration", 0)]
+
+
+def live_epochs(cluster):
+    return [row.epoch for row in cluster.store.assignments.values() if row.outcome is None]
+
+
+def test_a_late_registration_of_a_dead_process_ends_nothing(monkeypatch):
+    assert live_epochs(play(LATE_REGISTRATION)) == [1]
+    real = lifecycle.register
+
+    def register(draft, *rest):
+        draft.put(replace(real(draft, *rest), superseded=()))
+
+    monkeypatch.setattr(lifecycle, "register", register)
+    assert live_epochs(play(LATE_REGISTRATION)) == []
+
+
+WAITED_TOO_LONG = [
+    ("connect", 1),
+    ("place", 0),
+    *[("pass time", 3)] * 4,
+    *meeting(0),
+    ("place", 0),
+    *[("read", 0)] * 3,
+    # What was sent to it before its lease ran out is still in the stream.
+    *[("read", 1)] * 3,
+]
+
+
+def test_an_offer_that_waited_for_longer_than_the_lease_is_not_taken_up(monkeypatch):
+    cluster = play(WAITED_TOO_LONG)
+    assert [len(node.workers) for node in cluster.nodes] == [1, 0]
+    real = Assignments.offer
+
+    def offer(self, *assignment_and_now):
+        self.lease_end_s = float("inf")
+        return real(self, *assignment_and_now)
+
+    monkeypatch.setattr(Assignments, "offer", offer)
+    with pytest.raises(AssertionError, match="trained twice at once"):
+        play(WAITED_TOO_LONG)
