@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
+from time import monotonic, sleep
 
 from alto_client.errors import AltoError
 
@@ -32,7 +32,7 @@ class Backoff:
 
     def wait(self, error: AltoError) -> None:
         """Sleep before another attempt after `error`, or raise it when patience is at its end."""
-        now = time.monotonic()
+        now = monotonic()
         self._failing_since = self._failing_since or now
         if now - self._failing_since >= self._patience_s:
             raise error
@@ -42,4 +42,4 @@ class Backoff:
         self._next_s = min(self._next_s * 2, self._most_s)
         if self._on_retry is not None:
             self._on_retry(error, delay_s)
-        time.sleep(delay_s)
+        sleep(delay_s)

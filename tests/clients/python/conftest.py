@@ -264,7 +264,7 @@ def client(address):
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     """Backoff without the time it takes."""
-    monkeypatch.setattr("alto_client.backoff.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("alto_client.backoff.sleep", lambda _seconds: None)
 
 
 @pytest.fixture(autouse=True)

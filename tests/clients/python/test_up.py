@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from alto_cli.client_file import home_folder
 from alto_cli.failures import CommandError
 from alto_cli.up.layout import Layout
 from alto_cli.up.lock import HomeLock, holder, read_status
@@ -18,7 +19,7 @@ PATIENCE_S = 60
 
 def free_port_base():
     """A port with three free ones behind it."""
-    for base in range(20_000 + os.getpid() % 10_000, 60_000, 7):
+    for base in range(20_000 + 4 * (os.getpid() % 2_500), 60_000, 4):
         try:
             Layout(None, base).check_ports()
         except CommandError:
@@ -33,7 +34,7 @@ def wait_for(condition, what):
         if value := condition():
             return value
         time.sleep(0.1)
-    raise AssertionError(f"{what} did not happen within {PATIENCE_S} s")
+    raise AssertionError(f"{what} did not happen within {PATIENCE_S} s: {read_status(home_folder())}")
 
 
 def alto(*arguments, **options):
