@@ -30,6 +30,7 @@ _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 # What the facts below depend on; a change of any of these files makes them be gathered again.
 _DESCRIBING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _CACHE_VERSION = 1
+_HUB_TIMEOUT_S = 10.0
 
 
 class BaseModelError(ValueError):
@@ -226,7 +227,7 @@ def _fingerprint(location: str) -> str:
     folder = Path(location)
     if not folder.is_absolute():
         # A hub id: its files may change on the hub, so what this machine would load decides.
-        digest.update(f"{location}\n{_hub_config(location).to_json_string()}".encode())
+        digest.update(f"{location}\n{_config(location).to_json_string()}".encode())
         return digest.hexdigest()
     for name in _DESCRIBING_FILES:
         file = folder / name
@@ -236,12 +237,37 @@ def _fingerprint(location: str) -> str:
     return digest.hexdigest()
 
 
-def _hub_config(location: str) -> Any:
-    from transformers import AutoConfig
+def _hub_has(name: str) -> bool:
+    """Return whether the hub has the model, False when it cannot be reached. Raises `UnknownModelError` if it says no.
+
+    Asked once and briefly: loading from a hub that does not answer retries for most of a minute.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return AutoConfig.from_pretrained(location, trust_remote_code=False)
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+    except RepositoryNotFoundError as error:
+        raise _unknown(name, "is neither among the models here nor on the Hugging Face hub") from error
+    except Exception:  # no network, a proxy's answer, a hub that is down: whatever the client raises for it
+        return False
+    return True
+
+
+def _unknown(name: str, problem: str) -> UnknownModelError:
+    there = list_models(default_models_root())
+    return UnknownModelError(name, problem, f"give one of: {', '.join(there[:20]) or 'there are none yet'}")
+
+
+def _config(location: str) -> Any:
+    from transformers import AutoConfig
+
+    offline = not Path(location).is_absolute() and not _hub_has(location)
+    try:
+        return AutoConfig.from_pretrained(location, trust_remote_code=False, local_files_only=offline)
     except Exception as error:  # what transformers raises for a damaged configuration is not bounded by a contract
+        if offline:
+            raise _unknown(location, "is not among the models here, and the hub cannot be reached") from error
         raise UnusableModelError(
             _name_of(location),
             f"has no usable configuration ({_first_line(error)})",
@@ -255,7 +281,7 @@ def _gather(location: str) -> ModelFacts:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = _hub_config(location)
+    config = _config(location)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -220,3 +222,13 @@ def test_targets_absent_from_the_chosen_layers_are_named(facts: ModelFacts) -> N
 
 def test_a_narrow_module_outside_the_targets_does_not_limit_the_rank(facts: ModelFacts) -> None:
     assert check_targets(facts, TrialConfig(lora_rank=48, target_modules=("q_proj",), max_length=64)) == []
+
+
+def test_a_hub_id_that_cannot_be_had_is_unknown_at_once(root: Path) -> None:
+    """In a process of its own: where the hub is, is read at import. Nothing listens on port 9."""
+    program = "from alto_common.base_models import inspect; inspect('no-such/model')"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "ALTO_MODELS": str(root)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert "UnknownModelError" in done.stderr
+    assert "the hub cannot be reached: give one of: org/tiny-gpt2, tiny-llama" in done.stderr
+    assert "Retrying" not in done.stderr
