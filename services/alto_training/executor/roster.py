@@ -171,6 +171,8 @@ class Roster:
         task.finished.pop(run.trial_id, None)
         task.parked.discard(run.trial_id)
         task.unjudged.add(run.trial_id)
+        # A trial that was not finite ended with a complete batch and no step: it tries that batch again.
+        run.restart_batch()
         self.decided(task, run, Verdict.REVIVE, "user", "revived by its user; no policy judges it any more")
         self.slots.enqueue(run, first=True)
 

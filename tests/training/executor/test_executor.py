@@ -164,6 +164,19 @@ def test_a_stopped_trial_is_revived_with_its_state_and_judged_no_more(tmp_path: 
     assert [event.step for event in of(events, TrialProgress, "trial-1")] == list(range(1, 11))
 
 
+def test_reviving_a_trial_that_is_not_finite_tries_again_and_ends_again(tmp_path: Path) -> None:
+    control, events = ControlQueue(), list[Event]()
+
+    def ended(event: Event) -> bool:
+        return isinstance(event, TrialFinished) and event.trial_id == "trial-1"
+
+    sink = on(ended, ReviveTrial("trial-1"), control, events)
+    task = job(config(), config(learning_rate=1e30, seed=1))
+    outcome, _ = run(task, tmp_path, settings=SETTINGS, control=control, events=sink)
+    assert [event.state for event in of(events, TrialFinished, "trial-1")] == ["stopped", "stopped"]
+    assert {trial.trial_id: trial.samples_trained for trial in outcome.trials}["trial-1"] == 6
+
+
 @pytest.fixture
 def scarce_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let passes with more than so many tokens run out of memory when half of the gradients have been added."""

@@ -11,6 +11,8 @@ import transformers
 from alto_common.tuning import Evaluation, TrialConfig
 from alto_training.executor.backbone import prepare_backbone
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
+from alto_training.executor.events import TrialProgress
+from alto_training.executor.settings import Backend, ExecutorSettings
 from peft_solo import train_alone
 from tiny_jobs import VOCABULARY, MemoryDataset, adapter_weights, job, llama_config, run
 from torch.nn.functional import cross_entropy
@@ -130,3 +132,17 @@ def test_unknown_targets_and_too_long_sequences_are_named(tmp_path: Path) -> Non
         backbone.adapted_modules(TrialConfig(target_modules=("query_key_value",)))
     with pytest.raises(ContextLengthError, match=r"65.*at most 64"):
         backbone.check_length(TrialConfig(max_length=65))
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU])
+def test_a_bf16_backbone_follows_the_fp32_loss_curve_with_fp32_adapters(tmp_path: Path, backend: Backend) -> None:
+    config = TrialConfig(lora_rank=4, learning_rate=5e-3, batch_size=4, max_steps=6, max_length=24, lora_dropout=0.1)
+    curves = []
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone = prepare_backbone(make("llama").to(dtype), "llama", torch.device("cpu"))
+        settings = ExecutorSettings(tokens_per_tick=64, backend=backend)
+        outcome, events = run(job(config), tmp_path / str(dtype), backbone=backbone, settings=settings)
+        curves.append([event.train_loss for event in events if isinstance(event, TrialProgress)])
+        weights = adapter_weights(outcome.trials[0].adapter_path)
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
