@@ -77,8 +77,10 @@ bool within(const std::vector<char>& inner, const std::vector<char>& outer) {
     return true;
 }
 
-// Slots of `width` that a shape takes at least: floor(part / width) for each part.
-double slots_taken(const Shape& shape, int width) {
+// Slots of `width` that a shape takes at least: floor(part / width) for each part, or, for slots wider than any node,
+// floor(GPUs / width) of floor(all GPUs / width).
+double slots_taken(const Shape& shape, int width, bool across_nodes) {
+    if (across_nodes) return shape.gpus / width;
     double taken = 0;
     for (int part : shape.parts) taken += part / width;
     return taken;
@@ -86,9 +88,16 @@ double slots_taken(const Shape& shape, int width) {
 
 double bound_on(const Problem& problem, const std::vector<char>& classes, int width, double low, double high,
                 bool with_dff) {
-    double slots = 0;
-    for (const Node& node : problem.nodes)
-        if (node.ready && classes[node.node_class]) slots += node.gpus / width;
+    double slots = 0, gpus = 0;
+    int widest = 0;
+    for (const Node& node : problem.nodes) {
+        if (!node.ready || !classes[node.node_class]) continue;
+        slots += node.gpus / width;
+        gpus += node.gpus;
+        widest = std::max(widest, node.gpus);
+    }
+    const bool across_nodes = width > widest;
+    if (across_nodes) slots = std::floor(gpus / width);
     if (slots <= 0) return 0;
     std::vector<Item> items;
     double total = 0;
@@ -100,7 +109,7 @@ double bound_on(const Problem& problem, const std::vector<char>& classes, int wi
             if (shape.parts.empty()) continue;
             const bool counts = within(shape.eligible, classes);
             seconds = std::min(seconds, problem.choices[c].seconds);
-            area = std::min(area, counts ? slots_taken(shape, width) * problem.choices[c].seconds : 0.0);
+            area = std::min(area, counts ? slots_taken(shape, width, across_nodes) * problem.choices[c].seconds : 0.0);
         }
         if (seconds == kNever || area <= 0) continue;
         total += area;
@@ -110,7 +119,7 @@ double bound_on(const Problem& problem, const std::vector<char>& classes, int wi
         std::all_of(problem.tasks.begin(), problem.tasks.end(), [](const Task& task) { return task.choices < 2; });
     for (const Pinned& pinned : problem.pinned) {
         const Node& node = problem.nodes[pinned.node];
-        const double taken = std::popcount(pinned.gpus) / width;
+        const double taken = across_nodes ? 0 : std::popcount(pinned.gpus) / width;
         if (!node.ready || !classes[node.node_class] || taken == 0) continue;
         total += taken * (pinned.end_s - problem.now_s);
         if (with_dff) items.push_back({pinned.end_s - problem.now_s, taken});
@@ -197,6 +206,7 @@ Bounds lower_bounds(const Problem& problem, double known_makespan_s, std::size_t
         if (shape.parts.empty()) continue;
         groups.insert(shape.eligible);
         widths.insert(shape.parts.begin(), shape.parts.end());
+        widths.insert(shape.gpus);
     }
     const bool with_dff = fluid.size() <= dff_tasks;
     for (const std::vector<char>& group : groups)

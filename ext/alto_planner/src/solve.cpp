@@ -21,7 +21,7 @@ constexpr std::size_t kManyTasks = 4000;
 // Packing and searching pay off while a schedule takes microseconds.
 constexpr std::size_t kSearchTasks = 6000;
 // How much longer than the packing the schedule may be, if mean completion gains by it.
-constexpr double kSlacks[] = {0, 0.002, 0.005, 0.01, 0.02};
+constexpr double kSlacks[] = {0, 0.002, 0.005, 0.01};
 
 class Solver {
   public:

@@ -24,7 +24,7 @@ from alto_placement.planner.preempting import preemptions
 from alto_placement.planner.sharing import candidates, joins
 
 # CP-SAT tightens the bound of small instances; above this many tasks it proves nothing in the time of a plan.
-EXACT_TASKS = 50
+EXACT_TASKS = 24
 EXACT_SHARE = 0.3  # of the budget
 LEAST_EXACT_BUDGET_S = 0.5
 WORTH_PROVING = 1e-4

@@ -1,6 +1,7 @@
 """Random clusters and queues: no plan over-commits, every plan can be repeated, every bound holds."""
 
 import dataclasses
+import os
 
 from alto_placement.planner import (
     Choice,
@@ -24,6 +25,8 @@ from hypothesis import strategies as st
 KINDS = ("h100", "a100", "cpu")
 TENANTS = ("ada", "bo", "cy")
 NOW_S = 1000.0
+# ALTO_PLANNER_EXAMPLES=10000 for the full run
+EXAMPLES = int(os.environ.get("ALTO_PLANNER_EXAMPLES", "300"))
 
 seconds = st.floats(0.5, 5000.0, allow_nan=False)
 choices = st.builds(
@@ -92,7 +95,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     return Snapshot(NOW_S, nodes, waiting, running, reservations, tenants, objective, epoch=7)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(snapshots(), st.integers(0, 5))
 def test_a_plan_is_feasible_and_repeatable(snapshot: Snapshot, seed: int) -> None:
     first = plan(snapshot, seed=seed)
