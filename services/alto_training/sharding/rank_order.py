@@ -61,7 +61,8 @@ class RankReport:
     """What a rank measured: `gather_bytes` of a training pass and of one without gradients, 0 without sharding.
 
     Passes count those without work, which are `idle_passes`. `traffic_calls` and `traffic_bytes` are by collective,
-    empty when they were not counted. `memory_bytes` is the largest of the accelerator, or of the process on a CPU.
+    empty when they were not counted. `memory_bytes` is the largest of the accelerator, or of the process on a CPU,
+    `idle_memory_bytes` its anonymous memory before the backbone was loaded.
     """
 
     rank: int
@@ -70,6 +71,7 @@ class RankReport:
     shard_bytes: int
     backbone_bytes: int
     memory_bytes: int
+    idle_memory_bytes: int
     training_passes: int
     inference_passes: int
     idle_passes: int

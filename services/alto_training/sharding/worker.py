@@ -39,6 +39,7 @@ from alto_training.sharding.errors import InputRefusedError
 from alto_training.sharding.heartbeat import Heartbeats
 from alto_training.sharding.loading import load_shared_backbone
 from alto_training.sharding.plain_json import decode_named, encode, encode_named
+from alto_training.sharding.process_memory import anonymous_bytes
 from alto_training.sharding.rank_order import (
     BEATS_FILE,
     RENDEZVOUS_FILE,
@@ -96,6 +97,10 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
     )
     ranks = WorkerRanks(dist.new_group(backend="gloo", timeout=timeout), beat)
     settings = replace(order.settings, device=str(device), backend=_backend(order.settings.backend, device))
+    if order.strategy in (Strategy.SHARDED, Strategy.HYBRID):
+        # It tries ticks of its own until memory runs out: other ranks would wait in the middle of them.
+        settings = replace(settings, calibrate=False)
+    idle_memory_bytes = anonymous_bytes()
     backbone = _load(replace(order, settings=settings), device, beat)
     weights = CountedPasses(backbone.weights)
     backbone.weights = weights
@@ -114,7 +119,9 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
             open_data=_one_after_another(ranks),
             ranks=ranks,
         ).run_all()
-        report_file(folder, rank).write_text(json.dumps(encode(_report(rank, backbone, weights, meter, device))))
+        report_file(folder, rank).write_text(
+            json.dumps(encode(_report(rank, backbone, weights, meter, idle_memory_bytes)))
+        )
         tell("outcomes", [encode(outcome) for outcome in outcomes])
     dist.destroy_process_group()
 
@@ -192,7 +199,7 @@ def _control() -> ControlQueue:
 
 
 def _report(
-    rank: int, backbone: Backbone, passes: CountedPasses, meter: TrafficMeter, device: torch.device
+    rank: int, backbone: Backbone, passes: CountedPasses, meter: TrafficMeter, idle_memory_bytes: int
 ) -> RankReport:
     kept = passes.weights
     whole = backbone.parameters * torch.empty(0, dtype=backbone.dtype).element_size()
@@ -203,7 +210,8 @@ def _report(
         inference_gather_bytes=order.gathered_bytes(training=False) if order else 0,
         shard_bytes=order.shard_bytes if order else whole,
         backbone_bytes=whole,
-        memory_bytes=peak_memory_bytes(device),
+        memory_bytes=peak_memory_bytes(backbone.device),
+        idle_memory_bytes=idle_memory_bytes,
         training_passes=passes.training + passes.idle_training,
         inference_passes=passes.inference + passes.idle_inference,
         idle_passes=passes.idle_training + passes.idle_inference,
