@@ -62,7 +62,7 @@ def _layer(plan: TickPlan, module: int) -> Any:
     segments = []
     for segment in plan.segments:
         weights = plan.weights(segment, module)
-        if weights is not None:
+        if weights is not None and segment.start < segment.stop:
             addresses = tuple(tensor.data_ptr() for tensor in weights)
             segments.append((segment.start, segment.stop, segment.rank, *addresses, segment.scale, segment.dropout))
     layer = require_compiled().CpuLayer(

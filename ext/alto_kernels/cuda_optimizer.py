@@ -56,6 +56,6 @@ def _constants(adapter: AdapterStep) -> list[float]:
         1.0 - beta1,
         beta2,
         1.0 - beta2,
-        math.sqrt(1.0 - beta2**adapter.step),
+        1.0 / math.sqrt(1.0 - beta2**adapter.step),
         adapter.eps,
     ]

@@ -7,127 +7,128 @@ constexpr int kThreads = 256;
 
 // Sum over the thread block in a fixed order; the result is thread 0's.
 __device__ double block_sum(double value) {
-  __shared__ double by_warp[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xFFFFFFFFu, value, offset);
-  if (threadIdx.x % 32 == 0) by_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  double total = 0.0;
-  if (threadIdx.x == 0)
-    for (double part : by_warp) total += part;
-  return total;
+    __shared__ double by_warp[kThreads / 32];
+    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xFFFFFFFFu, value, offset);
+    if (threadIdx.x % 32 == 0) by_warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    double total = 0.0;
+    if (threadIdx.x == 0)
+        for (double part : by_warp) total += part;
+    return total;
 }
 
 __global__ void square_kernel(AdamwArguments arguments) {
-  const AdamwAdapter& adapter = arguments.adapters[arguments.adapter_of_block[blockIdx.x]];
-  const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - adapter.first_block) * kAdamwBlock;
-  const std::int64_t end = min(begin + kAdamwBlock, adapter.count);
-  const float scale = adapter.grad_scale;
-  // fp32 within a thread's 64 elements, double beyond: the error stays below fp32 rounding of the norm.
-  float sum = 0.0f;
-  const bool aligned = reinterpret_cast<std::uintptr_t>(adapter.grad) % 16 == 0;
-  if (aligned && end - begin == kAdamwBlock) {
-    const float4* from = reinterpret_cast<const float4*>(adapter.grad + begin);
+    const AdamwAdapter& adapter = arguments.adapters[arguments.adapter_of_block[blockIdx.x]];
+    const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - adapter.first_block) * kAdamwBlock;
+    const std::int64_t end = min(begin + kAdamwBlock, adapter.count);
+    const float scale = adapter.grad_scale;
+    // fp32 within a thread's 64 elements, double beyond: the error stays below fp32 rounding of the norm.
+    float sum = 0.0f;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(adapter.grad) % 16 == 0;
+    if (aligned && end - begin == kAdamwBlock) {
+        const float4* from = reinterpret_cast<const float4*>(adapter.grad + begin);
 #pragma unroll 8
-    for (int i = threadIdx.x; i < kAdamwBlock / 4; i += kThreads) {
-      const float4 g = from[i];
-      const float x = g.x * scale, y = g.y * scale, z = g.z * scale, w = g.w * scale;
-      sum += x * x + y * y + z * z + w * w;
+        for (int i = threadIdx.x; i < kAdamwBlock / 4; i += kThreads) {
+            const float4 g = from[i];
+            const float x = g.x * scale, y = g.y * scale, z = g.z * scale, w = g.w * scale;
+            sum += x * x + y * y + z * z + w * w;
+        }
+    } else {
+        for (std::int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+            const float g = adapter.grad[i] * scale;
+            sum += g * g;
+        }
     }
-  } else {
-    for (std::int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const float g = adapter.grad[i] * scale;
-      sum += g * g;
-    }
-  }
-  const double total = block_sum(static_cast<double>(sum));
-  if (threadIdx.x == 0) arguments.partial[blockIdx.x] = total;
+    const double total = block_sum(static_cast<double>(sum));
+    if (threadIdx.x == 0) arguments.partial[blockIdx.x] = total;
 }
 
 // One block an adapter: its norm, whether it is finite, and the factor on its gradient.
 __global__ void norm_kernel(AdamwArguments arguments) {
-  const AdamwAdapter& adapter = arguments.adapters[blockIdx.x];
-  const std::int64_t blocks = (adapter.count + kAdamwBlock - 1) / kAdamwBlock;
-  double sum = 0.0;
-  for (std::int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += arguments.partial[adapter.first_block + i];
-  const double total = block_sum(sum);
-  if (threadIdx.x != 0) return;
-  const double norm = sqrt(total);
-  double factor = adapter.grad_scale;
-  if (adapter.max_grad_norm > 0.0f) factor *= fmin(1.0, adapter.max_grad_norm / (norm + 1e-6));
-  arguments.norm[blockIdx.x] = static_cast<float>(norm);
-  arguments.finite[blockIdx.x] = isfinite(norm);
-  arguments.factor[blockIdx.x] = static_cast<float>(factor);
+    const AdamwAdapter& adapter = arguments.adapters[blockIdx.x];
+    const std::int64_t blocks = (adapter.count + kAdamwBlock - 1) / kAdamwBlock;
+    double sum = 0.0;
+    for (std::int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += arguments.partial[adapter.first_block + i];
+    const double total = block_sum(sum);
+    if (threadIdx.x != 0) return;
+    const double norm = sqrt(total);
+    double factor = adapter.grad_scale;
+    if (adapter.max_grad_norm > 0.0f) factor *= fmin(1.0, adapter.max_grad_norm / (norm + 1e-6));
+    arguments.norm[blockIdx.x] = static_cast<float>(norm);
+    arguments.finite[blockIdx.x] = isfinite(norm);
+    arguments.factor[blockIdx.x] = static_cast<float>(factor);
 }
 
 struct Element {
-  float param;
-  float exp_avg;
-  float exp_avg_sq;
+    float param;
+    float exp_avg;
+    float exp_avg_sq;
 };
 
 __device__ __forceinline__ void update(Element& e, float grad, const AdamwAdapter& adapter, float factor, bool of_b) {
-  const float g = grad * factor;
-  e.exp_avg += adapter.one_minus_beta1 * (g - e.exp_avg);
-  e.exp_avg_sq = e.exp_avg_sq * adapter.beta2 + adapter.one_minus_beta2 * (g * g);
-  const float denominator = sqrtf(e.exp_avg_sq) / adapter.root_correction2 + adapter.eps;
-  e.param = e.param * (of_b ? adapter.decay_b : adapter.decay) -
-            (of_b ? adapter.step_size_b : adapter.step_size) * (e.exp_avg / denominator);
+    const float g = grad * factor;
+    e.exp_avg += adapter.one_minus_beta1 * (g - e.exp_avg);
+    e.exp_avg_sq = e.exp_avg_sq * adapter.beta2 + adapter.one_minus_beta2 * (g * g);
+    const float denominator = sqrtf(e.exp_avg_sq) * adapter.inverse_root_correction2 + adapter.eps;
+    e.param = e.param * (of_b ? adapter.decay_b : adapter.decay) -
+              (of_b ? adapter.step_size_b : adapter.step_size) * (e.exp_avg / denominator);
 }
 
 __global__ void update_kernel(AdamwArguments arguments) {
-  const int index = arguments.adapter_of_block[blockIdx.x];
-  const AdamwAdapter adapter = arguments.adapters[index];
-  const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - adapter.first_block) * kAdamwBlock;
-  const std::int64_t end = min(begin + kAdamwBlock, adapter.count);
-  const bool finite = arguments.finite[index];
-  const float factor = arguments.factor[index];
-  const std::uintptr_t addresses =
-      reinterpret_cast<std::uintptr_t>(adapter.param) | reinterpret_cast<std::uintptr_t>(adapter.grad) |
-      reinterpret_cast<std::uintptr_t>(adapter.exp_avg) | reinterpret_cast<std::uintptr_t>(adapter.exp_avg_sq);
-  std::int64_t scalar_from = begin;
-  if (addresses % 16 == 0) {
-    const std::int64_t vectors = (end - begin) / 4;
-    scalar_from = begin + vectors * 4;
-#pragma unroll 4
-    for (std::int64_t v = threadIdx.x; v < vectors; v += kThreads) {
-      const std::int64_t at = begin + v * 4;
-      if (finite) {
-        float4 p = *reinterpret_cast<const float4*>(adapter.param + at);
-        float4 m = *reinterpret_cast<const float4*>(adapter.exp_avg + at);
-        float4 s = *reinterpret_cast<const float4*>(adapter.exp_avg_sq + at);
-        const float4 g = *reinterpret_cast<const float4*>(adapter.grad + at);
-        Element e[4] = {{p.x, m.x, s.x}, {p.y, m.y, s.y}, {p.z, m.z, s.z}, {p.w, m.w, s.w}};
-        update(e[0], g.x, adapter, factor, at >= adapter.b_start);
-        update(e[1], g.y, adapter, factor, at + 1 >= adapter.b_start);
-        update(e[2], g.z, adapter, factor, at + 2 >= adapter.b_start);
-        update(e[3], g.w, adapter, factor, at + 3 >= adapter.b_start);
-        *reinterpret_cast<float4*>(adapter.param + at) = {e[0].param, e[1].param, e[2].param, e[3].param};
-        *reinterpret_cast<float4*>(adapter.exp_avg + at) = {e[0].exp_avg, e[1].exp_avg, e[2].exp_avg, e[3].exp_avg};
-        *reinterpret_cast<float4*>(adapter.exp_avg_sq + at) = {e[0].exp_avg_sq, e[1].exp_avg_sq, e[2].exp_avg_sq,
-                                                               e[3].exp_avg_sq};
-      }
-      if (arguments.zero_grad) *reinterpret_cast<float4*>(adapter.grad + at) = {0.0f, 0.0f, 0.0f, 0.0f};
+    const int index = arguments.adapter_of_block[blockIdx.x];
+    const AdamwAdapter adapter = arguments.adapters[index];
+    const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - adapter.first_block) * kAdamwBlock;
+    const std::int64_t end = min(begin + kAdamwBlock, adapter.count);
+    const bool finite = arguments.finite[index];
+    const float factor = arguments.factor[index];
+    const std::uintptr_t addresses =
+        reinterpret_cast<std::uintptr_t>(adapter.param) | reinterpret_cast<std::uintptr_t>(adapter.grad) |
+        reinterpret_cast<std::uintptr_t>(adapter.exp_avg) | reinterpret_cast<std::uintptr_t>(adapter.exp_avg_sq);
+    std::int64_t scalar_from = begin;
+    if (addresses % 16 == 0) {
+        const std::int64_t vectors = (end - begin) / 4;
+        scalar_from = begin + vectors * 4;
+#pragma unroll 2
+        for (std::int64_t v = threadIdx.x; v < vectors; v += kThreads) {
+            const std::int64_t at = begin + v * 4;
+            if (finite) {
+                float4 p = *reinterpret_cast<const float4*>(adapter.param + at);
+                float4 m = *reinterpret_cast<const float4*>(adapter.exp_avg + at);
+                float4 s = *reinterpret_cast<const float4*>(adapter.exp_avg_sq + at);
+                const float4 g = *reinterpret_cast<const float4*>(adapter.grad + at);
+                Element e[4] = {{p.x, m.x, s.x}, {p.y, m.y, s.y}, {p.z, m.z, s.z}, {p.w, m.w, s.w}};
+                update(e[0], g.x, adapter, factor, at >= adapter.b_start);
+                update(e[1], g.y, adapter, factor, at + 1 >= adapter.b_start);
+                update(e[2], g.z, adapter, factor, at + 2 >= adapter.b_start);
+                update(e[3], g.w, adapter, factor, at + 3 >= adapter.b_start);
+                *reinterpret_cast<float4*>(adapter.param + at) = {e[0].param, e[1].param, e[2].param, e[3].param};
+                *reinterpret_cast<float4*>(adapter.exp_avg + at) = {e[0].exp_avg, e[1].exp_avg, e[2].exp_avg,
+                                                                    e[3].exp_avg};
+                *reinterpret_cast<float4*>(adapter.exp_avg_sq + at) = {e[0].exp_avg_sq, e[1].exp_avg_sq,
+                                                                       e[2].exp_avg_sq, e[3].exp_avg_sq};
+            }
+            if (arguments.zero_grad) *reinterpret_cast<float4*>(adapter.grad + at) = {0.0f, 0.0f, 0.0f, 0.0f};
+        }
     }
-  }
-  for (std::int64_t at = scalar_from + threadIdx.x; at < end; at += kThreads) {
-    if (finite) {
-      Element e{adapter.param[at], adapter.exp_avg[at], adapter.exp_avg_sq[at]};
-      update(e, adapter.grad[at], adapter, factor, at >= adapter.b_start);
-      adapter.param[at] = e.param;
-      adapter.exp_avg[at] = e.exp_avg;
-      adapter.exp_avg_sq[at] = e.exp_avg_sq;
+    for (std::int64_t at = scalar_from + threadIdx.x; at < end; at += kThreads) {
+        if (finite) {
+            Element e{adapter.param[at], adapter.exp_avg[at], adapter.exp_avg_sq[at]};
+            update(e, adapter.grad[at], adapter, factor, at >= adapter.b_start);
+            adapter.param[at] = e.param;
+            adapter.exp_avg[at] = e.exp_avg;
+            adapter.exp_avg_sq[at] = e.exp_avg_sq;
+        }
+        if (arguments.zero_grad) adapter.grad[at] = 0.0f;
     }
-    if (arguments.zero_grad) adapter.grad[at] = 0.0f;
-  }
 }
 
 }  // namespace
 
 cudaError_t adamw_step(const AdamwArguments& arguments, cudaStream_t stream) {
-  square_kernel<<<arguments.block_count, kThreads, 0, stream>>>(arguments);
-  norm_kernel<<<arguments.adapter_count, kThreads, 0, stream>>>(arguments);
-  update_kernel<<<arguments.block_count, kThreads, 0, stream>>>(arguments);
-  return cudaGetLastError();
+    square_kernel<<<arguments.block_count, kThreads, 0, stream>>>(arguments);
+    norm_kernel<<<arguments.adapter_count, kThreads, 0, stream>>>(arguments);
+    update_kernel<<<arguments.block_count, kThreads, 0, stream>>>(arguments);
+    return cudaGetLastError();
 }
 
 }  // namespace alto::cuda

@@ -10,38 +10,38 @@ namespace alto::cuda {
 constexpr std::int64_t kAdamwBlock = 1 << 14;  // elements that one thread block takes
 
 struct alignas(16) AdamwAdapter {
-  float* param;
-  float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  std::int64_t count;
-  std::int64_t b_start;
-  std::int64_t first_block;  // among all blocks; the adapter has ceil(count / kAdamwBlock) of them
-  float grad_scale;
-  float max_grad_norm;  // 0: not clipped
-  float decay;          // 1 - lr weight_decay, for A and for B
-  float decay_b;
-  float step_size;  // lr / (1 - beta1^step)
-  float step_size_b;
-  float one_minus_beta1;
-  float beta2;
-  float one_minus_beta2;
-  float root_correction2;  // sqrt(1 - beta2^step)
-  float eps;
-  float unused;
+    float* param;
+    float* grad;
+    float* exp_avg;
+    float* exp_avg_sq;
+    std::int64_t count;
+    std::int64_t b_start;
+    std::int64_t first_block;  // among all blocks; the adapter has ceil(count / kAdamwBlock) of them
+    float grad_scale;
+    float max_grad_norm;  // 0: not clipped
+    float decay;          // 1 - lr weight_decay, for A and for B
+    float decay_b;
+    float step_size;  // lr / (1 - beta1^step)
+    float step_size_b;
+    float one_minus_beta1;
+    float beta2;
+    float one_minus_beta2;
+    float inverse_root_correction2;  // 1 / sqrt(1 - beta2^step)
+    float eps;
+    float unused;
 };
 
 // `partial` [blocks] double and `factor` [adapters] are scratch; `norm` [adapters] and `finite` [adapters] are results.
 struct AdamwArguments {
-  const AdamwAdapter* adapters;
-  const std::int32_t* adapter_of_block;
-  double* partial;
-  float* factor;
-  float* norm;
-  bool* finite;
-  int adapter_count;
-  int block_count;
-  bool zero_grad;
+    const AdamwAdapter* adapters;
+    const std::int32_t* adapter_of_block;
+    double* partial;
+    float* factor;
+    float* norm;
+    bool* finite;
+    int adapter_count;
+    int block_count;
+    bool zero_grad;
 };
 
 cudaError_t adamw_step(const AdamwArguments& arguments, cudaStream_t stream);

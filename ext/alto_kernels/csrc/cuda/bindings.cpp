@@ -24,176 +24,198 @@ namespace {
 using Address = std::uintptr_t;
 
 void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 template <typename T>
 T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);  // NOLINT: the contract of this module
+    return reinterpret_cast<T*>(address);  // NOLINT: the contract of this module
 }
 
 template <typename T>
 py::bytes as_bytes(const std::vector<T>& values) {
-  return py::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+    return py::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
 }
 
 // (slot, start, stop, rank, pool column, scale, dropout)
 using SegmentFields = std::tuple<int, std::int64_t, std::int64_t, int, int, float, double>;
 
 TickLayout make_layout(std::int64_t tokens, const std::vector<SegmentFields>& fields) {
-  if (tokens < 0 || tokens > (1 << 24)) throw std::invalid_argument("tokens: must be in [0, 2^24]");
-  std::vector<Segment> segments;
-  for (const auto& [slot, start, stop, rank, pool_column, scale, dropout] : fields) {
-    if (start < 0 || stop < start || stop > tokens)
-      throw std::invalid_argument("segments: token ranges must lie within [0, tokens]");
-    segments.push_back({static_cast<int>(start), static_cast<int>(stop), rank, pool_column, slot,
-                        dropout > 0.0 ? dropout_threshold(dropout) : std::numeric_limits<std::int32_t>::min(), scale,
-                        static_cast<float>(1.0 / (1.0 - dropout))});
-  }
-  return TickLayout(tokens, std::move(segments));
+    if (tokens < 0 || tokens > (1 << 24)) throw std::invalid_argument("tokens: must be in [0, 2^24]");
+    std::vector<Segment> segments;
+    for (const auto& [slot, start, stop, rank, pool_column, scale, dropout] : fields) {
+        if (start < 0 || stop < start || stop > tokens)
+            throw std::invalid_argument("segments: token ranges must lie within [0, tokens]");
+        segments.push_back({static_cast<int>(start), static_cast<int>(stop), rank, pool_column, slot,
+                            dropout > 0.0 ? dropout_threshold(dropout) : std::numeric_limits<std::int32_t>::min(),
+                            scale, static_cast<float>(1.0 / (1.0 - dropout))});
+    }
+    return TickLayout(tokens, std::move(segments));
 }
 
 py::tuple schedule_bytes(const TickLayout& layout, int contraction, int outputs, int grad_b_features,
                          int grad_a_features, bool drops, int pairs_in_group, int clusters) {
-  const Schedule schedule =
-      make_schedule(layout, {contraction, outputs, grad_b_features, grad_a_features, drops, pairs_in_group}, clusters);
-  return py::make_tuple(as_bytes(schedule.items), as_bytes(schedule.offsets));
+    const Schedule schedule = make_schedule(
+        layout, {contraction, outputs, grad_b_features, grad_a_features, drops, pairs_in_group}, clusters);
+    return py::make_tuple(as_bytes(schedule.items), as_bytes(schedule.offsets));
 }
 
 // (address, rows, columns) of a contiguous matrix.
 using MatrixFields = std::tuple<Address, std::int64_t, std::int64_t>;
 
 CUtensorMap map_of(Address address, std::int64_t rows, std::int64_t columns, const char* name) {
-  return tensor_map({address, rows, columns, columns}, name);
+    return tensor_map({address, rows, columns, columns}, name);
 }
 
 // One module's launch of a tick: all but the activations is fixed when it is made.
 class Launch {
- public:
-  Launch(bool backward, const MatrixFields& a_pool, const MatrixFields& b_pool, const py::dict& addresses, int tokens,
-         int in_features, int out_features, std::int64_t saved_rows, std::uint32_t module, int clusters)
-      : backward_(backward), saved_rows_(saved_rows), clusters_(clusters) {
-    const auto at = [&](const char* name) { return addresses[name].cast<Address>(); };
-    const CUtensorMap a_map = map_of(std::get<0>(a_pool), std::get<1>(a_pool), std::get<2>(a_pool), "a_pool");
-    const CUtensorMap b_map = map_of(std::get<0>(b_pool), std::get<1>(b_pool), std::get<2>(b_pool), "b_pool");
-    fixed_.down_pool = backward ? b_map : a_map;
-    fixed_.up_pool = backward ? a_map : b_map;
-    fixed_.items = pointer<const Item>(at("items"));
-    fixed_.item_offsets = pointer<const int>(at("item_offsets"));
-    fixed_.extras = pointer<const Extra>(at("extras"));
-    fixed_.ready_target = pointer<const int>(at("ready_target"));
-    fixed_.ready = pointer<int>(at("ready"));
-    fixed_.slots = pointer<const SlotPointers>(at("slots"));
-    fixed_.slot_is_bad = pointer<const int>(at("slot_is_bad"));
-    fixed_.row_keys = pointer<const std::uint32_t>(at("row_keys"));
-    fixed_.thresholds = pointer<const std::int32_t>(at("thresholds"));
-    fixed_.keep_factors = pointer<const float>(at("keep_factors"));
-    fixed_.tokens = tokens;
-    fixed_.tiles = (tokens + kTileRows - 1) / kTileRows;
-    fixed_.in_features = in_features;
-    fixed_.out_features = out_features;
-    fixed_.module = module;
-  }
+  public:
+    Launch(bool backward, const MatrixFields& a_pool, const MatrixFields& b_pool, const py::dict& addresses, int tokens,
+           int in_features, int out_features, std::int64_t saved_rows, std::uint32_t module, int clusters)
+        : backward_(backward), saved_rows_(saved_rows), clusters_(clusters) {
+        const auto at = [&](const char* name) { return addresses[name].cast<Address>(); };
+        const CUtensorMap a_map = map_of(std::get<0>(a_pool), std::get<1>(a_pool), std::get<2>(a_pool), "a_pool");
+        const CUtensorMap b_map = map_of(std::get<0>(b_pool), std::get<1>(b_pool), std::get<2>(b_pool), "b_pool");
+        fixed_.down_pool = backward ? b_map : a_map;
+        fixed_.up_pool = backward ? a_map : b_map;
+        fixed_.items = pointer<const Item>(at("items"));
+        fixed_.item_offsets = pointer<const int>(at("item_offsets"));
+        fixed_.extras = pointer<const Extra>(at("extras"));
+        fixed_.ready_target = pointer<const int>(at("ready_target"));
+        fixed_.ready = pointer<int>(at("ready"));
+        fixed_.slots = pointer<const SlotPointers>(at("slots"));
+        fixed_.slot_is_bad = pointer<const int>(at("slot_is_bad"));
+        fixed_.row_keys = pointer<const std::uint32_t>(at("row_keys"));
+        fixed_.thresholds = pointer<const std::int32_t>(at("thresholds"));
+        fixed_.keep_factors = pointer<const float>(at("keep_factors"));
+        fixed_.tokens = tokens;
+        fixed_.tiles = (tokens + kTileRows - 1) / kTileRows;
+        fixed_.in_features = in_features;
+        fixed_.out_features = out_features;
+        fixed_.module = module;
+    }
 
-  void forward(Address x, Address weight, Address bias, Address saved, Address y, Address stream) const {
-    if (backward_) throw std::invalid_argument("launch: made for backward");
-    LoraGemmArguments arguments = fixed_;
-    arguments.operand = map_of(x, fixed_.tokens, fixed_.in_features, "x_TK");
-    arguments.weight = map_of(weight, fixed_.out_features, fixed_.in_features, "weight_NK");
-    arguments.blocks = map_of(saved, saved_rows_, kStepDepth, "saved");
-    arguments.output = map_of(y, fixed_.tokens, fixed_.out_features, "y_TN");
-    arguments.saved = arguments.blocks;
-    arguments.input = arguments.operand;
-    arguments.block_data = pointer<__nv_bfloat16>(saved);
-    arguments.bias = pointer<const __nv_bfloat16>(bias);
-    check(launch_forward(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm forward");
-  }
+    void forward(Address x, Address weight, Address bias, Address saved, Address y, Address stream) const {
+        if (backward_) throw std::invalid_argument("launch: made for backward");
+        LoraGemmArguments arguments = fixed_;
+        arguments.operand = map_of(x, fixed_.tokens, fixed_.in_features, "x_TK");
+        arguments.weight = map_of(weight, fixed_.out_features, fixed_.in_features, "weight_NK");
+        arguments.blocks = map_of(saved, saved_rows_, kStepDepth, "saved");
+        arguments.output = map_of(y, fixed_.tokens, fixed_.out_features, "y_TN");
+        arguments.saved = arguments.blocks;
+        arguments.input = arguments.operand;
+        arguments.block_data = pointer<__nv_bfloat16>(saved);
+        arguments.bias = pointer<const __nv_bfloat16>(bias);
+        check(launch_forward(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm forward");
+    }
 
-  void backward(Address dy, Address x, Address weight, Address saved, Address ds, Address dx, bool adds_to_dx,
-                Address stream) const {
-    if (!backward_) throw std::invalid_argument("launch: made for forward");
-    LoraGemmArguments arguments = fixed_;
-    arguments.operand = map_of(dy, fixed_.tokens, fixed_.out_features, "dy_TN");
-    arguments.weight = map_of(weight, fixed_.out_features, fixed_.in_features, "weight_NK");
-    arguments.blocks = map_of(ds, saved_rows_, kStepDepth, "ds");
-    arguments.output = map_of(dx, fixed_.tokens, fixed_.in_features, "dx_TK");
-    arguments.saved = map_of(saved, saved_rows_, kStepDepth, "saved");
-    arguments.input = map_of(x, fixed_.tokens, fixed_.in_features, "x_TK");
-    arguments.block_data = pointer<__nv_bfloat16>(ds);
-    arguments.adds_to_output = adds_to_dx;
-    check(launch_backward(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm backward");
-  }
+    void backward(Address dy, Address x, Address weight, Address saved, Address ds, Address dx, bool adds_to_dx,
+                  Address stream) const {
+        if (!backward_) throw std::invalid_argument("launch: made for forward");
+        LoraGemmArguments arguments = fixed_;
+        arguments.operand = map_of(dy, fixed_.tokens, fixed_.out_features, "dy_TN");
+        arguments.weight = map_of(weight, fixed_.out_features, fixed_.in_features, "weight_NK");
+        arguments.blocks = map_of(ds, saved_rows_, kStepDepth, "ds");
+        arguments.output = map_of(dx, fixed_.tokens, fixed_.in_features, "dx_TK");
+        arguments.saved = map_of(saved, saved_rows_, kStepDepth, "saved");
+        arguments.input = map_of(x, fixed_.tokens, fixed_.in_features, "x_TK");
+        arguments.block_data = pointer<__nv_bfloat16>(ds);
+        arguments.adds_to_output = adds_to_dx;
+        check(launch_backward(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm backward");
+    }
 
- private:
-  bool backward_;
-  std::int64_t saved_rows_;
-  int clusters_;
-  LoraGemmArguments fixed_{};
+  private:
+    bool backward_;
+    std::int64_t saved_rows_;
+    int clusters_;
+    LoraGemmArguments fixed_{};
 };
 
 int count_clusters() {
-  int clusters = 0;
-  check(resident_clusters(&clusters), "resident_clusters");
-  return clusters;
+    int clusters = 0;
+    check(resident_clusters(&clusters), "resident_clusters");
+    return clusters;
 }
 
 void refresh(Address modules, int module_count, Address slots, int slot_count, Address pointers, int max_slots,
              std::int64_t pool_columns, Address slot_is_bad, Address stream) {
-  check(refresh_pools(pointer<const ModulePool>(modules), module_count, pointer<const SlotColumns>(slots), slot_count,
-                      pointer<const SlotPointers>(pointers), max_slots, pool_columns, pointer<int>(slot_is_bad),
-                      pointer<CUstream_st>(stream)),
-        "refresh_pools");
+    check(refresh_pools(pointer<const ModulePool>(modules), module_count, pointer<const SlotColumns>(slots), slot_count,
+                        pointer<const SlotPointers>(pointers), max_slots, pool_columns, pointer<int>(slot_is_bad),
+                        pointer<CUstream_st>(stream)),
+          "refresh_pools");
 }
 
 // The struct of one adapter as bytes, from (param, grad, exp_avg, exp_avg_sq, count, b_start, first_block) and the
 // eleven floats in the order of AdamwAdapter.
-py::bytes pack_adapter(const std::tuple<Address, Address, Address, Address, std::int64_t, std::int64_t, std::int64_t>& a,
-                       const std::vector<float>& f) {
-  if (f.size() != 11) throw std::invalid_argument("constants: must be 11");
-  const AdamwAdapter adapter{pointer<float>(std::get<0>(a)), pointer<float>(std::get<1>(a)),
-                             pointer<float>(std::get<2>(a)), pointer<float>(std::get<3>(a)),
-                             std::get<4>(a), std::get<5>(a), std::get<6>(a),
-                             f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7], f[8], f[9], f[10], 0.0f};
-  return py::bytes(reinterpret_cast<const char*>(&adapter), sizeof(adapter));
+py::bytes pack_adapter(
+    const std::tuple<Address, Address, Address, Address, std::int64_t, std::int64_t, std::int64_t>& a,
+    const std::vector<float>& f) {
+    if (f.size() != 11) throw std::invalid_argument("constants: must be 11");
+    const AdamwAdapter adapter{pointer<float>(std::get<0>(a)),
+                               pointer<float>(std::get<1>(a)),
+                               pointer<float>(std::get<2>(a)),
+                               pointer<float>(std::get<3>(a)),
+                               std::get<4>(a),
+                               std::get<5>(a),
+                               std::get<6>(a),
+                               f[0],
+                               f[1],
+                               f[2],
+                               f[3],
+                               f[4],
+                               f[5],
+                               f[6],
+                               f[7],
+                               f[8],
+                               f[9],
+                               f[10],
+                               0.0f};
+    return py::bytes(reinterpret_cast<const char*>(&adapter), sizeof(adapter));
 }
 
 void adamw(Address adapters, Address adapter_of_block, Address partial, Address factor, Address norm, Address finite,
            int adapter_count, int block_count, bool zero_grad, Address stream) {
-  const AdamwArguments arguments{pointer<const AdamwAdapter>(adapters), pointer<const std::int32_t>(adapter_of_block),
-                                 pointer<double>(partial), pointer<float>(factor), pointer<float>(norm),
-                                 pointer<bool>(finite), adapter_count, block_count, zero_grad};
-  check(adamw_step(arguments, pointer<CUstream_st>(stream)), "adamw_step");
+    const AdamwArguments arguments{pointer<const AdamwAdapter>(adapters),
+                                   pointer<const std::int32_t>(adapter_of_block),
+                                   pointer<double>(partial),
+                                   pointer<float>(factor),
+                                   pointer<float>(norm),
+                                   pointer<bool>(finite),
+                                   adapter_count,
+                                   block_count,
+                                   zero_grad};
+    check(adamw_step(arguments, pointer<CUstream_st>(stream)), "adamw_step");
 }
 
 }  // namespace
 
 void bind(py::module_& module) {
-  py::class_<TickLayout>(module, "TickLayout")
-      .def(py::init(&make_layout), py::kw_only(), py::arg("tokens"), py::arg("segments"))
-      .def_readonly("tiles", &TickLayout::tiles)
-      .def_readonly("saved_rows", &TickLayout::saved_rows)
-      .def("extras", [](const TickLayout& layout) { return as_bytes(layout.extras); })
-      .def("ready_target", [](const TickLayout& layout) { return as_bytes(layout.ready_target); })
-      .def("schedule", &schedule_bytes, py::kw_only(), py::arg("contraction"), py::arg("outputs"),
-           py::arg("grad_b_features"), py::arg("grad_a_features"), py::arg("drops"), py::arg("pairs_in_group"),
-           py::arg("clusters"));
-  py::class_<Launch>(module, "Launch")
-      .def(py::init<bool, const MatrixFields&, const MatrixFields&, const py::dict&, int, int, int, std::int64_t,
-                    std::uint32_t, int>(),
-           py::kw_only(), py::arg("backward"), py::arg("a_pool"), py::arg("b_pool"), py::arg("addresses"),
-           py::arg("tokens"), py::arg("in_features"), py::arg("out_features"), py::arg("saved_rows"), py::arg("module"),
-           py::arg("clusters"))
-      .def("forward", &Launch::forward)
-      .def("backward", &Launch::backward);
-  module.def("resident_clusters", &count_clusters);
-  module.def("refresh_pools", &refresh, py::kw_only(), py::arg("modules"), py::arg("module_count"), py::arg("slots"),
-             py::arg("slot_count"), py::arg("pointers"), py::arg("max_slots"), py::arg("pool_columns"),
-             py::arg("slot_is_bad"), py::arg("stream"));
-  module.def("pack_adamw_adapter", &pack_adapter);
-  module.def("adamw_step", &adamw, py::kw_only(), py::arg("adapters"), py::arg("adapter_of_block"), py::arg("partial"),
-             py::arg("factor"), py::arg("norm"), py::arg("finite"), py::arg("adapter_count"), py::arg("block_count"),
-             py::arg("zero_grad"), py::arg("stream"));
-  module.attr("adamw_block") = kAdamwBlock;
+    py::class_<TickLayout>(module, "TickLayout")
+        .def(py::init(&make_layout), py::kw_only(), py::arg("tokens"), py::arg("segments"))
+        .def_readonly("tiles", &TickLayout::tiles)
+        .def_readonly("saved_rows", &TickLayout::saved_rows)
+        .def("extras", [](const TickLayout& layout) { return as_bytes(layout.extras); })
+        .def("ready_target", [](const TickLayout& layout) { return as_bytes(layout.ready_target); })
+        .def("schedule", &schedule_bytes, py::kw_only(), py::arg("contraction"), py::arg("outputs"),
+             py::arg("grad_b_features"), py::arg("grad_a_features"), py::arg("drops"), py::arg("pairs_in_group"),
+             py::arg("clusters"));
+    py::class_<Launch>(module, "Launch")
+        .def(py::init<bool, const MatrixFields&, const MatrixFields&, const py::dict&, int, int, int, std::int64_t,
+                      std::uint32_t, int>(),
+             py::kw_only(), py::arg("backward"), py::arg("a_pool"), py::arg("b_pool"), py::arg("addresses"),
+             py::arg("tokens"), py::arg("in_features"), py::arg("out_features"), py::arg("saved_rows"),
+             py::arg("module"), py::arg("clusters"))
+        .def("forward", &Launch::forward)
+        .def("backward", &Launch::backward);
+    module.def("resident_clusters", &count_clusters);
+    module.def("refresh_pools", &refresh, py::kw_only(), py::arg("modules"), py::arg("module_count"), py::arg("slots"),
+               py::arg("slot_count"), py::arg("pointers"), py::arg("max_slots"), py::arg("pool_columns"),
+               py::arg("slot_is_bad"), py::arg("stream"));
+    module.def("pack_adamw_adapter", &pack_adapter);
+    module.def("adamw_step", &adamw, py::kw_only(), py::arg("adapters"), py::arg("adapter_of_block"),
+               py::arg("partial"), py::arg("factor"), py::arg("norm"), py::arg("finite"), py::arg("adapter_count"),
+               py::arg("block_count"), py::arg("zero_grad"), py::arg("stream"));
+    module.attr("adamw_block") = kAdamwBlock;
 }
 
 }  // namespace alto::cuda

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
 
 #include <cstdint>
 #include <cute/arch/cluster_sm90.hpp>
@@ -9,8 +11,6 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
 #include <utility>
 
 namespace alto::cuda {
@@ -26,63 +26,62 @@ constexpr std::uint32_t kBoxBytes = 64 * 64 * 2;
 // box (cute/atom/mma_traits_sm90_gmma.hpp, "canonical layouts").
 template <Major major>
 __device__ __forceinline__ std::uint64_t operand(std::uint32_t shared_address, int sixteen) {
-  const std::uint32_t step = major == Major::K ? 32u : 2048u;
-  // Masked to its 14 bits: the addresses of a cluster's second block carry its number above them.
-  const std::uint64_t address = ((shared_address + static_cast<std::uint32_t>(sixteen) * step) >> 4) & 0x3FFF;
-  const std::uint64_t leading = major == Major::K ? 1u : kBoxBytes >> 4;
-  return address | (leading << 16) | (static_cast<std::uint64_t>(1024 >> 4) << 32) | (1ull << 62);
+    const std::uint32_t step = major == Major::K ? 32u : 2048u;
+    // Masked to its 14 bits: the addresses of a cluster's second block carry its number above them.
+    const std::uint64_t address = ((shared_address + static_cast<std::uint32_t>(sixteen) * step) >> 4) & 0x3FFF;
+    const std::uint64_t leading = major == Major::K ? 1u : kBoxBytes >> 4;
+    return address | (leading << 16) | (static_cast<std::uint64_t>(1024 >> 4) << 32) | (1ull << 62);
 }
 
 template <typename Mma, int count, std::size_t... index>
 __device__ __forceinline__ void issue(std::uint64_t a, std::uint64_t b, float (&sum)[count], ScaleOut keep,
                                       std::index_sequence<index...>) {
-  Mma::fma(a, b, sum[index]..., keep);
+    Mma::fma(a, b, sum[index]..., keep);
 }
 
 // sum += a b over a depth of 16, or sum = a b where keep is Zero.
 template <Major major_a, Major major_b>
 __device__ __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, float (&sum)[128], ScaleOut keep) {
-  issue<cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<major_a, major_b>>(a, b, sum, keep,
-                                                                          std::make_index_sequence<128>{});
+    issue<cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<major_a, major_b>>(a, b, sum, keep,
+                                                                            std::make_index_sequence<128>{});
 }
 template <Major major_a, Major major_b>
 __device__ __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, float (&sum)[32], ScaleOut keep) {
-  issue<cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<major_a, major_b>>(a, b, sum, keep,
-                                                                         std::make_index_sequence<32>{});
+    issue<cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<major_a, major_b>>(a, b, sum, keep,
+                                                                           std::make_index_sequence<32>{});
 }
 
 template <int count>
 __device__ __forceinline__ void fence_registers(float (&sum)[count]) {
 #pragma unroll
-  for (int i = 0; i < count; ++i) cute::warpgroup_fence_operand(sum[i]);
+    for (int i = 0; i < count; ++i) cute::warpgroup_fence_operand(sum[i]);
 }
 
-__device__ __forceinline__ void load_box(const CUtensorMap& map, std::uint64_t* barrier, void* to, int column, int row) {
-  cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to,
-                               column, row);
+__device__ __forceinline__ void load_box(const CUtensorMap& map, std::uint64_t* barrier, void* to, int column,
+                                         int row) {
+    cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to,
+                                 column, row);
 }
 
 // The same box into the shared memory of both blocks of the cluster.
 __device__ __forceinline__ void load_box_for_both(const CUtensorMap& map, std::uint64_t* barrier, void* to, int column,
                                                   int row) {
-  cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, barrier, 3,
-                                         static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, column,
-                                         row);
+    cute::SM90_TMA_LOAD_MULTICAST_2D::copy(
+        &map, barrier, 3, static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), to, column, row);
 }
 
 // A box from shared memory to the matrix, not kept in the L2 cache: nothing of this launch reads it again.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int column, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(
-          reinterpret_cast<std::uint64_t>(&map)),
-      "r"(cute::cast_smem_ptr_to_uint(from)), "r"(column), "r"(row),
-      "l"(static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
-      : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], %4;" ::"l"(
+                     reinterpret_cast<std::uint64_t>(&map)),
+                 "r"(cute::cast_smem_ptr_to_uint(from)), "r"(column), "r"(row),
+                 "l"(static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
+                 : "memory");
 }
 
 // The same, added to what the matrix holds, in bf16.
 __device__ __forceinline__ void add_box(const CUtensorMap& map, const void* from, int column, int row) {
-  cute::SM90_TMA_REDUCE_ADD_2D::copy(&map, from, column, row);
+    cute::SM90_TMA_REDUCE_ADD_2D::copy(&map, from, column, row);
 }
 
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
@@ -90,31 +89,32 @@ __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy
 
 // A barrier among the 128 threads of one warpgroup.
 __device__ __forceinline__ void warpgroup_barrier(int warpgroup) {
-  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
 
 __device__ __forceinline__ void add_release(int* counter, int value) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 __device__ __forceinline__ int load_acquire(const int* counter) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    return value;
 }
 
 // Adds without waiting for the old value. Each element is added to once a launch, so the result is deterministic.
 __device__ __forceinline__ void add_to(float* address, float value) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 __device__ __forceinline__ void add_to(float* address, float first, float second) {
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(first), "f"(second) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(first), "f"(second)
+                 : "memory");
 }
 
 __device__ __forceinline__ void store_matrices(std::uint32_t shared_address, std::uint32_t r0, std::uint32_t r1,
                                                std::uint32_t r2, std::uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(r0),
-               "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address), "r"(r0),
+                 "r"(r1), "r"(r2), "r"(r3)
+                 : "memory");
 }
 
 }  // namespace alto::cuda

@@ -1,7 +1,7 @@
 // The persistent kernel behind lora_gemm.hpp: one TMA producer warp and two wgmma warpgroups a block, two blocks a
-// cluster that share the weight tile by multicast. Its items are of several kinds (work.hpp): the low-rank products ride
-// along in the same pipeline as the frozen product, so that their traffic hides behind its arithmetic and the output is
-// written once. docs/design/kernels-one-persistent-launch.md says why.
+// cluster that share the weight tile by multicast. Its items are of several kinds (work.hpp): the low-rank products
+// ride along in the same pipeline as the frozen product, so that their traffic hides behind its arithmetic and the
+// output is written once. docs/design/020-kernels-one-persistent-launch.md says why.
 #pragma once
 
 #include <limits>
@@ -29,16 +29,16 @@ constexpr int kConsumerWarps = 8;
 
 // An item on its way from the producer to the consumers, who read it where it lies and not into registers.
 struct ItemSlot {
-  Item item;
-  float* gradient;  // what a gradient item adds to; null: skip it, the adapter does not adapt this module
+    Item item;
+    float* gradient;  // what a gradient item adds to; null: skip it, the adapter does not adapt this module
 };
 
 struct Control {
-  std::uint64_t full[kStages];
-  std::uint64_t empty[kStages];
-  std::uint64_t item_full[kItemSlots];
-  std::uint64_t item_empty[kItemSlots];
-  ItemSlot slots[kItemSlots];
+    std::uint64_t full[kStages];
+    std::uint64_t empty[kStages];
+    std::uint64_t item_full[kItemSlots];
+    std::uint64_t item_empty[kItemSlots];
+    ItemSlot slots[kItemSlots];
 };
 constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes + static_cast<int>(sizeof(Control)) + 1024;
 static_assert(kSharedBytes <= 227 * 1024);
@@ -49,35 +49,35 @@ using EmptyBarrier = cutlass::arch::ClusterBarrier;
 // Where in a ring of stages a thread is.
 template <int length>
 struct Ring {
-  int stage = 0;
-  std::uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == length) {
-      stage = 0;
-      phase ^= 1;
+    int stage = 0;
+    std::uint32_t phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == length) {
+            stage = 0;
+            phase ^= 1;
+        }
     }
-  }
 };
 
 struct SharedView {
-  unsigned char* stages;
-  unsigned char* staging;
-  Control* control;
-  __device__ __forceinline__ unsigned char* box(int stage, int index) const {
-    return stages + stage * kStageBytes + index * static_cast<int>(kBoxBytes);
-  }
+    unsigned char* stages;
+    unsigned char* staging;
+    Control* control;
+    __device__ __forceinline__ unsigned char* box(int stage, int index) const {
+        return stages + stage * kStageBytes + index * static_cast<int>(kBoxBytes);
+    }
 };
 
 __device__ __forceinline__ Item load_item(const LoraGemmArguments& arguments, int pair, int block) {
-  constexpr int kWords = sizeof(Item) / sizeof(int4);
-  const int4* from = reinterpret_cast<const int4*>(arguments.items + pair * kClusterSize + block);
-  union {
-    int4 words[kWords];
-    Item item;
-  } result;
+    constexpr int kWords = sizeof(Item) / sizeof(int4);
+    const int4* from = reinterpret_cast<const int4*>(arguments.items + pair * kClusterSize + block);
+    union {
+        int4 words[kWords];
+        Item item;
+    } result;
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) result.words[i] = __ldg(from + i);
-  return result.item;
+    for (int i = 0; i < kWords; ++i) result.words[i] = __ldg(from + i);
+    return result.item;
 }
 
 }  // namespace alto::cuda
@@ -90,55 +90,55 @@ namespace alto::cuda {
 template <bool kBackward>
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     lora_gemm_kernel(const __grid_constant__ LoraGemmArguments arguments) {
-  extern __shared__ unsigned char shared_memory[];
-  unsigned char* aligned = shared_memory + (1024 - (cute::cast_smem_ptr_to_uint(shared_memory) & 1023)) % 1024;
-  const SharedView shared{aligned, aligned + kStages * kStageBytes,
-                          reinterpret_cast<Control*>(aligned + kStages * kStageBytes + kStagingBytes)};
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      FullBarrier::init(&shared.control->full[stage], 1);
-      EmptyBarrier::init(&shared.control->empty[stage], 2 * kClusterSize);
+    extern __shared__ unsigned char shared_memory[];
+    unsigned char* aligned = shared_memory + (1024 - (cute::cast_smem_ptr_to_uint(shared_memory) & 1023)) % 1024;
+    const SharedView shared{aligned, aligned + kStages * kStageBytes,
+                            reinterpret_cast<Control*>(aligned + kStages * kStageBytes + kStagingBytes)};
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < kStages; ++stage) {
+            FullBarrier::init(&shared.control->full[stage], 1);
+            EmptyBarrier::init(&shared.control->empty[stage], 2 * kClusterSize);
+        }
+        for (int slot = 0; slot < kItemSlots; ++slot) {
+            EmptyBarrier::init(&shared.control->item_full[slot], 1);
+            EmptyBarrier::init(&shared.control->item_empty[slot], kConsumerWarps);
+        }
+        cutlass::arch::fence_barrier_init();
     }
-    for (int slot = 0; slot < kItemSlots; ++slot) {
-      EmptyBarrier::init(&shared.control->item_full[slot], 1);
-      EmptyBarrier::init(&shared.control->item_empty[slot], kConsumerWarps);
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
+    __syncthreads();
+
+    const int block = static_cast<int>(cute::block_rank_in_cluster());
+    const int cluster = blockIdx.x / kClusterSize;
+    const int first = arguments.item_offsets[cluster];
+    const int last = arguments.item_offsets[cluster + 1];
+    const int warpgroup = threadIdx.x / 128;
+    if (warpgroup == 2) {
+        cutlass::arch::warpgroup_reg_dealloc<56>();
+        if (threadIdx.x == 2 * 128) produce<kBackward>(arguments, shared, first, last, block);
+    } else {
+        cutlass::arch::warpgroup_reg_alloc<224>();
+        consume<kBackward>(arguments, shared, warpgroup);
     }
-    cutlass::arch::fence_barrier_init();
-  }
-  cute::cluster_arrive_relaxed();
-  cute::cluster_wait();
-  __syncthreads();
 
-  const int block = static_cast<int>(cute::block_rank_in_cluster());
-  const int cluster = blockIdx.x / kClusterSize;
-  const int first = arguments.item_offsets[cluster];
-  const int last = arguments.item_offsets[cluster + 1];
-  const int warpgroup = threadIdx.x / 128;
-  if (warpgroup == 2) {
-    cutlass::arch::warpgroup_reg_dealloc<56>();
-    if (threadIdx.x == 2 * 128) produce<kBackward>(arguments, shared, first, last, block);
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<224>();
-    consume<kBackward>(arguments, shared, warpgroup);
-  }
-
-  // No block leaves while its peer may still signal it; the last of all clears the counters for the next launch.
-  cute::cluster_arrive();
-  cute::cluster_wait();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    if (atomicAdd(arguments.ready + arguments.tiles + 1, 1) == static_cast<int>(gridDim.x) - 1)
-      for (int i = 0; i < arguments.tiles + 2; ++i) arguments.ready[i] = 0;
-  }
+    // No block leaves while its peer may still signal it; the last of all clears the counters for the next launch.
+    cute::cluster_arrive();
+    cute::cluster_wait();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        if (atomicAdd(arguments.ready + arguments.tiles + 1, 1) == static_cast<int>(gridDim.x) - 1)
+            for (int i = 0; i < arguments.tiles + 2; ++i) arguments.ready[i] = 0;
+    }
 }
 
 template <bool kBackward>
 cudaError_t launch(const LoraGemmArguments& arguments, int clusters, cudaStream_t stream) {
-  const cudaError_t status =
-      cudaFuncSetAttribute(lora_gemm_kernel<kBackward>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  lora_gemm_kernel<kBackward><<<clusters * kClusterSize, kThreads, kSharedBytes, stream>>>(arguments);
-  return cudaGetLastError();
+    const cudaError_t status =
+        cudaFuncSetAttribute(lora_gemm_kernel<kBackward>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (status != cudaSuccess) return status;
+    lora_gemm_kernel<kBackward><<<clusters * kClusterSize, kThreads, kSharedBytes, stream>>>(arguments);
+    return cudaGetLastError();
 }
 
 }  // namespace alto::cuda

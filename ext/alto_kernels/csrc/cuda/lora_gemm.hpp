@@ -23,32 +23,32 @@ namespace alto::cuda {
 // saved        unused                         S [R, 64]
 // input        unused                         X [T, K]
 struct LoraGemmArguments {
-  CUtensorMap operand;
-  CUtensorMap weight;
-  CUtensorMap down_pool;
-  CUtensorMap up_pool;
-  CUtensorMap blocks;
-  CUtensorMap output;
-  CUtensorMap saved;
-  CUtensorMap input;
-  const Item* items;         // [2 * pairs], the two blocks of a cluster side by side
-  const int* item_offsets;   // [clusters + 1], in pairs
-  const Extra* extras;
-  const int* ready_target;   // [tiles + 1]; the last is their sum
-  int* ready;                // [tiles + 2], zero between launches; the last two: their sum, and finished blocks
-  __nv_bfloat16* block_data; // what `blocks` maps
-  const __nv_bfloat16* bias; // [N] or null, forward only
-  const SlotPointers* slots; // of this module
-  const int* slot_is_bad;    // 1: the adapter's weights are not finite; its own tokens shall become NaN
-  const std::uint32_t* row_keys;     // [T], null where nothing drops
-  const std::int32_t* thresholds;    // [T] of dropout, by token
-  const float* keep_factors;         // [T]
-  int tokens;
-  int tiles;
-  int in_features;
-  int out_features;
-  std::uint32_t module;
-  bool adds_to_output;  // backward: dX is added to, by bf16 rounding, and not written
+    CUtensorMap operand;
+    CUtensorMap weight;
+    CUtensorMap down_pool;
+    CUtensorMap up_pool;
+    CUtensorMap blocks;
+    CUtensorMap output;
+    CUtensorMap saved;
+    CUtensorMap input;
+    const Item* items;        // [2 * pairs], the two blocks of a cluster side by side
+    const int* item_offsets;  // [clusters + 1], in pairs
+    const Extra* extras;
+    const int* ready_target;         // [tiles + 1]; the last is their sum
+    int* ready;                      // [tiles + 2], zero between launches; the last two: their sum, and finished blocks
+    __nv_bfloat16* block_data;       // what `blocks` maps
+    const __nv_bfloat16* bias;       // [N] or null, forward only
+    const SlotPointers* slots;       // of this module
+    const int* slot_is_bad;          // 1: the adapter's weights are not finite; its own tokens shall become NaN
+    const std::uint32_t* row_keys;   // [T], null where nothing drops
+    const std::int32_t* thresholds;  // [T] of dropout, by token
+    const float* keep_factors;       // [T]
+    int tokens;
+    int tiles;
+    int in_features;
+    int out_features;
+    std::uint32_t module;
+    bool adds_to_output;  // backward: dX is added to, by bf16 rounding, and not written
 };
 
 // Launch on `stream` with `clusters` clusters of two blocks. Return the launch's error code.

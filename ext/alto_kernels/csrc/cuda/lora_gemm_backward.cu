@@ -4,7 +4,7 @@
 namespace alto::cuda {
 
 cudaError_t launch_backward(const LoraGemmArguments& arguments, int clusters, cudaStream_t stream) {
-  return launch<true>(arguments, clusters, stream);
+    return launch<true>(arguments, clusters, stream);
 }
 
 }  // namespace alto::cuda

@@ -12,18 +12,18 @@ namespace alto::cuda {
 
 // One module's pools: A [columns, in_features] and B [out_features, columns]; an adapter owns a range of columns.
 struct alignas(16) ModulePool {
-  __nv_bfloat16* a;
-  __nv_bfloat16* b;
-  std::int64_t in_features;
-  std::int64_t out_features;
+    __nv_bfloat16* a;
+    __nv_bfloat16* b;
+    std::int64_t in_features;
+    std::int64_t out_features;
 };
 
 // One slot to renew: its columns [first, first + padded), of which `rank` are the adapter's and the rest zero.
 struct alignas(16) SlotColumns {
-  std::int32_t slot;
-  std::int32_t first;
-  std::int32_t rank;
-  std::int32_t padded;
+    std::int32_t slot;
+    std::int32_t first;
+    std::int32_t rank;
+    std::int32_t padded;
 };
 
 // Copies the masters of `slot_count` slots into the pools of all modules. A weight that is not finite becomes zero and

@@ -13,38 +13,38 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
 
 // Asked of the runtime, so that the module links and imports where there is no driver.
 Encode encoder() {
-  static const Encode found = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-    if (status != cudaSuccess || result != cudaDriverEntryPointSuccess)
-      throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode>(entry);
-  }();
-  return found;
+    static const Encode found = [] {
+        void* entry = nullptr;
+        cudaDriverEntryPointQueryResult result{};
+        const cudaError_t status =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+        if (status != cudaSuccess || result != cudaDriverEntryPointSuccess)
+            throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<Encode>(entry);
+    }();
+    return found;
 }
 
 }  // namespace
 
 CUtensorMap tensor_map(const Matrix& matrix, const std::string& name) {
-  if (matrix.address == 0 || matrix.address % 16 != 0)
-    throw std::invalid_argument(name + ": its address must be a multiple of 16 bytes");
-  if (matrix.rows < 1 || matrix.columns < 1) throw std::invalid_argument(name + ": must not be empty");
-  if (matrix.stride < matrix.columns || matrix.stride % 8 != 0)
-    throw std::invalid_argument(name + ": its row stride must be a multiple of 8 elements and at least a row");
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.stride) * 2};
-  const cuuint32_t box[2] = {64, 64};
-  const cuuint32_t element_strides[2] = {1, 1};
-  CUtensorMap map;
-  const CUresult status =
-      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, reinterpret_cast<void*>(matrix.address), sizes, strides, box,
-                element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    throw std::invalid_argument(name + ": TMA refused the matrix (error " + std::to_string(status) + ")");
-  return map;
+    if (matrix.address == 0 || matrix.address % 16 != 0)
+        throw std::invalid_argument(name + ": its address must be a multiple of 16 bytes");
+    if (matrix.rows < 1 || matrix.columns < 1) throw std::invalid_argument(name + ": must not be empty");
+    if (matrix.stride < matrix.columns || matrix.stride % 8 != 0)
+        throw std::invalid_argument(name + ": its row stride must be a multiple of 8 elements and at least a row");
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
+    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.stride) * 2};
+    const cuuint32_t box[2] = {64, 64};
+    const cuuint32_t element_strides[2] = {1, 1};
+    CUtensorMap map;
+    const CUresult status =
+        encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, reinterpret_cast<void*>(matrix.address), sizes, strides,
+                  box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS)
+        throw std::invalid_argument(name + ": TMA refused the matrix (error " + std::to_string(status) + ")");
+    return map;
 }
 
 }  // namespace alto::cuda

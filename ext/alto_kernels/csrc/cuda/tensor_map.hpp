@@ -10,10 +10,10 @@ namespace alto::cuda {
 
 // A row-major matrix: `stride` elements from row to row.
 struct Matrix {
-  std::uintptr_t address = 0;
-  std::int64_t rows = 0;
-  std::int64_t columns = 0;
-  std::int64_t stride = 0;
+    std::uintptr_t address = 0;
+    std::int64_t rows = 0;
+    std::int64_t columns = 0;
+    std::int64_t stride = 0;
 };
 
 // Encodes the map; throws std::invalid_argument that names the matrix where TMA cannot address it.
