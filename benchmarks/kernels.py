@@ -12,6 +12,7 @@ last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
 import statistics
@@ -267,6 +268,7 @@ def main() -> int:
     rows: list[dict[str, object]] = []
     result: dict[str, object] = {
         "benchmark": "kernels",
+        "date": datetime.date.today().isoformat(),
         "command": "python " + " ".join(sys.argv),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

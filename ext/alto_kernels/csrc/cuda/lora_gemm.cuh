@@ -1,7 +1,7 @@
 // The persistent kernel behind lora_gemm.hpp: one TMA producer warp and two wgmma warpgroups a block, two blocks a
 // cluster that share the weight tile by multicast. Its items are of several kinds (work.hpp): the low-rank products
 // ride along in the same pipeline as the frozen product, so that their traffic hides behind its arithmetic and the
-// output is written once. docs/design/020-kernels-one-persistent-launch.md says why.
+// output is written once. docs/design/030-kernels-one-persistent-launch.md says why.
 #pragma once
 
 #include <limits>
