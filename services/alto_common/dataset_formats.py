@@ -24,6 +24,14 @@ ROLES = ("system", "user", "assistant", "tool")
 # something else than what was sent.
 UNSUPPORTED_FIELDS = ("tools", "images")
 SHOWN_CHARACTERS = 60
+_TYPES_IN_WORDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class RowFormat(enum.StrEnum):
@@ -207,7 +215,8 @@ def _messages(found: list[Violation], where: str, value: object) -> tuple[Messag
 def _text(found: list[Violation], where: str, value: object, may_be_empty: bool) -> str:
     """Return `value` if it is a usable string; otherwise note why not and return an empty one."""
     if not isinstance(value, str):
-        found.append(Violation(where, shown(value), f"give a string, not {type(value).__name__}"))
+        given = _TYPES_IN_WORDS.get(type(value), "another type")
+        found.append(Violation(where, shown(value), f"give a string, not {given}"))
     elif not may_be_empty and not value.strip():
         found.append(Violation(where, shown(value), "give text that is not empty, or remove the row"))
     elif not _is_encodable(value):

@@ -118,7 +118,7 @@ def scan(path: Path, limits: DatasetLimits | None = None) -> DatasetFacts:
     if violations:
         raise DatasetError(violations[: limits.max_violations])
     if reader.format is None:
-        raise DatasetError([Violation("dataset", path.name, f"it holds no rows: give at least one {FORMATS_IN_WORDS}")])
+        raise DatasetError([Violation("dataset", "0 rows", f"it holds no rows: give at least one {FORMATS_IN_WORDS}")])
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return DatasetFacts(rows, reader.format, path.stat().st_size, sha256, rows - len(digests), longest)

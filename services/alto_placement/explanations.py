@@ -30,7 +30,7 @@ def queue_words(task: TaskRow, explanation: Explanation | None, view: PlanView) 
     if explanation.reason is WaitReason.HELD_BACK and task.failure is not None:
         sentence = f"Attempt {task.attempts} failed ({task.failure.message}); it is tried again in a moment."
     if explanation.ahead:
-        sentence += f" {explanation.ahead} tasks are ahead of it."
+        sentence += f" {explanation.ahead} {'task is' if explanation.ahead == 1 else 'tasks are'} ahead of it."
     if explanation.largest_fit_gpus is not None:
         sentence += f" The most that fits is {explanation.largest_fit_gpus} GPUs."
     return explanation.reason.value.upper(), sentence

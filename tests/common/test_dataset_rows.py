@@ -87,8 +87,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) ->
         ({"question": "a"}, "line[2]", "give a row as {text}"),
         ({}, "line[2]", "give a row as {text}"),
         ({"prompt": "a", "completion": "  \n"}, "line[2].completion", "not empty"),
-        ({"prompt": 3, "completion": "b"}, "line[2].prompt", "a string, not int"),
-        ({"prompt": "a", "completion": None}, "line[2].completion", "a string, not NoneType"),
+        ({"prompt": 3, "completion": "b"}, "line[2].prompt", "a string, not a number"),
+        ({"prompt": "a", "completion": None}, "line[2].completion", "a string, not null"),
         ({"prompt": "a", "completion": "\ud800"}, "line[2].completion", "lone surrogate"),
         ({"text": "a"}, "line[2]", "line 1 has the prompt_completion format"),
         ({**GOOD, "text": "a"}, "line[2]", "one format only"),
@@ -123,7 +123,7 @@ def test_a_bad_message_is_named_by_its_place(tmp_path: Path, messages: object, f
 def test_an_empty_missing_or_blank_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_bytes(b"\n  \n")
-    assert faults(path)[0][1] == "empty.jsonl"
+    assert faults(path)[0][1] == "0 rows"
     assert "readable" in faults(tmp_path / "absent.jsonl")[0][2]
 
 

@@ -52,6 +52,8 @@ def read_yaml(text: str) -> YamlDocument:
             raise YamlError(1, "it is empty: write at least base_model, dataset and search")
         lines: dict[Location, int] = {}
         return YamlDocument(_value(loader, node, (), lines), lines)
+    except RecursionError:
+        raise YamlError(1, "it is nested too deep") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlError(mark.line + 1 if mark else 1, f"it is not YAML here: {error.problem}") from None

@@ -145,3 +145,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(TaskFileError, match="save it as UTF-8"):
         load_task_file(tmp_path / "latin.yaml")
+
+
+def test_a_file_nested_too_deep_is_refused(load):
+    assert problems(load, "a: " + "[" * 3000) == [(1, "it is nested too deep")]

@@ -163,9 +163,11 @@ class _TrialStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TrialState
     TRIAL_STATE_SUCCEEDED: _TrialState.ValueType  # 4
     """Trained all its steps."""
     TRIAL_STATE_STOPPED: _TrialState.ValueType  # 5
-    """Stopped early; the decision is kept with its evidence. Its best adapter is available."""
+    """Stopped early, by the policy, by a user, or because its loss became non-finite; the decision is kept with its
+    evidence. Its best adapter is available, if it was evaluated before.
+    """
     TRIAL_STATE_FAILED: _TrialState.ValueType  # 6
-    """Could not be trained, for example because its loss became non-finite."""
+    """Could not be trained."""
     TRIAL_STATE_CANCELLED: _TrialState.ValueType  # 7
     """Ended because its task was cancelled."""
 
@@ -183,9 +185,11 @@ TRIAL_STATE_PAUSED: TrialState.ValueType  # 3
 TRIAL_STATE_SUCCEEDED: TrialState.ValueType  # 4
 """Trained all its steps."""
 TRIAL_STATE_STOPPED: TrialState.ValueType  # 5
-"""Stopped early; the decision is kept with its evidence. Its best adapter is available."""
+"""Stopped early, by the policy, by a user, or because its loss became non-finite; the decision is kept with its
+evidence. Its best adapter is available, if it was evaluated before.
+"""
 TRIAL_STATE_FAILED: TrialState.ValueType  # 6
-"""Could not be trained, for example because its loss became non-finite."""
+"""Could not be trained."""
 TRIAL_STATE_CANCELLED: TrialState.ValueType  # 7
 """Ended because its task was cancelled."""
 Global___TrialState: _TypeAlias = TrialState  # noqa: Y015
