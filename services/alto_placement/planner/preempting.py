@@ -35,7 +35,7 @@ def preemptions(snapshot: Snapshot, placements: Placements, highest_priority: in
     draining = {node.node_id for node in snapshot.nodes if node.state is NodeState.DRAINING}
     orders = [
         Preemption(task.task_id, max(task.next_checkpoint_s, snapshot.now_s), PreemptionReason.NODE_DRAINS)
-        for task in snapshot.running
+        for task in (snapshot.running if draining else ())
         if task.next_checkpoint_s is not None and any(part.node_id in draining for part in task.parts)
     ]
     if not snapshot.objective.preempt or not snapshot.running:
@@ -56,7 +56,7 @@ def _claims(snapshot: Snapshot, placements: Placements, highest_priority: int) -
     borrowers = _borrowing(snapshot)
     if not borrowers and highest_priority <= lowest:
         return []
-    held = _held(snapshot)
+    held = _held(snapshot) if borrowers else {}
     tenants = {tenant.tenant: tenant for tenant in snapshot.tenants}
     claims: list[_Claim] = []
     ordered = sorted(enumerate(snapshot.waiting), key=lambda row: (-row[1].priority, row[1].arrived_s, row[1].task_id))
@@ -72,7 +72,12 @@ def _claims(snapshot: Snapshot, placements: Placements, highest_priority: int) -
             continue
         row = tenants.get(task.tenant)
         width = min(choice.gpus for choice in task.choices)
-        own = row is not None and row.quota_gpus is not None and held.get(task.tenant, 0) + width <= row.quota_gpus
+        own = (
+            borrowers
+            and row is not None
+            and row.quota_gpus is not None
+            and held.get(task.tenant, 0) + width <= row.quota_gpus
+        )
         if own and row is not None and row.cohort in borrowers.values():
             claims.append(_Claim(task, PreemptionReason.QUOTA_RECLAIMED, start))
     return claims
@@ -88,6 +93,8 @@ def _held(snapshot: Snapshot) -> dict[str, int]:
 
 def _borrowing(snapshot: Snapshot) -> dict[str, str]:
     """Return the tenants that hold more than their quota, with their cohorts."""
+    if not any(row.cohort and row.quota_gpus is not None for row in snapshot.tenants):
+        return {}
     held = _held(snapshot)
     return {
         row.tenant: row.cohort
