@@ -21,6 +21,7 @@ REFUSED_STATUS = 3
 EVENTS_VARIABLE = "ALTO_EVENTS_FD"
 _LOG_TAIL_BYTES = 2000
 _OTHERS_FOLLOW_S = 0.5
+_STUCK_STATES = "TtDZ"  # stopped, traced, waiting for a device, dead
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,15 @@ class RankProcesses:
             self._seen, self._alive_at = beats, self._clock()
         silent_s = self._clock() - self._alive_at
         if silent_s > (self._hang_timeout_s if all(beats) else self._start_timeout_s):
-            rank = beats.index(min(beats))
+            rank = self._furthest_behind(beats)
             return RankTrouble(rank, f"has shown no sign of life for {silent_s:.0f} s: {self._log_tail(rank)}")
         return None
+
+    def _furthest_behind(self, beats: tuple[int, ...]) -> int:
+        """Return the rank that others wait for; of several equally far, one that the system says is not runnable."""
+        behind = [rank for rank, count in enumerate(beats) if count == min(beats)]
+        stuck = [rank for rank in behind if _state(self._processes[rank].pid) in _STUCK_STATES]
+        return (stuck or behind)[0]
 
     def end(self) -> None:
         """End all processes at once, and wait until they are gone."""
@@ -141,6 +148,15 @@ class RankProcesses:
         with (self._folder / f"rank-{rank}.log").open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL_BYTES))
             return file.read().decode(errors="replace").strip() or "its log is empty"
+
+
+def _state(process_id: int) -> str:
+    """Return the system's letter for what a process does, such as S (it sleeps); empty where that is not told."""
+    try:
+        status = Path(f"/proc/{process_id}/stat").read_text()
+    except OSError:
+        return ""
+    return status.rpartition(")")[2].split()[0]
 
 
 def _environment(order: RankOrder, rank: int, place: int) -> dict[str, str]:

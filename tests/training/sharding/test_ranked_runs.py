@@ -105,7 +105,7 @@ def test_a_rank_that_hangs_is_named(task: TuningJob, tmp_path: Path) -> None:
         if isinstance(event, CheckpointWritten):
             os.kill(attempts[-1].process_ids[1], signal.SIGSTOP)
 
-    ranks = RankSettings(2, Strategy.SHARDED, EngineName.FSDP2, hang_timeout_s=3.0, attempts_without_progress=1)
+    ranks = RankSettings(2, Strategy.SHARDED, EngineName.FSDP2, hang_timeout_s=12.0, attempts_without_progress=1)
     with pytest.raises(RankFailedError, match=r"worker rank 1 \(device 1\) has shown no sign of life"):
         RankedRun(task, tmp_path, freeze, SETTINGS, None, ranks, watch=attempts.append).run_all()
     for process_id in attempts[-1].process_ids:
