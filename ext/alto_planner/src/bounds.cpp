@@ -9,9 +9,9 @@
 namespace alto {
 namespace {
 
-constexpr int kSteps = 28;          // halvings of the interval in which the bound is sought
-constexpr int kFractions = 12;      // Fekete-Schepers functions u(1) .. u(12)
-constexpr double kSlack = 1e-9;     // relative; a sum must exceed the capacity by more than rounding
+constexpr int kSteps = 28;       // halvings of the interval in which the bound is sought
+constexpr int kFractions = 12;   // Fekete-Schepers functions u(1) .. u(12)
+constexpr double kSlack = 1e-9;  // relative; a sum must exceed the capacity by more than rounding
 
 struct Item {
     double seconds;
@@ -151,8 +151,8 @@ struct Fluid {
 };
 
 // Sum of completions. Fluid on one machine, least area first, a task ends at least at its mean busy time plus half its
-// duration. A task also takes at least its duration, and leaving it out of the fluid leaves a bound for the others: from
-// the largest area down, each task is counted in the way that gives the greater sum.
+// duration. A task also takes at least its duration, and leaving it out of the fluid leaves a bound for the others:
+// from the largest area down, each task is counted in the way that gives the greater sum.
 double fluid_bound(std::vector<Fluid>& tasks, double gpus) {
     std::sort(tasks.begin(), tasks.end(), [](const Fluid& a, const Fluid& b) { return a.area < b.area; });
     double before = 0, total = 0;

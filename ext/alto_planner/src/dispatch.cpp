@@ -393,9 +393,8 @@ class Dispatcher {
     }
 
     [[nodiscard]] bool is_free(const Hold& kept) const {
-        return std::all_of(kept.parts.begin(), kept.parts.end(), [&](const PartOut& part) {
-            return (free_[part.node] & part.gpus) == part.gpus;
-        });
+        return std::all_of(kept.parts.begin(), kept.parts.end(),
+                           [&](const PartOut& part) { return (free_[part.node] & part.gpus) == part.gpus; });
     }
 
     void hold(int task) {

@@ -8,8 +8,8 @@
 namespace alto {
 
 struct DispatchOptions {
-    bool bounded_wait = true;   // tasks past their deadline, or of raised priority, are given GPUs ahead of the list
-    bool empty_cluster = false; // ignore what runs, windows, quotas and release times: a packing on empty nodes
+    bool bounded_wait = true;    // tasks past their deadline, or of raised priority, are given GPUs ahead of the list
+    bool empty_cluster = false;  // ignore what runs, windows, quotas and release times: a packing on empty nodes
 };
 
 // Place every task of `order` (task indices, first is first in line) with the choices of `allotment`.

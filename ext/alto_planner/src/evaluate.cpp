@@ -36,7 +36,8 @@ Score evaluate(const Problem& problem, const Schedule& schedule, const Bounds& b
     Score score;
     double weighted = 0, lateness = 0, seconds = 0;
     int placed = 0;
-    for (const Pinned& pinned : problem.pinned) score.makespan_s = std::max(score.makespan_s, pinned.end_s - problem.now_s);
+    for (const Pinned& pinned : problem.pinned)
+        score.makespan_s = std::max(score.makespan_s, pinned.end_s - problem.now_s);
     for (std::size_t i = 0; i < problem.tasks.size(); ++i) {
         if (!schedule.placed(i)) {
             score.unplaced += 1;

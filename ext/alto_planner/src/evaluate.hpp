@@ -16,7 +16,7 @@ struct Score {
     double makespan_s = 0;         // from now, with what runs
     double mean_completion_s = 0;  // from now, unweighted, over placed tasks
     int unplaced = 0;
-    double value = 0;              // the objective; lower is better
+    double value = 0;  // the objective; lower is better
 };
 
 // Weight of each task in the completion term: four times for each level of priority, and up to four times more or less

@@ -27,14 +27,15 @@ struct Node {
     bool ready = true;
 };
 
-// What a choice asks for, without its duration: the widths of its parts (descending) and the classes that may hold them.
+// What a choice asks for, without its duration: the widths of its parts (descending) and the classes that may hold
+// them.
 struct Shape {
     int gpus = 0;
     int kind = -1;  // -1: any
     std::int64_t memory_bytes = 0;
     bool one_node = false;
-    std::vector<int> parts;       // empty: no ready nodes can hold it
-    std::vector<char> eligible;   // per node class
+    std::vector<int> parts;      // empty: no ready nodes can hold it
+    std::vector<char> eligible;  // per node class
 };
 
 struct Choice {
@@ -129,8 +130,8 @@ struct PartOut {
 };
 
 struct Schedule {
-    Allotment choice;                // index into Problem::choices, or -1
-    std::vector<double> start_s;     // kNever for a task without a place
+    Allotment choice;             // index into Problem::choices, or -1
+    std::vector<double> start_s;  // kNever for a task without a place
     std::vector<int> first_part;
     std::vector<int> part_count;
     std::vector<PartOut> parts;

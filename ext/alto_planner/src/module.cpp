@@ -27,7 +27,9 @@ struct ReadSnapshot {
     [[nodiscard]] std::vector<alto::Mask> free_now() const {
         std::vector<alto::Mask> free;
         for (const alto::Node& node : problem->nodes)
-            free.push_back(!node.ready ? 0 : node.gpus == alto::kMaxGpus ? ~alto::Mask{0} : (alto::Mask{1} << node.gpus) - 1);
+            free.push_back(!node.ready                   ? 0
+                           : node.gpus == alto::kMaxGpus ? ~alto::Mask{0}
+                                                         : (alto::Mask{1} << node.gpus) - 1);
         for (const alto::Pinned& pinned : problem->pinned) free[pinned.node] &= ~pinned.gpus;
         return free;
     }
@@ -97,7 +99,8 @@ class Solution {
     [[nodiscard]] int ahead(std::size_t task) const {
         check(task);
         const std::vector<double>& starts = schedule().start_s;
-        return static_cast<int>(std::count_if(starts.begin(), starts.end(), [&](double s) { return s < starts[task]; }));
+        return static_cast<int>(
+            std::count_if(starts.begin(), starts.end(), [&](double s) { return s < starts[task]; }));
     }
 
   private:
@@ -128,7 +131,8 @@ Solution solve(const ReadSnapshot& read, double budget_s, unsigned long long see
 PYBIND11_MODULE(_planner, module) {
     module.doc() = "List scheduling, packing and bounds for placement plans.";
     // Its arguments are kind, subject and message. Lives as long as the interpreter.
-    static PyObject* const read_error = PyErr_NewException("alto_planner._planner.ReadError", PyExc_ValueError, nullptr);
+    static PyObject* const read_error =
+        PyErr_NewException("alto_planner._planner.ReadError", PyExc_ValueError, nullptr);
     module.attr("ReadError") = py::handle(read_error);
     py::register_local_exception_translator([](std::exception_ptr raised) {
         try {
@@ -152,7 +156,8 @@ PYBIND11_MODULE(_planner, module) {
         .def_property_readonly("highest_priority", &ReadSnapshot::highest_priority);
     py::class_<Solution>(module, "Solution")
         .def_property_readonly("makespan_s", [](const Solution& s) { return s.answer().score.makespan_s; })
-        .def_property_readonly("mean_completion_s", [](const Solution& s) { return s.answer().score.mean_completion_s; })
+        .def_property_readonly("mean_completion_s",
+                               [](const Solution& s) { return s.answer().score.mean_completion_s; })
         .def_property_readonly("value", [](const Solution& s) { return s.answer().score.value; })
         .def_property_readonly("makespan_bound_s", [](const Solution& s) { return s.answer().bounds.makespan_s; })
         .def_property_readonly("mean_completion_bound_s",

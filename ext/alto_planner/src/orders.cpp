@@ -60,7 +60,8 @@ Allotment allot(const Problem& problem, Allot rule) {
     if (rule == Allot::kLeastArea) return allot_within(problem, kNever);
     if (rule == Allot::kShortest) return allot_within(problem, 0);
     Allotment best = allot_within(problem, kNever);
-    const bool rigid = std::all_of(problem.tasks.begin(), problem.tasks.end(), [](const Task& t) { return t.choices < 2; });
+    const bool rigid =
+        std::all_of(problem.tasks.begin(), problem.tasks.end(), [](const Task& t) { return t.choices < 2; });
     if (rigid) return best;
     const double gpus = std::max(1, problem.ready_gpus());
     double best_load = load_of(problem, best, gpus);

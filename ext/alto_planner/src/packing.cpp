@@ -11,7 +11,7 @@ namespace {
 
 constexpr long kMovesPerRound = 4000;
 constexpr long kLeastRounds = 5, kMostRounds = 400;  // of one annealing
-constexpr std::size_t kFewTasks = 120;  // so few that a move may look at all of them
+constexpr std::size_t kFewTasks = 120;               // so few that a move may look at all of them
 
 bool power_of_two(int value) { return value > 0 && std::has_single_bit(static_cast<unsigned>(value)); }
 
@@ -90,7 +90,8 @@ bool Packing::build_units(const Problem& problem, int widest) {
         unit_at_[units_[u].first_leaf * kLevels + std::countr_zero(static_cast<unsigned>(units_[u].width))] =
             static_cast<int>(u);
     std::vector<int> leaf_of(problem.nodes.size() * kMaxGpus, -1);
-    for (std::size_t l = 0; l < leaf_.size(); ++l) leaf_of[leaf_[l].node * kMaxGpus + leaf_[l].gpu] = static_cast<int>(l);
+    for (std::size_t l = 0; l < leaf_.size(); ++l)
+        leaf_of[leaf_[l].node * kMaxGpus + leaf_[l].gpu] = static_cast<int>(l);
     offset_.assign(leaf_.size(), 0);
     for (const Pinned& pinned : problem.pinned)
         for (Mask left = pinned.gpus; left; left &= left - 1) {
@@ -185,10 +186,15 @@ bool Packing::anneal(double target, double hot_share, long rounds, Effort& effor
         for (long move = 0; move < kMovesPerRound && energy > 1e-9 * mean * mean; ++move, temperature *= cooling)
             switch (random.below(few ? 8 : 6)) {
                 case 0:
-                case 1: energy += relocate(target, temperature, random); break;
+                case 1:
+                    energy += relocate(target, temperature, random);
+                    break;
                 case 6:
-                case 7: energy += exchange_contents(target, temperature, random); break;
-                default: energy += exchange(target, temperature, random);
+                case 7:
+                    energy += exchange_contents(target, temperature, random);
+                    break;
+                default:
+                    energy += exchange(target, temperature, random);
             }
     }
     // Sums drift by rounding: start the next annealing from exact loads.
@@ -250,8 +256,10 @@ double Packing::exchange_contents(double target, double temperature, Random& ran
         if (unit.first_leaf <= u.first_leaf && end > u.first_leaf) above_u += wider ? seconds_[p] : 0;
         if (unit.first_leaf <= v.first_leaf && end > v.first_leaf) above_v += wider ? seconds_[p] : 0;
         if (wider) continue;
-        if (unit.first_leaf >= u.first_leaf && unit.first_leaf < u.first_leaf + u.width) inside_.push_back(static_cast<int>(p));
-        if (unit.first_leaf >= v.first_leaf && unit.first_leaf < v.first_leaf + v.width) inside_.push_back(static_cast<int>(p));
+        if (unit.first_leaf >= u.first_leaf && unit.first_leaf < u.first_leaf + u.width)
+            inside_.push_back(static_cast<int>(p));
+        if (unit.first_leaf >= v.first_leaf && unit.first_leaf < v.first_leaf + v.width)
+            inside_.push_back(static_cast<int>(p));
     }
     double delta = 0;
     double* load_u = &load_[u.first_leaf];

@@ -16,7 +16,7 @@ namespace alto {
 struct Unit {
     int first_leaf = 0;
     int width = 0;
-    int root = 0;       // units under different roots never meet
+    int root = 0;  // units under different roots never meet
     int node_class = 0;
 };
 
@@ -59,18 +59,18 @@ class Packing {
 
     std::vector<Unit> units_;
     std::vector<Leaf> leaf_;
-    std::vector<double> offset_;            // when each GPU becomes free, seconds from now
-    std::vector<double> load_;              // offset plus everything on it
+    std::vector<double> offset_;  // when each GPU becomes free, seconds from now
+    std::vector<double> load_;    // offset plus everything on it
     int roots_ = 0;
-    std::vector<int> tasks_;                // task indices of the problem
+    std::vector<int> tasks_;  // task indices of the problem
     std::vector<double> seconds_;
-    std::vector<int> group_;                // per task position: index into candidates_
+    std::vector<int> group_;                    // per task position: index into candidates_
     std::vector<std::vector<int>> candidates_;  // units that may hold a shape
     std::vector<std::vector<int>> same_width_;  // per log2 width: task positions
     std::vector<int> unit_of_;
-    std::vector<int> unit_at_;                  // per leaf and log2 width: the unit that begins there
-    std::vector<int> inside_;                   // scratch
-    std::vector<std::vector<char>> eligible_;   // per group, per node class
+    std::vector<int> unit_at_;                 // per leaf and log2 width: the unit that begins there
+    std::vector<int> inside_;                  // scratch
+    std::vector<std::vector<char>> eligible_;  // per group, per node class
 };
 
 }  // namespace alto

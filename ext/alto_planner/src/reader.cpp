@@ -38,8 +38,8 @@ void Reader::read_all(py::handle snapshot, Problem& problem) {
     problem.now_s = number(snapshot, "now_s");
     require(std::isfinite(problem.now_s), "snapshot", "now_s must be finite");
     const py::object objective = snapshot.attr("objective");
-    problem.objective = {number(objective, "makespan"),     number(objective, "completion"),
-                         number(objective, "lateness"),     number(objective, "patience"),
+    problem.objective = {number(objective, "makespan"),       number(objective, "completion"),
+                         number(objective, "lateness"),       number(objective, "patience"),
                          number(objective, "min_patience_s"), number(objective, "fairness")};
     const Objective& wanted = problem.objective;
     require(wanted.makespan >= 0 && wanted.completion >= 0 && wanted.lateness >= 0 && wanted.patience >= 0 &&
@@ -135,7 +135,8 @@ std::pair<Reader::TaskRow, Reader::TaskDetail> Reader::read_task(py::handle row)
 }
 
 void Reader::read_waiting(py::handle rows, Problem& problem) {
-    const py::object fast = py::reinterpret_steal<py::object>(PySequence_Fast(rows.ptr(), "waiting must be a sequence"));
+    const py::object fast =
+        py::reinterpret_steal<py::object>(PySequence_Fast(rows.ptr(), "waiting must be a sequence"));
     if (!fast) throw py::error_already_set();
     const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr()));
     PyObject** items = PySequence_Fast_ITEMS(fast.ptr());
@@ -223,15 +224,21 @@ std::pair<int, Mask> Reader::read_part(py::handle part, const std::string& subje
 }
 
 Reader::RunningRow Reader::read_running_row(py::handle row) {
-    RunningRow read{py::reinterpret_borrow<py::object>(row), text(row, "task_id"), tenant_of(text(row, "tenant")),
-                    number(row, "started_s"), number(row, "expected_end_s"), !text(row, "guest_of").empty(), {}};
+    RunningRow read{py::reinterpret_borrow<py::object>(row),
+                    text(row, "task_id"),
+                    tenant_of(text(row, "tenant")),
+                    number(row, "started_s"),
+                    number(row, "expected_end_s"),
+                    !text(row, "guest_of").empty(),
+                    {}};
     require(std::isfinite(read.started_s) && std::isfinite(read.expected_end_s), read.id, "times must be finite");
     for (const py::handle part : row.attr("parts")) read.parts.push_back(read_part(part, read.id));
     return read;
 }
 
 void Reader::read_running(py::handle rows, Problem& problem) {
-    const py::object fast = py::reinterpret_steal<py::object>(PySequence_Fast(rows.ptr(), "running must be a sequence"));
+    const py::object fast =
+        py::reinterpret_steal<py::object>(PySequence_Fast(rows.ptr(), "running must be a sequence"));
     if (!fast) throw py::error_already_set();
     const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr()));
     PyObject** items = PySequence_Fast_ITEMS(fast.ptr());
@@ -288,7 +295,8 @@ void Reader::read_tenants(py::handle rows, Problem& problem) {
         if (!row.attr("borrow_gpus").is_none()) tenant.borrow_gpus = number(row, "borrow_gpus");
         require(tenant.quota_gpus >= 0 && tenant.borrow_gpus >= 0, name, "a quota must not be negative");
         const std::string cohort = text(row, "cohort");
-        if (!cohort.empty()) tenant.cohort = cohorts.try_emplace(cohort, static_cast<int>(cohorts.size())).first->second;
+        if (!cohort.empty())
+            tenant.cohort = cohorts.try_emplace(cohort, static_cast<int>(cohorts.size())).first->second;
     }
 }
 
@@ -303,7 +311,8 @@ void Reader::read_windows(py::handle rows, Problem& problem) {
         const Window window{node, gpus, number(row, "start_s"), number(row, "end_s")};
         require(window.start_s < window.end_s && gpus, id, "a reservation needs GPUs and must start before it ends");
         for (const auto& [other_id, other] : read)
-            if (other.node == node && (other.gpus & gpus) && other.start_s < window.end_s && window.start_s < other.end_s)
+            if (other.node == node && (other.gpus & gpus) && other.start_s < window.end_s &&
+                window.start_s < other.end_s)
                 throw ReadError("reservation_conflict", id, "reservation " + other_id + " keeps the same GPUs");
         read.emplace_back(id, window);
         if (window.end_s > problem.now_s) problem.windows.push_back(window);
@@ -319,7 +328,8 @@ void Reader::finish_shapes(Problem& problem) {
         for (std::size_t c = 0; c < classes_.size(); ++c) {
             const NodeClass& row = classes_[c];
             const bool kind = shape.kind < 0 || shape.kind == row.kind;
-            const bool memory = shape.memory_bytes == 0 || row.memory_bytes == 0 || shape.memory_bytes <= row.memory_bytes;
+            const bool memory =
+                shape.memory_bytes == 0 || row.memory_bytes == 0 || shape.memory_bytes <= row.memory_bytes;
             if (!kind || !memory) continue;
             shape.eligible[c] = 1;
             widths.insert(widths.end(), row.ready_nodes, row.gpus);

@@ -26,7 +26,10 @@ constexpr double kSlacks[] = {0, 0.002, 0.005, 0.01};
 class Solver {
   public:
     Solver(const Problem& problem, const Request& request)
-        : problem_(problem), request_(request), weights_(completion_weights(problem)), random_(request.seed),
+        : problem_(problem),
+          request_(request),
+          weights_(completion_weights(problem)),
+          random_(request.seed),
           began_(std::chrono::steady_clock::now()) {}
 
     Answer run() {
@@ -69,8 +72,10 @@ class Solver {
         const std::string& only = request_.only;
         allotments_.push_back(allot(problem_, Allot::kBalanced));
         if (only == "fifo") return offer(allotments_[0], list_order(problem_, allotments_[0], Rule::kArrival), "fifo");
-        if (only == "longest") return offer(allotments_[0], list_order(problem_, allotments_[0], Rule::kLongest), "lpt");
-        if (only == "shortest") return offer(allotments_[0], list_order(problem_, allotments_[0], Rule::kShortest), "sjf");
+        if (only == "longest")
+            return offer(allotments_[0], list_order(problem_, allotments_[0], Rule::kLongest), "lpt");
+        if (only == "shortest")
+            return offer(allotments_[0], list_order(problem_, allotments_[0], Rule::kShortest), "sjf");
         if (only == "mirrored") return offer_mirrored(allotments_[0]);
         const auto smallest = [&](const Allotment& allotment) {
             offer(allotment, fair_order(problem_, allotment, list_order(problem_, allotment, Rule::kSmallestArea)),

@@ -10,12 +10,12 @@
 namespace alto {
 
 struct Request {
-    double budget_s = 0;   // time for improvement beyond the fast lists
+    double budget_s = 0;  // time for improvement beyond the fast lists
     unsigned long long seed = 0;
     // Rounds of packing, sequencing and order search; negative: as the budget allows. An answer's `effort` given back
     // here repeats that answer exactly.
     std::array<long, 3> effort{-1, -1, -1};
-    std::string only;      // one list alone: "fifo", "longest", "shortest", "smallest_area", "mirrored"; empty: all
+    std::string only;  // one list alone: "fifo", "longest", "shortest", "smallest_area", "mirrored"; empty: all
 };
 
 struct Answer {
