@@ -1,6 +1,7 @@
 """What a plan promises, case by case."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from alto_placement.planner import (
@@ -34,12 +35,12 @@ NODE = Node("n0", "h100", 8)
 OTHER = Node("n1", "h100", 8)
 
 
-def task(task_id: str, gpus: int = 1, seconds: float = 100.0, **more: object) -> WaitingTask:
+def task(task_id: str, gpus: int = 1, seconds: float = 100.0, **more: Any) -> WaitingTask:
     more.setdefault("arrived_s", 0.0)
     return WaitingTask(task_id, str(more.pop("tenant", "ada")), (Choice(gpus, Duration.certain(seconds)),), **more)
 
 
-def running(task_id: str, node: str, gpus: range, end: float, **more: object) -> RunningTask:
+def running(task_id: str, node: str, gpus: range, end: float, **more: Any) -> RunningTask:
     return RunningTask(task_id, str(more.pop("tenant", "ada")), (Part(node, tuple(gpus)),), 0.0, end, end, **more)
 
 
