@@ -175,6 +175,8 @@ class TrainingNode:
 
     def _environment(self, held: Held) -> dict[str, str]:
         environment = dict(os.environ)
+        # OpenMP's threads spin while they wait and take the core from whoever else wants it; an operator may want that.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if self._devices.has_gpus:
             chosen = (self._devices.indices[index] for index in held.gpu_indices)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
