@@ -2,7 +2,7 @@
 #
 # Everything runs in .venv, which `make install` builds from pyproject.toml and the exact versions in constraints.txt.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 # Extra CMake settings of the extension, such as -DALTO_CUDA=ON.
