@@ -291,7 +291,8 @@ class PlacementEngine:
     async def _keep_planning(self) -> None:
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._idle_s())
+                async with asyncio.timeout(self._idle_s()):
+                    await self._changed.wait()
             await asyncio.sleep(self._settings.debounce_s)
             self._changed.clear()
             try:

@@ -71,7 +71,8 @@ class NodeServer:
         if self._node is not None:
             self._node.stop_all(StopReason.DRAINED)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._everything_told(self._node), self._settings.shutdown_grace_s)
+                async with asyncio.timeout(self._settings.shutdown_grace_s):
+                    await self._everything_told(self._node)
             await self._node.close()
         for loop in self._loops:
             loop.cancel()

@@ -93,8 +93,10 @@ class PlacementSession:
         call = self._placement.NodeSession(self._requests(), metadata=self._metadata)
         try:
             while True:
-                # A connection that died without a word would otherwise cost the lease.
-                message = await asyncio.wait_for(call.read(), self._heartbeat_s * MISSED_ANSWERS + CONNECT_S)
+                # A connection that died without a word would otherwise cost the lease. Not wait_for: in Python 3.11 it
+                # loses a cancellation that comes together with what it waits for, such as placement's own end.
+                async with asyncio.timeout(self._heartbeat_s * MISSED_ANSWERS + CONNECT_S):
+                    message = await call.read()
                 if message is grpc.aio.EOF:
                     return
                 self.is_connected = True
@@ -113,7 +115,8 @@ class PlacementSession:
             for request in self._messages(turn):
                 yield request
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._node.changed.wait(), self._heartbeat_s)
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._node.changed.wait()
 
     def _messages(self, turn: Turn) -> list[placement_service_pb2.NodeSessionRequest]:
         heartbeat = placement_service_pb2.NodeHeartbeat(assignments=[_status(held) for held in turn.listed])
