@@ -59,7 +59,7 @@ class SyntheticDataset:
         return SyntheticExample(ids, np.arange(len(ids)) >= int(0.45 * len(ids)))
 
     def preference(self, index: int, max_length: int) -> tuple[SyntheticExample, SyntheticExample]:
-        raise NotImplementedError
+        raise TypeError("these rows hold no preferences: the benchmark trains on completions")
 
 
 def make_job(steps: int, batch_size: int) -> TuningJob:

@@ -1,4 +1,4 @@
-"""Fixtures for every room: real databases of both kinds."""
+"""Fixtures for every room: real databases of both kinds, and a tiny model on disk."""
 
 import os
 import secrets
@@ -40,3 +40,27 @@ def database_url(request, tmp_path):
     yield server_uri.replace("postgresql://", "postgresql+psycopg://").replace("/postgres?", f"/{name}?")
     with psycopg.connect(server_uri, autocommit=True) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def save_tiny_llama():
+    """Save a random Llama of two layers and a tokenizer of bytes: `save_tiny_llama(folder, hidden_size=..., ...)`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    def save(folder, **sizes):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokens = ["<s>", "</s>", *alphabet]
+        raw = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        raw.add_special_tokens(["<s>", "</s>"])
+        PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokens), num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **sizes
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+    return save

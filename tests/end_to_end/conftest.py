@@ -11,30 +11,10 @@ from house import House
 
 
 @pytest.fixture(scope="session")
-def models_root(tmp_path_factory):
+def models_root(tmp_path_factory, save_tiny_llama):
     """A models root with `tiny`: a random Llama of two layers and a tokenizer of bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     root = tmp_path_factory.mktemp("models")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens(["<s>", "</s>"])
-    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(root / "tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(alphabet) + 2,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(root / "tiny")
+    save_tiny_llama(root / "tiny", hidden_size=64, intermediate_size=96, max_position_embeddings=128)
     return root
 
 
