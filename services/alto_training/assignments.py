@@ -47,11 +47,12 @@ class Ending:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an assignment is."""
+    """How far an assignment is. `measured` is the executor's MeasuredWork, serialised, for placement to learn from."""
 
     fraction_done: float = 0.0
     seconds_remaining: float | None = None
     tokens_per_second: float = 0.0
+    measured: bytes = b""
 
 
 @dataclass

@@ -154,9 +154,9 @@ class TrainingNode:
             await asyncio.wait(before)
         try:
             ending = await supervisor.run()
-        except Exception as error:
+        except Exception:
             log.exception("an assignment could not be supervised", task_id=held.task_id, epoch=held.epoch)
-            ending = supervisor.internal_error(error)
+            ending = supervisor.internal_error()
         finally:
             del self.supervisors[held.assignment_id]
             del self._runs[held.assignment_id]

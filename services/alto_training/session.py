@@ -138,6 +138,8 @@ def _status(held: Held) -> placement_service_pb2.AssignmentStatus:
     )
     if held.progress.seconds_remaining is not None:
         status.time_remaining.FromMilliseconds(int(held.progress.seconds_remaining * 1000))
+    if held.progress.measured:
+        status.measured.ParseFromString(held.progress.measured)
     return status
 
 

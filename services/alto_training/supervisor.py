@@ -87,9 +87,10 @@ class Supervisor:
         """Whether its worker is gone, or is being ended without a checkpoint."""
         return self._must_end.is_set()
 
-    def internal_error(self, error: Exception) -> Ending:
+    def internal_error(self) -> Ending:
         """Return the ending of an assignment that the node itself failed to look after."""
-        return Ending(EndKind.FAILED_RETRIABLE, reason_name(error_pb2.ERROR_REASON_INTERNAL), str(error))
+        message = f"node {self._order.node_id} could not look after the task; its log says more"
+        return Ending(EndKind.FAILED_RETRIABLE, reason_name(error_pb2.ERROR_REASON_INTERNAL), message)
 
     def stop_trials(self, trial_ids: tuple[str, ...]) -> None:
         """End some trials."""
@@ -170,7 +171,15 @@ class Supervisor:
             reporting.result()
         if process.returncode == 0:
             return None
-        return f"the worker ended with status {process.returncode}: {self._log_tail()}"
+        # For operators alone: it speaks of this host. The tenant hears what kind of end it was.
+        log.error(
+            "the worker crashed",
+            task_id=self.held.task_id,
+            epoch=self.held.epoch,
+            status=process.returncode,
+            log_tail=self._log_tail(),
+        )
+        return _crash_in_words(process.returncode or 0)
 
     async def _pass_on_stops(self) -> None:
         """Tell the worker to stop, each time the reason changes; return when it must be ended."""
@@ -254,6 +263,15 @@ class Supervisor:
             return file.read().decode(errors="replace").strip() or "its log is empty"
 
 
+def _crash_in_words(status: int) -> str:
+    """Return what a tenant is told of a worker process that ended with `status` (negative: the signal)."""
+    if status == -signal.SIGKILL:
+        return "the worker process was killed, as hosts do when memory runs out"
+    if status < 0:
+        return f"the worker process crashed with {signal.Signals(-status).name}"
+    return f"the worker process ended with status {status}; its node's log says more"
+
+
 def carry_over(earlier: Path | None, folder: Path) -> bool:
     """Begin a journal with what admission may not have of the one before it; return whether the task is already over.
 
@@ -291,4 +309,5 @@ def _last_state(folder: Path) -> tuning_pb2.TaskState.ValueType | None:
 def _progress(message: event_pb2.TaskProgressed) -> Progress:
     remaining = message.time_remaining
     seconds = remaining.seconds + remaining.nanos / 1e9 if message.HasField("time_remaining") else None
-    return Progress(message.fraction_done, seconds, message.tokens_per_second)
+    measured = message.measured.SerializeToString()
+    return Progress(message.fraction_done, seconds, message.tokens_per_second, measured)

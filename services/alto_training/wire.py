@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from alto.v1 import error_pb2, event_pb2, placement_pb2, tuning_pb2
 from alto_common.errors import Reason, reason_name
@@ -177,6 +177,7 @@ class EventTranslator:
             fraction_done=event.fraction_done,
             tokens_per_second=event.tokens_per_s,
             peak_memory_bytes=event.peak_memory_bytes,
+            measured=event_pb2.MeasuredWork(**asdict(event.measured)),
         )
         if event.seconds_remaining is not None and math.isfinite(event.seconds_remaining):
             message.time_remaining.FromMilliseconds(int(event.seconds_remaining * 1000))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -45,6 +46,7 @@ EXECUTOR_FOLDER = "executor"
 LOCK_FILE = "lock"
 LOCK_WAIT_S = 30.0
 PR_SET_PDEATHSIG = 1
+_ABSOLUTE_PATH = re.compile(r"(?<![\w./:-])/(?:[^\s/'\":;,()]+/)+([^\s/'\":;,()]*)")
 
 log = structlog.get_logger("alto.worker")
 
@@ -84,7 +86,13 @@ def _train(
     except ExecutorError as error:
         log.exception("the task cannot be trained")
         cause = failure(error_pb2.ERROR_REASON_EXECUTION_FAILED, str(error))
+    cause.message = without_host_paths(cause.message)
     return task_state_changed(work.task_id, tuning_pb2.TASK_STATE_FAILED, cause)
+
+
+def without_host_paths(message: str) -> str:
+    """Return what a tenant may read: of each path on this host only its last part."""
+    return _ABSOLUTE_PATH.sub(lambda found: found.group(1), message)
 
 
 def _prepare_job(order: WorkerOrder, work: placement_pb2.TuningWork, store: ArtifactStore) -> TuningJob:

@@ -39,7 +39,9 @@ def tune_file(path: Path, output: Path | None, server: str, api_key: str, json_o
         downloaded = ""
         if story.task.best_trial_id:
             with transfer("downloading the best adapter") as progress:
-                downloaded = str(client.download_adapter(task.task_id, folder, on_progress=progress).folder)
+                downloaded = str(
+                    client.download_adapter(task.task_id, folder, replace=True, on_progress=progress).folder
+                )
         _finish(story, downloaded, json_output)
 
 

@@ -86,12 +86,16 @@ def stop_trial(task_id: str, trial_id: str, server: str, api_key: str, json_outp
         say(f"{trial_id} ends at the executor's next tick; its best adapter stays")
 
 
-def download(task_id: str, trial_id: str, output: Path, server: str, api_key: str, json_output: bool) -> None:
+def download(
+    task_id: str, trial_id: str, output: Path, force: bool, server: str, api_key: str, json_output: bool
+) -> None:
     """Download an adapter."""
     with connect(server, api_key) as client:
         task_id = task_or_newest(client, task_id)
         with transfer("downloading") as progress:
-            downloaded = client.download_adapter(task_id, output.resolve(), trial_id, on_progress=progress)
+            downloaded = client.download_adapter(
+                task_id, output.resolve(), trial_id, replace=force, on_progress=progress
+            )
     if json_output:
         adapter = as_json(downloaded.adapter)
         print_json({"folder": str(downloaded.folder), "trial_id": downloaded.trial_id, "adapter": adapter})

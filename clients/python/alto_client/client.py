@@ -174,16 +174,21 @@ class AltoClient:
         folder: Path | str,
         trial_id: str = "",
         *,
+        replace: bool = False,
         on_progress: uploading.OnProgress | None = None,
         on_disconnect: OnRetry | None = None,
     ) -> DownloadedAdapter:
-        """Put a trial's adapter (the task's best, without a `trial_id`) into `folder`, each file checked."""
+        """Put a trial's adapter (the task's best, without a `trial_id`) into `folder`, each file checked.
+
+        A folder that holds another adapter is refused (STATE_CONFLICT) unless `replace` is given.
+        """
         download = Download(
             self._connection,
             self._stub,
             task_id,
             Path(folder),
             trial_id,
+            replace=replace,
             on_progress=on_progress,
             on_disconnect=on_disconnect,
         )

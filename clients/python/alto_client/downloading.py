@@ -34,6 +34,8 @@ class DownloadedAdapter:
 class Download:
     """One adapter on its way into `folder`; `trial_id` empty means the best of the task.
 
+    Another adapter that lies there is replaced only with `replace`.
+
     Files appear under their names only when all of them are complete and have the right SHA-256. What a broken
     download left behind (".part" files) is used by the next one, also of another process.
     """
@@ -46,6 +48,7 @@ class Download:
         folder: Path,
         trial_id: str = "",
         *,
+        replace: bool = False,
         patience_s: float = 120.0,
         on_progress: OnProgress | None = None,
         on_disconnect: OnRetry | None = None,
@@ -54,12 +57,17 @@ class Download:
         self._stub = stub
         self._request = messages.DownloadAdapterRequest(task_id=task_id, trial_id=trial_id)
         self._folder = folder
+        self._replace = replace
         self._on_progress = on_progress
         self._backoff = Backoff(patience_s, on_disconnect)
         self._mistrusted = False
 
     def run(self) -> DownloadedAdapter:
-        """Fetch the adapter; raises `AltoError`, and OSError when the folder cannot be written."""
+        """Fetch the adapter.
+
+        Raises `AltoError` (STATE_CONFLICT when another adapter lies in the folder), and OSError when the folder cannot
+        be written.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         while True:
             try:
@@ -76,6 +84,8 @@ class Download:
         # From here on the same trial, even if another one becomes the best meanwhile.
         self._request.trial_id = header.trial_id
         parts = _parts(self._folder, header.adapter)
+        if not self._replace:
+            self._refuse_to_replace(header.trial_id, parts)
         total = sum(part.size_bytes for part in parts)
         while (offset := _kept_bytes(parts)) < total:
             if not self._receive(header, parts, offset, total):
@@ -86,6 +96,16 @@ class Download:
         for part in parts:
             part.keep()
         return DownloadedAdapter(self._folder, header.trial_id, header.adapter)
+
+    def _refuse_to_replace(self, trial_id: str, parts: list[_Part]) -> None:
+        other = next((part.name for part in parts if part.holds_other_content()), None)
+        if other is not None:
+            raise AltoError(
+                f"{self._folder} holds another adapter: its {other} is not that of {trial_id}; "
+                "give another folder, or have it replaced: `--force`, in Python `replace=True`",
+                reason=error_pb2.ERROR_REASON_STATE_CONFLICT,
+                status_code=grpc.StatusCode.FAILED_PRECONDITION,
+            )
 
     def _discard(self, damaged: list[_Part]) -> None:
         """Throw damaged files away, to be fetched once more; what is damaged twice is the server's fault."""
@@ -154,6 +174,10 @@ class _Part:
         if self._complete:
             return self.size_bytes
         return min(self._aside.stat().st_size, self.size_bytes) if self._aside.exists() else 0
+
+    def holds_other_content(self) -> bool:
+        """Return whether a file of this name is there that is not this one."""
+        return not self._complete and self._path.exists()
 
     def write(self, position: int, data: bytes) -> None:
         """Put bytes at `position` of the content."""

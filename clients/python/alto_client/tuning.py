@@ -56,5 +56,8 @@ def tune(
         if on_message is not None:
             on_message(message)
     task = client.get_task(task_id)
-    downloaded = client.download_adapter(task_id, output or task_file.output) if task.best_trial_id else None
+    downloaded = None
+    if task.best_trial_id:
+        # The folder is the task file's own: a search that is run again takes the place of the one before.
+        downloaded = client.download_adapter(task_id, output or task_file.output, replace=True)
     return TuneResult(task, tuple(client.trials(task_id)), downloaded)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 
 from alto.v1 import error_pb2, tuning_pb2
 from alto_common import tuning_wire
 from alto_common.base_models import ModelFacts, check_targets
 from alto_common.dataset_rows import RowFormat, check_objective
 from alto_common.errors import invalid_fields
+from alto_common.stopping_policies import policy_names
 from alto_common.tuning import MAX_COUNT, EarlyExit, Evaluation, Objective, Trial, TrialConfig
 from alto_common.violations import Violation
 
 from alto_admission.domain.work_size import split_rows
 
 DEFAULT_VALIDATION_FRACTION = 0.1
-# Policies that ship with every node, and the group in which packages register theirs.
-POLICIES = ("alto", "asha", "hyperband", "median", "none", "paper")
-POLICY_GROUP = "alto.early_exit"
 MAX_VIOLATIONS = 50
 # The most that a sum over a thousand trials still holds.
 MAX_SAMPLES = 2**50
@@ -87,13 +84,8 @@ def plan_search(
     )
 
 
-def known_policies() -> list[str]:
-    """Return the names of stopping policies that a node has: those that ship with it and installed plug-ins."""
-    return sorted({*POLICIES, *(found.name for found in entry_points(group=POLICY_GROUP))})
-
-
 def _policy_violations(early_exit: EarlyExit) -> list[Violation]:
-    names = known_policies()
+    names = policy_names()
     if early_exit.policy in names:
         return []
     return [Violation("spec.early_exit.policy", early_exit.policy, "give one of " + ", ".join(names))]

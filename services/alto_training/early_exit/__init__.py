@@ -6,15 +6,12 @@ Imports neither torch nor grpc: the executor drives it, and so can a notebook wi
 
 from alto_training.early_exit.policy import Decision, Observation, PolicyStateError, StoppingPolicy, Verdict
 from alto_training.early_exit.registry import (
-    PLUGIN_GROUP,
     UnknownPolicyError,
     check_settings,
     make_policy,
-    policy_names,
 )
 
 __all__ = [
-    "PLUGIN_GROUP",
     "Decision",
     "Observation",
     "PolicyStateError",
@@ -23,5 +20,4 @@ __all__ = [
     "Verdict",
     "check_settings",
     "make_policy",
-    "policy_names",
 ]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
 
+from alto_common.stopping_policies import plugins, policy_names
 from alto_common.tuning import EarlyExit
 from alto_common.violations import Violation
 
@@ -24,7 +24,6 @@ from alto_training.early_exit.none import NoPolicy
 from alto_training.early_exit.paper import PaperPolicy
 from alto_training.early_exit.policy import StoppingPolicy
 
-PLUGIN_GROUP = "alto.early_exit"
 Factory = Callable[[EarlyExit, Sequence[str]], StoppingPolicy]
 
 _BUILT_IN: dict[str, Factory] = {
@@ -40,11 +39,6 @@ class UnknownPolicyError(ValueError):
         super().__init__("; ".join(str(violation) for violation in violations))
 
 
-def policy_names() -> list[str]:
-    """Return the names that `make_policy` knows: the built-in ones and those of installed plug-ins."""
-    return sorted(_BUILT_IN.keys() | {one.name for one in entry_points(group=PLUGIN_GROUP)})
-
-
 def make_policy(settings: EarlyExit, trial_ids: Sequence[str]) -> StoppingPolicy:
     """Return a new policy for one task; raise `UnknownPolicyError` if the name or a setting is not acceptable.
 
@@ -55,7 +49,7 @@ def make_policy(settings: EarlyExit, trial_ids: Sequence[str]) -> StoppingPolicy
         raise UnknownPolicyError(violations)
     factory = _BUILT_IN.get(settings.policy)
     if factory is None:
-        factory = entry_points(group=PLUGIN_GROUP)[settings.policy].load()
+        factory = plugins()[settings.policy].load()
     return factory(settings, trial_ids)
 
 

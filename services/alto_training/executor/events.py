@@ -123,6 +123,25 @@ class TrialFinished:
 
 
 @dataclass(frozen=True)
+class MeasuredWork:
+    """What an executor has done since it started, all its tasks together, and the seconds each part took.
+
+    `lora_rank_ticks` sums, over training ticks, the lora_rank of the adapters on them. `share_trained` is the task's
+    own: the share of its planned sequences that were trained, earlier attempts included.
+    """
+
+    ticks: int
+    train_tokens: int
+    lora_rank_ticks: int
+    training_seconds: float
+    evaluation_tokens: int
+    evaluation_seconds: float
+    checkpoints: int
+    checkpoint_seconds: float
+    share_trained: float
+
+
+@dataclass(frozen=True)
 class TaskProgress:
     """Where the whole task stands. `fraction_done` counts tokens; `seconds_remaining` is None until it can be told."""
 
@@ -135,6 +154,7 @@ class TaskProgress:
     evaluation_seconds: float
     training_seconds: float
     peak_memory_bytes: int
+    measured: MeasuredWork
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ class Executor:
     # Setting up
 
     def _prepare(self) -> None:
+        self._meter = ProgressMeter(self._clock)
         if self._settings.threads is not None:
             torch.set_num_threads(self._settings.threads)
         backbone = self._given_backbone or load_job_backbone(self._jobs[0].base_model, self._settings)
@@ -145,7 +146,7 @@ class Executor:
             if task.base_validation_loss is None:
                 task.note_base_losses(self._losses([task.evaluation_share(None)])[0])
         self._tell_started(None if checkpoint is None else checkpoint.tick)
-        self._meter = ProgressMeter(self._clock)
+        self._meter.begin()
         self._checkpointed_at, self._checkpointed_tick = self._clock(), self._tick
 
     def _agreed(self, budget: Budget, trials: int) -> Budget:
@@ -192,17 +193,17 @@ class Executor:
         trained = self._forward_backward(active)
         self._tick += 1
         stepped: list[TrialRun] = []
+        tokens = lora_ranks = 0
         for place, run in enumerate(active):
             if str(place) not in trained:
                 continue
             items, loss, norm = trained[str(place)]
-            self._meter.trained_tokens += sum(run.waiting_tokens[:items])
+            tokens += sum(run.waiting_tokens[:items])
+            lora_ranks += run.config.lora_rank
             if run.count(items, loss) and self._finish_batch(run, norm):
                 stepped.append(run)
-        evaluating_from = self._clock()
-        self._meter.training_seconds += evaluating_from - started
+        self._meter.trained(tokens, lora_ranks, self._clock() - started)
         self._evaluate([run for run in stepped if run.evaluation_due])
-        self._meter.evaluation_seconds += self._clock() - evaluating_from
         for run in stepped:
             if run.finished and run.trial_id not in self._roster.task_of(run).finished:
                 self._roster.end(run, TrialState.SUCCEEDED, "all its steps are done")
@@ -297,9 +298,13 @@ class Executor:
 
     def _losses(self, shares: Sequence[Share]) -> list[list[float]]:
         """Return the losses of each share's items, without gradients; in smaller ticks if memory runs out."""
+        started = self._clock()
         while True:
             try:
-                return passes.item_losses(self._backbone, shares, self._evaluation_tokens, self._most)
+                losses = passes.item_losses(self._backbone, shares, self._evaluation_tokens, self._most)
+                tokens = sum(item.tokens for share in shares for item in share.items)
+                self._meter.evaluated(tokens, self._clock() - started)
+                return losses
             except passes.TickTooLargeError as error:
                 if self._evaluation_tokens == 1:
                     raise _out_of_memory(error) from error
@@ -349,6 +354,7 @@ class Executor:
         if self._ranks.rank == 0:
             path, size = self._store.write_manifest(self._tick, state, files)
             seconds = self._clock() - started
+            self._meter.checkpointed(seconds)
             for task in self._roster.tasks:
                 self._emit(CheckpointWritten(task.task_id, self._tick, str(path), size, seconds))
         # What ranks write from here on may not be taken for an old file and removed.

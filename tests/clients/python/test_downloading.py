@@ -69,9 +69,21 @@ def test_a_file_damaged_for_good_is_an_error_and_keeps_what_was_there(client, ad
     admission.corrupt_downloads = 100
     (tmp_path / "adapter_config.json").write_text("the old one")
     with pytest.raises(AltoError, match="SHA-256") as caught:
-        client.download_adapter("task-1", tmp_path)
+        client.download_adapter("task-1", tmp_path, replace=True)
     assert caught.value.reason_name == "CONTENT_MISMATCH"
     assert content(tmp_path)["adapter_config.json"] == b"the old one"
+
+
+def test_another_adapter_is_replaced_only_when_that_is_said(client, admission, files, tmp_path):
+    client.download_adapter("task-1", tmp_path)
+    before = content(tmp_path)
+    admission.adapter_files = {**files, "adapter_model.safetensors": b"of another trial"}
+    with pytest.raises(AltoError, match="--force") as caught:
+        client.download_adapter("task-1", tmp_path, "trial-003")
+    assert caught.value.reason_name == "STATE_CONFLICT"
+    assert content(tmp_path) == before
+    client.download_adapter("task-1", tmp_path, "trial-003", replace=True)
+    assert content(tmp_path) == admission.adapter_files
 
 
 def test_a_better_adapter_that_appears_meanwhile_is_fetched_from_its_beginning(client, admission, files, tmp_path):

@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+from alto_common import stopping_policies
 from alto_common.tuning import EarlyExit
 from alto_training.early_exit import (
     Observation,
@@ -13,10 +14,8 @@ from alto_training.early_exit import (
     Verdict,
     check_settings,
     make_policy,
-    policy_names,
 )
 from alto_training.early_exit.hyperband import deal, rung_fractions
-from alto_training.early_exit.registry import PLUGIN_GROUP
 from alto_training.early_exit.trajectory import slope
 
 from .early_exit_driver import curve, drive, names
@@ -252,14 +251,17 @@ def test_unknown_names_and_settings_are_refused_with_the_cure() -> None:
         assert violation.field == f"early_exit.{field}"
 
 
+def test_every_name_that_is_shipped_has_its_class() -> None:
+    for name in stopping_policies.BUILT_IN_POLICIES:
+        assert make_policy(EarlyExit(name), ["a"]).name == name
+
+
 def test_a_plug_in_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint, EntryPoints
 
-    from alto_training.early_exit import registry
-
-    mine = EntryPoint("mine", "alto_training.early_exit.none:NoPolicy", PLUGIN_GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: EntryPoints([mine]))
-    assert "mine" in policy_names()
+    mine = EntryPoint("mine", "alto_training.early_exit.none:NoPolicy", stopping_policies.PLUGIN_GROUP)
+    monkeypatch.setattr(stopping_policies, "entry_points", lambda group: EntryPoints([mine]))
+    assert "mine" in stopping_policies.policy_names()
     assert make_policy(EarlyExit("mine"), ["a"]).observe("a", Observation(1, 2, 1.0, 1.0)) == []
 
 

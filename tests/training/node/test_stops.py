@@ -10,6 +10,7 @@ from alto.v1 import placement_pb2, placement_service_pb2, training_node_service_
 from alto_common.rpc.authentication import Scope
 from alto_common.rpc.status import reason_in
 from alto_training.servicer import SCOPES
+from alto_training.worker import without_host_paths
 
 wire = placement_service_pb2
 
@@ -96,9 +97,15 @@ async def test_what_cannot_be_trained_says_why(house, wait_until, metadata):
         assert ended[task_id].attempts == 1
         last = house.admission.events("task_state_changed", task_id)[-1].task_state_changed
         assert (last.state, last.failure.reason) == (tuning_pb2.TASK_STATE_FAILED, reason)
-    # What another attempt may cure is tried again, and given up with the end of the worker's log.
+    # What another attempt may cure is tried again. Its tenant hears nothing of this host, its operator all.
     assert (ended["missing"].state, ended["missing"].attempts) == (placement_pb2.PLACEMENT_STATE_GIVEN_UP, 3)
-    assert "FileNotFoundError" in ended["missing"].failure.message
+    assert ended["missing"].failure.message == "the worker process ended with status 1; its node's log says more"
+    assert "FileNotFoundError" in (house.folder / "node-a.log").read_text()
+
+
+def test_a_tenant_reads_no_path_of_the_host():
+    found = without_host_paths("/var/lib/alto/datasets/3f.jsonl has no rows (see '/tmp/x/log', https://a.b/c/d, 1/2)")
+    assert found == "3f.jsonl has no rows (see 'log', https://a.b/c/d, 1/2)"
 
 
 async def test_a_node_without_a_lease_stops_by_itself(house, wait_until):

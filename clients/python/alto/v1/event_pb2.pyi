@@ -246,6 +246,60 @@ class AdapterReady(_message.Message):
 Global___AdapterReady: _TypeAlias = AdapterReady  # noqa: Y015
 
 @_typing.final
+class MeasuredWork(_message.Message):
+    """What an executor has done since it started, and the seconds it took: what durations are predicted from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKS_FIELD_NUMBER: _builtins.int
+    TRAIN_TOKENS_FIELD_NUMBER: _builtins.int
+    LORA_RANK_TICKS_FIELD_NUMBER: _builtins.int
+    TRAINING_SECONDS_FIELD_NUMBER: _builtins.int
+    EVALUATION_TOKENS_FIELD_NUMBER: _builtins.int
+    EVALUATION_SECONDS_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_SECONDS_FIELD_NUMBER: _builtins.int
+    SHARE_TRAINED_FIELD_NUMBER: _builtins.int
+    ticks: _builtins.int
+    """Training passes of the backbone."""
+    train_tokens: _builtins.int
+    """Tokens on them."""
+    lora_rank_ticks: _builtins.int
+    """Sum over the passes of the lora_rank of the adapters on them."""
+    training_seconds: _builtins.float
+    """Seconds of training, optimiser steps included."""
+    evaluation_tokens: _builtins.int
+    """Tokens of evaluations."""
+    evaluation_seconds: _builtins.float
+    """Seconds of evaluations."""
+    checkpoints: _builtins.int
+    """Checkpoints written."""
+    checkpoint_seconds: _builtins.float
+    """Seconds of writing them."""
+    share_trained: _builtins.float
+    """Share of the task's planned samples that were really trained, in all attempts together, in [0, 1]."""
+    def __init__(
+        self,
+        *,
+        ticks: _builtins.int = ...,
+        train_tokens: _builtins.int = ...,
+        lora_rank_ticks: _builtins.int = ...,
+        training_seconds: _builtins.float = ...,
+        evaluation_tokens: _builtins.int = ...,
+        evaluation_seconds: _builtins.float = ...,
+        checkpoints: _builtins.int = ...,
+        checkpoint_seconds: _builtins.float = ...,
+        share_trained: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_seconds", b"checkpoint_seconds", "checkpoints", b"checkpoints", "evaluation_seconds", b"evaluation_seconds", "evaluation_tokens", b"evaluation_tokens", "lora_rank_ticks", b"lora_rank_ticks", "share_trained", b"share_trained", "ticks", b"ticks", "train_tokens", b"train_tokens", "training_seconds", b"training_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredWork: _TypeAlias = MeasuredWork  # noqa: Y015
+
+@_typing.final
 class TaskProgressed(_message.Message):
     """How far the task is."""
 
@@ -255,6 +309,7 @@ class TaskProgressed(_message.Message):
     TIME_REMAINING_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     fraction_done: _builtins.float
     """Share of the work done, in [0, 1]."""
     tokens_per_second: _builtins.float
@@ -265,6 +320,10 @@ class TaskProgressed(_message.Message):
     def time_remaining(self) -> _duration_pb2.Duration:
         """Expected time to the end."""
 
+    @_builtins.property
+    def measured(self) -> Global___MeasuredWork:
+        """What was measured in this attempt."""
+
     def __init__(
         self,
         *,
@@ -272,10 +331,11 @@ class TaskProgressed(_message.Message):
         time_remaining: _duration_pb2.Duration | None = ...,
         tokens_per_second: _builtins.float = ...,
         peak_memory_bytes: _builtins.int = ...,
+        measured: Global___MeasuredWork | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["time_remaining", b"time_remaining"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured", "time_remaining", b"time_remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fraction_done", b"fraction_done", "peak_memory_bytes", b"peak_memory_bytes", "time_remaining", b"time_remaining", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fraction_done", b"fraction_done", "measured", b"measured", "peak_memory_bytes", b"peak_memory_bytes", "time_remaining", b"time_remaining", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

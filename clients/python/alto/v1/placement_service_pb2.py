@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from alto.v1 import event_pb2 as alto_dot_v1_dot_event__pb2
 from alto.v1 import placement_pb2 as alto_dot_v1_dot_placement__pb2
 from alto.v1 import tuning_pb2 as alto_dot_v1_dot_tuning__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61lto/v1/placement_service.proto\x12\x07\x61lto.v1\x1a\x17\x61lto/v1/placement.proto\x1a\x14\x61lto/v1/tuning.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\xb5\x01\n\x12\x45nqueueTaskRequest\x12\x1a\n\x06tenant\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12)\n\x04work\x18\x02 \x01(\x0b\x32\x13.alto.v1.TuningWorkB\x06\xbaH\x03\xc8\x01\x01\x12%\n\tresources\x18\x03 \x01(\x0b\x32\x12.alto.v1.Resources\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x1f\n\x04size\x18\x05 \x01(\x0b\x32\x11.alto.v1.WorkSize\"\x94\x01\n\x08WorkSize\x12\x14\n\x0ctrain_tokens\x18\x01 \x01(\x04\x12\x19\n\x11\x65valuation_tokens\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x17\n\x0ftotal_lora_rank\x18\x04 \x01(\x04\x12\x17\n\x0f\x62\x61se_parameters\x18\x05 \x01(\x04\x12\x16\n\x0e\x65xpected_share\x18\x06 \x01(\x01\"9\n\x13\x45nqueueTaskResponse\x12\"\n\x04task\x18\x01 \x01(\x0b\x32\x14.alto.v1.PlannedTask\"0\n\x12\x44\x65queueTaskRequest\x12\x1a\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\x15\n\x13\x44\x65queueTaskResponse\"\x87\x01\n\x11UpdateTaskRequest\x12\x1a\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x11\n\x04held\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08priority\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\x0estop_trial_ids\x18\x04 \x03(\tB\x07\n\x05_heldB\x0b\n\t_priority\"8\n\x12UpdateTaskResponse\x12\"\n\x04task\x18\x01 \x01(\x0b\x32\x14.alto.v1.PlannedTask\"q\n\x13\x45stimateTaskRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12%\n\tresources\x18\x02 \x01(\x0b\x32\x12.alto.v1.Resources\x12\x1f\n\x04size\x18\x03 \x01(\x0b\x32\x11.alto.v1.WorkSize\"R\n\x14\x45stimateTaskResponse\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.alto.v1.DurationEstimate\x12\r\n\x05\x62\x61sis\x18\x02 \x01(\t\"\x10\n\x0eGetPlanRequest\".\n\x0fGetPlanResponse\x12\x1b\n\x04plan\x18\x01 \x01(\x0b\x32\r.alto.v1.Plan\"\x12\n\x10WatchPlanRequest\"0\n\x11WatchPlanResponse\x12\x1b\n\x04plan\x18\x01 \x01(\x0b\x32\r.alto.v1.Plan\"Z\n\x13RegisterNodeRequest\x12#\n\x04node\x18\x01 \x01(\x0b\x32\r.alto.v1.NodeB\x06\xbaH\x03\xc8\x01\x01\x12\x1e\n\x0bincarnation\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\x80\x01\n\x14RegisterNodeResponse\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xae\x01\n\x10\x41ssignmentStatus\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rfraction_done\x18\x04 \x01(\x01\x12\x31\n\x0etime_remaining\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\"?\n\rNodeHeartbeat\x12.\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32\x19.alto.v1.AssignmentStatus\"\x87\x01\n\x0f\x41ssignmentEnded\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12+\n\x07outcome\x18\x03 \x01(\x0e\x32\x1a.alto.v1.AssignmentOutcome\x12!\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x10.alto.v1.Failure\"\xbb\x01\n\x12NodeSessionRequest\x12\x1b\n\x07node_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.alto.v1.NodeHeartbeatH\x00\x12\x34\n\x10\x61ssignment_ended\x18\x04 \x01(\x0b\x32\x18.alto.v1.AssignmentEndedH\x00\x42\x10\n\x07message\x12\x05\xbaH\x02\x08\x01\"A\n\x0cLeaseRenewed\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"L\n\x0e\x41ssignmentStop\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12#\n\x06reason\x18\x02 \x01(\x0e\x32\x13.alto.v1.StopReason\"6\n\nTrialsStop\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x11\n\ttrial_ids\x18\x02 \x03(\t\"\xdb\x01\n\x13NodeSessionResponse\x12.\n\rlease_renewed\x18\x01 \x01(\x0b\x32\x15.alto.v1.LeaseRenewedH\x00\x12)\n\nassignment\x18\x02 \x01(\x0b\x32\x13.alto.v1.AssignmentH\x00\x12\x32\n\x0f\x61ssignment_stop\x18\x03 \x01(\x0b\x32\x17.alto.v1.AssignmentStopH\x00\x12*\n\x0btrials_stop\x18\x04 \x01(\x0b\x32\x13.alto.v1.TrialsStopH\x00\x42\t\n\x07message\"\x12\n\x10ListNodesRequest\"1\n\x11ListNodesResponse\x12\x1c\n\x05nodes\x18\x01 \x03(\x0b\x32\r.alto.v1.Node\"B\n\x11\x43ordonNodeRequest\x12\x1b\n\x07node_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x10\n\x08\x63ordoned\x18\x02 \x01(\x08\"1\n\x12\x43ordonNodeResponse\x12\x1b\n\x04node\x18\x01 \x01(\x0b\x32\r.alto.v1.Node\"/\n\x10\x44rainNodeRequest\x12\x1b\n\x07node_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\"0\n\x11\x44rainNodeResponse\x12\x1b\n\x04node\x18\x01 \x01(\x0b\x32\r.alto.v1.Node2\xa8\x06\n\x10PlacementService\x12H\n\x0b\x45nqueueTask\x12\x1b.alto.v1.EnqueueTaskRequest\x1a\x1c.alto.v1.EnqueueTaskResponse\x12H\n\x0b\x44\x65queueTask\x12\x1b.alto.v1.DequeueTaskRequest\x1a\x1c.alto.v1.DequeueTaskResponse\x12\x45\n\nUpdateTask\x12\x1a.alto.v1.UpdateTaskRequest\x1a\x1b.alto.v1.UpdateTaskResponse\x12K\n\x0c\x45stimateTask\x12\x1c.alto.v1.EstimateTaskRequest\x1a\x1d.alto.v1.EstimateTaskResponse\x12<\n\x07GetPlan\x12\x17.alto.v1.GetPlanRequest\x1a\x18.alto.v1.GetPlanResponse\x12\x44\n\tWatchPlan\x12\x19.alto.v1.WatchPlanRequest\x1a\x1a.alto.v1.WatchPlanResponse0\x01\x12K\n\x0cRegisterNode\x12\x1c.alto.v1.RegisterNodeRequest\x1a\x1d.alto.v1.RegisterNodeResponse\x12L\n\x0bNodeSession\x12\x1b.alto.v1.NodeSessionRequest\x1a\x1c.alto.v1.NodeSessionResponse(\x01\x30\x01\x12\x42\n\tListNodes\x12\x19.alto.v1.ListNodesRequest\x1a\x1a.alto.v1.ListNodesResponse\x12\x45\n\nCordonNode\x12\x1a.alto.v1.CordonNodeRequest\x1a\x1b.alto.v1.CordonNodeResponse\x12\x42\n\tDrainNode\x12\x19.alto.v1.DrainNodeRequest\x1a\x1a.alto.v1.DrainNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61lto/v1/placement_service.proto\x12\x07\x61lto.v1\x1a\x13\x61lto/v1/event.proto\x1a\x17\x61lto/v1/placement.proto\x1a\x14\x61lto/v1/tuning.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\xb5\x01\n\x12\x45nqueueTaskRequest\x12\x1a\n\x06tenant\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12)\n\x04work\x18\x02 \x01(\x0b\x32\x13.alto.v1.TuningWorkB\x06\xbaH\x03\xc8\x01\x01\x12%\n\tresources\x18\x03 \x01(\x0b\x32\x12.alto.v1.Resources\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x1f\n\x04size\x18\x05 \x01(\x0b\x32\x11.alto.v1.WorkSize\"\xf0\x01\n\x08WorkSize\x12\x14\n\x0ctrain_tokens\x18\x01 \x01(\x04\x12\x19\n\x11\x65valuation_tokens\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x17\n\x0ftotal_lora_rank\x18\x04 \x01(\x04\x12\x17\n\x0f\x62\x61se_parameters\x18\x05 \x01(\x04\x12\x16\n\x0e\x65xpected_share\x18\x06 \x01(\x01\x12\x0e\n\x06trials\x18\x07 \x01(\r\x12\x15\n\rlongest_steps\x18\x08 \x01(\x04\x12\x17\n\x05shape\x18\t \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x1a\n\x12least_memory_bytes\x18\n \x01(\x04\"9\n\x13\x45nqueueTaskResponse\x12\"\n\x04task\x18\x01 \x01(\x0b\x32\x14.alto.v1.PlannedTask\"0\n\x12\x44\x65queueTaskRequest\x12\x1a\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\x15\n\x13\x44\x65queueTaskResponse\"\x87\x01\n\x11UpdateTaskRequest\x12\x1a\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x11\n\x04held\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08priority\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\x0estop_trial_ids\x18\x04 \x03(\tB\x07\n\x05_heldB\x0b\n\t_priority\"8\n\x12UpdateTaskResponse\x12\"\n\x04task\x18\x01 \x01(\x0b\x32\x14.alto.v1.PlannedTask\"q\n\x13\x45stimateTaskRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12%\n\tresources\x18\x02 \x01(\x0b\x32\x12.alto.v1.Resources\x12\x1f\n\x04size\x18\x03 \x01(\x0b\x32\x11.alto.v1.WorkSize\"R\n\x14\x45stimateTaskResponse\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.alto.v1.DurationEstimate\x12\r\n\x05\x62\x61sis\x18\x02 \x01(\t\"\x10\n\x0eGetPlanRequest\".\n\x0fGetPlanResponse\x12\x1b\n\x04plan\x18\x01 \x01(\x0b\x32\r.alto.v1.Plan\"\x12\n\x10WatchPlanRequest\"0\n\x11WatchPlanResponse\x12\x1b\n\x04plan\x18\x01 \x01(\x0b\x32\r.alto.v1.Plan\"Z\n\x13RegisterNodeRequest\x12#\n\x04node\x18\x01 \x01(\x0b\x32\r.alto.v1.NodeB\x06\xbaH\x03\xc8\x01\x01\x12\x1e\n\x0bincarnation\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\x80\x01\n\x14RegisterNodeResponse\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd7\x01\n\x10\x41ssignmentStatus\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rfraction_done\x18\x04 \x01(\x01\x12\x31\n\x0etime_remaining\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12\'\n\x08measured\x18\x07 \x01(\x0b\x32\x15.alto.v1.MeasuredWork\"?\n\rNodeHeartbeat\x12.\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32\x19.alto.v1.AssignmentStatus\"\x87\x01\n\x0f\x41ssignmentEnded\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12+\n\x07outcome\x18\x03 \x01(\x0e\x32\x1a.alto.v1.AssignmentOutcome\x12!\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x10.alto.v1.Failure\"\xbb\x01\n\x12NodeSessionRequest\x12\x1b\n\x07node_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.alto.v1.NodeHeartbeatH\x00\x12\x34\n\x10\x61ssignment_ended\x18\x04 \x01(\x0b\x32\x18.alto.v1.AssignmentEndedH\x00\x42\x10\n\x07message\x12\x05\xbaH\x02\x08\x01\"A\n\x0cLeaseRenewed\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"L\n\x0e\x41ssignmentStop\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12#\n\x06reason\x18\x02 \x01(\x0e\x32\x13.alto.v1.StopReason\"6\n\nTrialsStop\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x11\n\ttrial_ids\x18\x02 \x03(\t\"\xdb\x01\n\x13NodeSessionResponse\x12.\n\rlease_renewed\x18\x01 \x01(\x0b\x32\x15.alto.v1.LeaseRenewedH\x00\x12)\n\nassignment\x18\x02 \x01(\x0b\x32\x13.alto.v1.AssignmentH\x00\x12\x32\n\x0f\x61ssignment_stop\x18\x03 \x01(\x0b\x32\x17.alto.v1.AssignmentStopH\x00\x12*\n\x0btrials_stop\x18\x04 \x01(\x0b\x32\x13.alto.v1.TrialsStopH\x00\x42\t\n\x07message\"\x12\n\x10ListNodesRequest\"1\n\x11ListNodesResponse\x12\x1c\n\x05nodes\x18\x01 \x03(\x0b\x32\r.alto.v1.Node\"B\n\x11\x43ordonNodeRequest\x12\x1b\n\x07node_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x10\n\x08\x63ordoned\x18\x02 \x01(\x08\"1\n\x12\x43ordonNodeResponse\x12\x1b\n\x04node\x18\x01 \x01(\x0b\x32\r.alto.v1.Node\"/\n\x10\x44rainNodeRequest\x12\x1b\n\x07node_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\"0\n\x11\x44rainNodeResponse\x12\x1b\n\x04node\x18\x01 \x01(\x0b\x32\r.alto.v1.Node2\xa8\x06\n\x10PlacementService\x12H\n\x0b\x45nqueueTask\x12\x1b.alto.v1.EnqueueTaskRequest\x1a\x1c.alto.v1.EnqueueTaskResponse\x12H\n\x0b\x44\x65queueTask\x12\x1b.alto.v1.DequeueTaskRequest\x1a\x1c.alto.v1.DequeueTaskResponse\x12\x45\n\nUpdateTask\x12\x1a.alto.v1.UpdateTaskRequest\x1a\x1b.alto.v1.UpdateTaskResponse\x12K\n\x0c\x45stimateTask\x12\x1c.alto.v1.EstimateTaskRequest\x1a\x1d.alto.v1.EstimateTaskResponse\x12<\n\x07GetPlan\x12\x17.alto.v1.GetPlanRequest\x1a\x18.alto.v1.GetPlanResponse\x12\x44\n\tWatchPlan\x12\x19.alto.v1.WatchPlanRequest\x1a\x1a.alto.v1.WatchPlanResponse0\x01\x12K\n\x0cRegisterNode\x12\x1c.alto.v1.RegisterNodeRequest\x1a\x1d.alto.v1.RegisterNodeResponse\x12L\n\x0bNodeSession\x12\x1b.alto.v1.NodeSessionRequest\x1a\x1c.alto.v1.NodeSessionResponse(\x01\x30\x01\x12\x42\n\tListNodes\x12\x19.alto.v1.ListNodesRequest\x1a\x1a.alto.v1.ListNodesResponse\x12\x45\n\nCordonNode\x12\x1a.alto.v1.CordonNodeRequest\x1a\x1b.alto.v1.CordonNodeResponse\x12\x42\n\tDrainNode\x12\x19.alto.v1.DrainNodeRequest\x1a\x1a.alto.v1.DrainNodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +40,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENQUEUETASKREQUEST'].fields_by_name['tenant']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
   _globals['_ENQUEUETASKREQUEST'].fields_by_name['work']._loaded_options = None
   _globals['_ENQUEUETASKREQUEST'].fields_by_name['work']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_WORKSIZE'].fields_by_name['shape']._loaded_options = None
+  _globals['_WORKSIZE'].fields_by_name['shape']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_DEQUEUETASKREQUEST'].fields_by_name['task_id']._loaded_options = None
   _globals['_DEQUEUETASKREQUEST'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_UPDATETASKREQUEST'].fields_by_name['task_id']._loaded_options = None
@@ -55,64 +58,64 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CORDONNODEREQUEST'].fields_by_name['node_id']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
   _globals['_DRAINNODEREQUEST'].fields_by_name['node_id']._loaded_options = None
   _globals['_DRAINNODEREQUEST'].fields_by_name['node_id']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
-  _globals['_ENQUEUETASKREQUEST']._serialized_start=153
-  _globals['_ENQUEUETASKREQUEST']._serialized_end=334
-  _globals['_WORKSIZE']._serialized_start=337
-  _globals['_WORKSIZE']._serialized_end=485
-  _globals['_ENQUEUETASKRESPONSE']._serialized_start=487
-  _globals['_ENQUEUETASKRESPONSE']._serialized_end=544
-  _globals['_DEQUEUETASKREQUEST']._serialized_start=546
-  _globals['_DEQUEUETASKREQUEST']._serialized_end=594
-  _globals['_DEQUEUETASKRESPONSE']._serialized_start=596
-  _globals['_DEQUEUETASKRESPONSE']._serialized_end=617
-  _globals['_UPDATETASKREQUEST']._serialized_start=620
-  _globals['_UPDATETASKREQUEST']._serialized_end=755
-  _globals['_UPDATETASKRESPONSE']._serialized_start=757
-  _globals['_UPDATETASKRESPONSE']._serialized_end=813
-  _globals['_ESTIMATETASKREQUEST']._serialized_start=815
-  _globals['_ESTIMATETASKREQUEST']._serialized_end=928
-  _globals['_ESTIMATETASKRESPONSE']._serialized_start=930
-  _globals['_ESTIMATETASKRESPONSE']._serialized_end=1012
-  _globals['_GETPLANREQUEST']._serialized_start=1014
-  _globals['_GETPLANREQUEST']._serialized_end=1030
-  _globals['_GETPLANRESPONSE']._serialized_start=1032
-  _globals['_GETPLANRESPONSE']._serialized_end=1078
-  _globals['_WATCHPLANREQUEST']._serialized_start=1080
-  _globals['_WATCHPLANREQUEST']._serialized_end=1098
-  _globals['_WATCHPLANRESPONSE']._serialized_start=1100
-  _globals['_WATCHPLANRESPONSE']._serialized_end=1148
-  _globals['_REGISTERNODEREQUEST']._serialized_start=1150
-  _globals['_REGISTERNODEREQUEST']._serialized_end=1240
-  _globals['_REGISTERNODERESPONSE']._serialized_start=1243
-  _globals['_REGISTERNODERESPONSE']._serialized_end=1371
-  _globals['_ASSIGNMENTSTATUS']._serialized_start=1374
-  _globals['_ASSIGNMENTSTATUS']._serialized_end=1548
-  _globals['_NODEHEARTBEAT']._serialized_start=1550
-  _globals['_NODEHEARTBEAT']._serialized_end=1613
-  _globals['_ASSIGNMENTENDED']._serialized_start=1616
-  _globals['_ASSIGNMENTENDED']._serialized_end=1751
-  _globals['_NODESESSIONREQUEST']._serialized_start=1754
-  _globals['_NODESESSIONREQUEST']._serialized_end=1941
-  _globals['_LEASERENEWED']._serialized_start=1943
-  _globals['_LEASERENEWED']._serialized_end=2008
-  _globals['_ASSIGNMENTSTOP']._serialized_start=2010
-  _globals['_ASSIGNMENTSTOP']._serialized_end=2086
-  _globals['_TRIALSSTOP']._serialized_start=2088
-  _globals['_TRIALSSTOP']._serialized_end=2142
-  _globals['_NODESESSIONRESPONSE']._serialized_start=2145
-  _globals['_NODESESSIONRESPONSE']._serialized_end=2364
-  _globals['_LISTNODESREQUEST']._serialized_start=2366
-  _globals['_LISTNODESREQUEST']._serialized_end=2384
-  _globals['_LISTNODESRESPONSE']._serialized_start=2386
-  _globals['_LISTNODESRESPONSE']._serialized_end=2435
-  _globals['_CORDONNODEREQUEST']._serialized_start=2437
-  _globals['_CORDONNODEREQUEST']._serialized_end=2503
-  _globals['_CORDONNODERESPONSE']._serialized_start=2505
-  _globals['_CORDONNODERESPONSE']._serialized_end=2554
-  _globals['_DRAINNODEREQUEST']._serialized_start=2556
-  _globals['_DRAINNODEREQUEST']._serialized_end=2603
-  _globals['_DRAINNODERESPONSE']._serialized_start=2605
-  _globals['_DRAINNODERESPONSE']._serialized_end=2653
-  _globals['_PLACEMENTSERVICE']._serialized_start=2656
-  _globals['_PLACEMENTSERVICE']._serialized_end=3464
+  _globals['_ENQUEUETASKREQUEST']._serialized_start=174
+  _globals['_ENQUEUETASKREQUEST']._serialized_end=355
+  _globals['_WORKSIZE']._serialized_start=358
+  _globals['_WORKSIZE']._serialized_end=598
+  _globals['_ENQUEUETASKRESPONSE']._serialized_start=600
+  _globals['_ENQUEUETASKRESPONSE']._serialized_end=657
+  _globals['_DEQUEUETASKREQUEST']._serialized_start=659
+  _globals['_DEQUEUETASKREQUEST']._serialized_end=707
+  _globals['_DEQUEUETASKRESPONSE']._serialized_start=709
+  _globals['_DEQUEUETASKRESPONSE']._serialized_end=730
+  _globals['_UPDATETASKREQUEST']._serialized_start=733
+  _globals['_UPDATETASKREQUEST']._serialized_end=868
+  _globals['_UPDATETASKRESPONSE']._serialized_start=870
+  _globals['_UPDATETASKRESPONSE']._serialized_end=926
+  _globals['_ESTIMATETASKREQUEST']._serialized_start=928
+  _globals['_ESTIMATETASKREQUEST']._serialized_end=1041
+  _globals['_ESTIMATETASKRESPONSE']._serialized_start=1043
+  _globals['_ESTIMATETASKRESPONSE']._serialized_end=1125
+  _globals['_GETPLANREQUEST']._serialized_start=1127
+  _globals['_GETPLANREQUEST']._serialized_end=1143
+  _globals['_GETPLANRESPONSE']._serialized_start=1145
+  _globals['_GETPLANRESPONSE']._serialized_end=1191
+  _globals['_WATCHPLANREQUEST']._serialized_start=1193
+  _globals['_WATCHPLANREQUEST']._serialized_end=1211
+  _globals['_WATCHPLANRESPONSE']._serialized_start=1213
+  _globals['_WATCHPLANRESPONSE']._serialized_end=1261
+  _globals['_REGISTERNODEREQUEST']._serialized_start=1263
+  _globals['_REGISTERNODEREQUEST']._serialized_end=1353
+  _globals['_REGISTERNODERESPONSE']._serialized_start=1356
+  _globals['_REGISTERNODERESPONSE']._serialized_end=1484
+  _globals['_ASSIGNMENTSTATUS']._serialized_start=1487
+  _globals['_ASSIGNMENTSTATUS']._serialized_end=1702
+  _globals['_NODEHEARTBEAT']._serialized_start=1704
+  _globals['_NODEHEARTBEAT']._serialized_end=1767
+  _globals['_ASSIGNMENTENDED']._serialized_start=1770
+  _globals['_ASSIGNMENTENDED']._serialized_end=1905
+  _globals['_NODESESSIONREQUEST']._serialized_start=1908
+  _globals['_NODESESSIONREQUEST']._serialized_end=2095
+  _globals['_LEASERENEWED']._serialized_start=2097
+  _globals['_LEASERENEWED']._serialized_end=2162
+  _globals['_ASSIGNMENTSTOP']._serialized_start=2164
+  _globals['_ASSIGNMENTSTOP']._serialized_end=2240
+  _globals['_TRIALSSTOP']._serialized_start=2242
+  _globals['_TRIALSSTOP']._serialized_end=2296
+  _globals['_NODESESSIONRESPONSE']._serialized_start=2299
+  _globals['_NODESESSIONRESPONSE']._serialized_end=2518
+  _globals['_LISTNODESREQUEST']._serialized_start=2520
+  _globals['_LISTNODESREQUEST']._serialized_end=2538
+  _globals['_LISTNODESRESPONSE']._serialized_start=2540
+  _globals['_LISTNODESRESPONSE']._serialized_end=2589
+  _globals['_CORDONNODEREQUEST']._serialized_start=2591
+  _globals['_CORDONNODEREQUEST']._serialized_end=2657
+  _globals['_CORDONNODERESPONSE']._serialized_start=2659
+  _globals['_CORDONNODERESPONSE']._serialized_end=2708
+  _globals['_DRAINNODEREQUEST']._serialized_start=2710
+  _globals['_DRAINNODEREQUEST']._serialized_end=2757
+  _globals['_DRAINNODERESPONSE']._serialized_start=2759
+  _globals['_DRAINNODERESPONSE']._serialized_end=2807
+  _globals['_PLACEMENTSERVICE']._serialized_start=2810
+  _globals['_PLACEMENTSERVICE']._serialized_end=3618
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 isort:skip_file
 Places tasks on nodes by their predicted durations."""
 
+from alto.v1 import event_pb2 as _event_pb2
 from alto.v1 import placement_pb2 as _placement_pb2
 from alto.v1 import tuning_pb2 as _tuning_pb2
 from collections import abc as _abc
@@ -77,6 +78,10 @@ class WorkSize(_message.Message):
     TOTAL_LORA_RANK_FIELD_NUMBER: _builtins.int
     BASE_PARAMETERS_FIELD_NUMBER: _builtins.int
     EXPECTED_SHARE_FIELD_NUMBER: _builtins.int
+    TRIALS_FIELD_NUMBER: _builtins.int
+    LONGEST_STEPS_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    LEAST_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     train_tokens: _builtins.int
     """Training tokens when every trial trains to its last step."""
     evaluation_tokens: _builtins.int
@@ -89,6 +94,14 @@ class WorkSize(_message.Message):
     """Weights of the base model."""
     expected_share: _builtins.float
     """Share of the work expected to be left after early exits, in (0, 1]."""
+    trials: _builtins.int
+    """Trials."""
+    longest_steps: _builtins.int
+    """Optimiser steps of the trial with the most: they follow one another, whatever is trained beside them."""
+    shape: _builtins.str
+    """Name of the shape of the search: tasks of one shape are expected to stop about the same share of their trials."""
+    least_memory_bytes: _builtins.int
+    """Memory without which no GPU can hold its part of the task, in bytes; 0 when not known."""
     def __init__(
         self,
         *,
@@ -98,10 +111,14 @@ class WorkSize(_message.Message):
         total_lora_rank: _builtins.int = ...,
         base_parameters: _builtins.int = ...,
         expected_share: _builtins.float = ...,
+        trials: _builtins.int = ...,
+        longest_steps: _builtins.int = ...,
+        shape: _builtins.str = ...,
+        least_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_parameters", b"base_parameters", "evaluation_tokens", b"evaluation_tokens", "expected_share", b"expected_share", "steps", b"steps", "total_lora_rank", b"total_lora_rank", "train_tokens", b"train_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_parameters", b"base_parameters", "evaluation_tokens", b"evaluation_tokens", "expected_share", b"expected_share", "least_memory_bytes", b"least_memory_bytes", "longest_steps", b"longest_steps", "shape", b"shape", "steps", b"steps", "total_lora_rank", b"total_lora_rank", "train_tokens", b"train_tokens", "trials", b"trials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -451,6 +468,7 @@ class AssignmentStatus(_message.Message):
     FRACTION_DONE_FIELD_NUMBER: _builtins.int
     TIME_REMAINING_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """The assignment."""
     task_id: _builtins.str
@@ -465,6 +483,10 @@ class AssignmentStatus(_message.Message):
     def time_remaining(self) -> _duration_pb2.Duration:
         """Expected time to the end; absent when not known yet."""
 
+    @_builtins.property
+    def measured(self) -> _event_pb2.MeasuredWork:
+        """What this attempt has done and how long it took; absent when not known yet."""
+
     def __init__(
         self,
         *,
@@ -474,10 +496,11 @@ class AssignmentStatus(_message.Message):
         fraction_done: _builtins.float = ...,
         time_remaining: _duration_pb2.Duration | None = ...,
         tokens_per_second: _builtins.float = ...,
+        measured: _event_pb2.MeasuredWork | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["time_remaining", b"time_remaining"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured", "time_remaining", b"time_remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "epoch", b"epoch", "fraction_done", b"fraction_done", "task_id", b"task_id", "time_remaining", b"time_remaining", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "epoch", b"epoch", "fraction_done", b"fraction_done", "measured", b"measured", "task_id", b"task_id", "time_remaining", b"time_remaining", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

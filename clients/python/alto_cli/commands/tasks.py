@@ -84,6 +84,7 @@ def download(
     task: TaskOrNewest = "",
     trial: Annotated[str, typer.Option(help="The trial. Default: the best one.")] = "",
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("alto-output"),
+    force: Annotated[bool, typer.Option("--force", help="Replace another adapter that lies there.")] = False,
     server: Server = "",
     api_key: ApiKey = "",
     json_output: Json = False,
@@ -92,4 +93,4 @@ def download(
     with failures(json_output):
         from alto_cli import tasks
 
-        tasks.download(task, trial, output, server, api_key, json_output)
+        tasks.download(task, trial, output, force, server, api_key, json_output)
