@@ -141,7 +141,7 @@ class Dispatcher:
             work=tuning_work(task, trials, checked.train, checked.validation),
             resources=spec.resources,
             priority=spec.priority,
-            size=work_size(size, checked.model.facts.parameters),
+            size=work_size(size, checked.search.trials, checked.model.facts),
         )
         try:
             planned = await self._placement.enqueue(request)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from alto.v1 import placement_pb2, placement_service_pb2, placement_service_pb2_grpc, tuning_pb2
-from alto_common import tuning_wire
+from alto_common import tuning, tuning_wire
+from alto_common.base_models import ModelFacts
 from alto_common.rpc.channel import bearer_metadata, service_channel
 
 from alto_admission.domain.search import DEFAULT_VALIDATION_FRACTION
 from alto_admission.domain.task import Task, Trial
-from alto_admission.domain.work_size import SearchSize
+from alto_admission.domain.work_size import SearchSize, least_memory_bytes
 from alto_admission.store.datasets import Dataset
 
 CALL_TIMEOUT_S = 10.0
@@ -57,15 +58,19 @@ class PlacementClient:
         await self._channel.close()
 
 
-def work_size(size: SearchSize, base_parameters: int) -> placement_service_pb2.WorkSize:
+def work_size(size: SearchSize, trials: Sequence[tuning.Trial], facts: ModelFacts) -> placement_service_pb2.WorkSize:
     """Return the message of a search's size."""
     return placement_service_pb2.WorkSize(
         train_tokens=size.train_tokens,
         evaluation_tokens=size.evaluation_tokens,
         steps=size.steps,
         total_lora_rank=size.total_lora_rank,
-        base_parameters=base_parameters,
+        base_parameters=facts.parameters,
         expected_share=size.expected_share,
+        trials=size.trials,
+        longest_steps=size.longest_steps,
+        shape=size.shape,
+        least_memory_bytes=least_memory_bytes(trials, facts),
     )
 
 

@@ -124,9 +124,10 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         size = await self._tuning_tasks.size(checked)
         resources = request.spec.resources
         wanted = placement_service_pb2.EstimateTaskRequest(
+            tenant=tenant(),
             base_model=request.spec.base_model,
             resources=resources,
-            size=work_size(size, checked.model.facts.parameters),
+            size=work_size(size, checked.search.trials, checked.model.facts),
         )
         try:
             estimate = await self._placement.estimate(wanted)

@@ -1,11 +1,12 @@
 """How long a task takes: learned from measured ticks, with a prior before there are any.
 
-    seconds = start + ticks * (a + b * tokens a tick + c * lora_ranks a tick) + evaluations + checkpoints
+    seconds = start + training (see `tick_model`) + evaluations + checkpoints
 
-a, b, c are fitted for each (backbone, GPU kind, GPUs) by recursive least squares on relative errors, starting from a
-prior, so that the first measurement already counts and one bad one does little harm. Early exits shorten the work by a
-share that is learned for each tenant and shape of search. A prediction is an upper bound (nobody exits), an expectation
-and a 90 % interval; it is corrected while the task runs and nothing is ever stopped because it was wrong.
+The training's coefficients belong to a (backbone, GPU kind, GPUs). Early exits shorten the work by a share that is
+learned for each tenant and shape of search (see `exit_shares`). A prediction is an upper bound (nobody exits), an
+expectation and a 90 % interval; it is corrected while the task runs and nothing is ever stopped because it was wrong.
+The interval's two sources are the share and the speed. The speed's width is how far whole runs were from what had been
+predicted for just the work they did: ticks of one run are slow or fast together, their own noise would be too narrow.
 Source: EVIDENCE (Placement), point 7: predict on tokens, keep upper bound, expectation and interval.
 """
 
@@ -13,210 +14,296 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from alto_placement.exit_shares import ExitShares, Share, quantile
 from alto_placement.planner.model import Duration
+from alto_placement.tick_model import Features, TickModel
 
 Z90 = 1.645  # half a 90 % interval of a normal distribution, in standard deviations
-PRIOR_SPREAD = 1.0  # standard deviation of the logarithm of a prior: a factor of 2.7 either way is usual
-MODEL_ERROR = 0.005  # what remains of relative error however much was measured
-OUTLIER = 4.0  # a tick further off than so many deviations counts as one that far off
-FORGETTING = 0.995  # weight of the past at each new tick: speeds drift
-HISTORY = 200  # finished tasks remembered for each tenant and shape
-PRIOR_TASKS = 4.0  # weight of the prior share of early exits, in tasks
+# A training token costs about 4 floating-point operations a weight: forward, and backward for activations alone.
+OPERATIONS_PER_TOKEN_AND_WEIGHT = 4.0
+# Sustained operations a second of one worker place, before anything has been measured there.
+PRIOR_OPERATIONS_PER_S = {"cpu": 3e10}
+PRIOR_GPU_OPERATIONS_PER_S = 1e14
+# Tokens on a tick above which it gets no faster; what executors choose where memory allows.
+PRIOR_TOKENS_PER_TICK = {"cpu": 1024.0}
+PRIOR_GPU_TOKENS_PER_TICK = 8192.0
+LEAST_PARAMETERS = 1_000_000
+# What a tick costs beside its tokens, and a lora_rank on it, as shares of a full tick and of a token.
+PRIOR_TICK_SHARE = 0.05
+PRIOR_RANK_TOKENS = 0.2
+PRIOR_EVALUATION_SHARE = 0.4  # of what a token costs in training; it goes forward only
+PRIOR_START_S = 15.0  # interpreter, libraries, backbone, data
+NEWEST_WEIGHT = 0.3
+FULL_TICK_FADES = 0.995  # the fullest tick seen counts a little less with each window after it
+RUNS = 200  # whole runs whose errors are remembered for each kind of hardware
+ENOUGH_RUNS = 20  # their own quantiles are believed from here on
+PRIOR_RUN_ERROR, PRIOR_RUNS = 0.1, 4.0
+TRUSTED_TICKS = 20.0  # a run's own pace counts half after so many ticks
+OVERSTAY = 0.01  # of what has elapsed: a task that outlives its prediction is late, not over
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Where a tick runs."""
+    """Where a tick runs. `parameters` of the backbone serve the prior only."""
 
     backbone: str
     gpu_kind: str
     gpus: int
+    parameters: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a task has to do, all trials to their ends: `ticks` of `tokens` tokens and `lora_ranks` summed ranks each.
+    """What is to be trained, all trials to their ends: tokens in all, steps of the longest trial, tokens evaluated.
 
-    `evaluation_tokens` go forward only; `checkpoints` are written.
+    `lora_rank_steps` sums lora_rank over the steps of every trial.
     """
 
-    ticks: float
-    tokens: float
-    lora_ranks: float
+    train_tokens: float
+    longest_steps: float
+    lora_rank_steps: float = 0.0
     evaluation_tokens: float = 0.0
-    checkpoints: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Prior:
-    """What is believed of hardware before anything was measured there. A forward pass costs a third of a step."""
+class Measured:
+    """What a run has done and the seconds of each part, from its start on; see MeasuredWork in the contract."""
 
-    seconds_per_tick: float = 0.05
-    seconds_per_token: float = 1e-4
-    seconds_per_lora_rank: float = 1e-5
-    start_s: float = 30.0
-    checkpoint_s: float = 2.0
+    ticks: float = 0.0
+    train_tokens: float = 0.0
+    lora_rank_ticks: float = 0.0
+    training_s: float = 0.0
+    evaluation_tokens: float = 0.0
+    evaluation_s: float = 0.0
+    checkpoints: int = 0
+    checkpoint_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of all parts."""
+        return self.training_s + self.evaluation_s + self.checkpoint_s
+
+    @property
+    def training(self) -> Features:
+        """What the training was made of."""
+        return self.ticks, self.train_tokens, self.lora_rank_ticks
+
+    def since(self, before: Measured) -> Measured:
+        """Return what was done after `before`; everything when the run has begun anew since."""
+        if before.ticks > self.ticks or before.evaluation_tokens > self.evaluation_tokens:
+            return self
+        return Measured(
+            self.ticks - before.ticks,
+            self.train_tokens - before.train_tokens,
+            self.lora_rank_ticks - before.lora_rank_ticks,
+            self.training_s - before.training_s,
+            self.evaluation_tokens - before.evaluation_tokens,
+            self.evaluation_s - before.evaluation_s,
+            self.checkpoints - before.checkpoints,
+            self.checkpoint_s - before.checkpoint_s,
+        )
+
+
+NOTHING_DONE = Measured()
 
 
 @dataclass(slots=True)
-class _TickModel:
-    """Recursive least squares for seconds = weights . (1, tokens, ranks), errors relative to the prediction."""
+class HardwareModel:
+    """All that is known of one kind of hardware. `fullest` are the tokens of a tick that has as many as it can."""
 
-    weights: list[float]
-    covariance: list[list[float]]
-    squared_error: float = PRIOR_SPREAD**2
-    ticks: int = 0
+    training: TickModel
+    fullest: float
+    evaluation_token_s: float
+    overhead: float = 0.0  # checkpoints, as a share of training
+    start_s: float = PRIOR_START_S
+    evaluated: bool = False
+    is_full_known: bool = False
+    run_errors: deque[float] = field(default_factory=lambda: deque(maxlen=RUNS))
 
-    def predict(self, features: tuple[float, float, float]) -> float:
-        raw = sum(weight * value for weight, value in zip(self.weights, features, strict=True))
-        return max(raw, 1e-9)
+    def features(self, work: Work) -> Features:
+        """Return the ticks that `work` takes, its tokens, and the lora_ranks on those ticks."""
+        steps = max(1.0, work.longest_steps)
+        ticks = max(steps, work.train_tokens / max(1.0, self.fullest))
+        return ticks, work.train_tokens, work.lora_rank_steps * ticks / steps
 
-    def learn(self, features: tuple[float, float, float], seconds: float) -> None:
-        predicted = self.predict(features)
-        if self.ticks == 0:
-            # The prior knows the shape, the first tick the speed of this machine.
-            scale = seconds / predicted
-            self.weights = [weight * scale for weight in self.weights]
-            self.covariance = [[cell * scale * scale for cell in row] for row in self.covariance]
-            self.squared_error = 0.1**2
-            self.ticks = 1
-            return
-        deviation = math.sqrt(self.squared_error)
-        error = max(-OUTLIER * deviation, min(OUTLIER * deviation, (seconds - predicted) / predicted))
-        scaled = [value / predicted for value in features]
-        gained = [sum(row[j] * scaled[j] for j in range(3)) for row in self.covariance]
-        denominator = FORGETTING * max(self.squared_error, 1e-6) + sum(scaled[i] * gained[i] for i in range(3))
-        gain = [value / denominator for value in gained]
-        self.weights = [weight + factor * error for weight, factor in zip(self.weights, gain, strict=True)]
-        self.covariance = [
-            [(self.covariance[i][j] - gain[i] * gained[j]) / FORGETTING for j in range(3)] for i in range(3)
-        ]
-        self.ticks += 1
-        rate = max(1.0 / self.ticks, 1.0 - FORGETTING)
-        self.squared_error += rate * (error * error - self.squared_error)
+    def seconds(self, training: Features, evaluation_tokens: float) -> float:
+        """Return the seconds of training and evaluating, and of the checkpoints meanwhile."""
+        evaluation_s = evaluation_tokens * self.evaluation_token_s
+        return self.training.seconds(training) * (1.0 + self.overhead) + evaluation_s
 
-    def spread(self, features: tuple[float, float, float], ticks: float) -> float:
-        """Return the relative standard deviation of the mean of `ticks` future ticks."""
-        if self.ticks == 0:
-            return PRIOR_SPREAD
-        scaled = [value / self.predict(features) for value in features]
-        of_mean = sum(scaled[i] * self.covariance[i][j] * scaled[j] for i in range(3) for j in range(3))
-        return math.sqrt(MODEL_ERROR**2 + max(0.0, of_mean) + self.squared_error / max(1.0, ticks))
+    def learn(self, done: Measured) -> None:
+        """Learn from a window of a run."""
+        self.training.learn(done.training, done.training_s)
+        if done.ticks > 0 and done.training_s > 0:
+            full = done.train_tokens / done.ticks
+            self.fullest = max(full, self.fullest * FULL_TICK_FADES if self.is_full_known else full)
+            self.is_full_known = True
+            self.overhead += NEWEST_WEIGHT * (min(1.0, done.checkpoint_s / done.training_s) - self.overhead)
+        if done.evaluation_tokens > 0 and done.evaluation_s > 0:
+            cost = done.evaluation_s / done.evaluation_tokens
+            self.evaluation_token_s += (NEWEST_WEIGHT if self.evaluated else 1.0) * (cost - self.evaluation_token_s)
+            self.evaluated = True
+
+    def error_interval(self, training: Features) -> tuple[float, float]:
+        """Return the ends of the 90 % interval of the logarithm of true over predicted speed."""
+        errors = sorted(self.run_errors)
+        if len(errors) >= ENOUGH_RUNS:
+            low, high = quantile(errors, 0.05, errors[0]), quantile(errors, 0.95, errors[-1])
+        else:
+            squares = sum(error * error for error in errors) + PRIOR_RUNS * PRIOR_RUN_ERROR**2
+            high = Z90 * math.sqrt(squares / (len(errors) + PRIOR_RUNS))
+            low = -high
+        of_model = Z90 * self.training.uncertainty(training)
+        # What runs were off by holds their model's uncertainty already; a model that knows less than that is wider.
+        return min(low, -of_model), max(high, of_model)
+
+    def state(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {
+            "training": self.training.state(),
+            "fullest": self.fullest,
+            "evaluation_token_s": self.evaluation_token_s,
+            "overhead": self.overhead,
+            "start_s": self.start_s,
+            "evaluated": self.evaluated,
+            "is_full_known": self.is_full_known,
+            "run_errors": list(self.run_errors),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> HardwareModel:
+        """Return the model that `state` describes."""
+        return cls(
+            **{
+                **state,
+                "training": TickModel(**state["training"]),
+                "run_errors": deque(state["run_errors"], maxlen=RUNS),
+            }
+        )
 
 
 @dataclass
 class DurationModel:
     """Predicts and learns. Plain state, no clock: the caller says what was measured."""
 
-    prior: Prior = field(default_factory=Prior)
-    early_exit_prior: float = 0.5  # share of the work that is done where nothing is known of a tenant's searches
-    _ticks: dict[Hardware, _TickModel] = field(default_factory=dict)
-    _shares: dict[tuple[str, str], deque[float]] = field(default_factory=dict)
+    shares: ExitShares = field(default_factory=ExitShares)
+    hardware: dict[Hardware, HardwareModel] = field(default_factory=dict)
 
-    def observe_tick(self, hardware: Hardware, tokens: float, lora_ranks: float, seconds: float) -> None:
-        """Learn from one measured tick. Figures that cannot be are ignored."""
-        if not (math.isfinite(seconds) and seconds > 0 and tokens >= 0 and lora_ranks >= 0):
-            return
-        self._model(hardware).learn((1.0, tokens, lora_ranks), seconds)
+    def observe(self, hardware: Hardware, done: Measured) -> None:
+        """Learn from a window of a run: what it did, and the seconds of each part."""
+        self.model(hardware).learn(done)
 
-    def observe_finished(self, tenant: str, shape: str, share_done: float) -> None:
-        """Learn what share of its full work a finished search of this shape did before its trials had exited."""
-        if 0.0 < share_done <= 1.0:
-            self._shares.setdefault((tenant, shape), deque(maxlen=HISTORY)).append(share_done)
+    def observe_start(self, hardware: Hardware, seconds: float) -> None:
+        """Learn how long a run takes that neither trains nor evaluates nor writes: its start."""
+        model = self.model(hardware)
+        model.start_s += NEWEST_WEIGHT * (max(0.0, seconds) - model.start_s)
+
+    def observe_run(self, hardware: Hardware, predicted_s: float, actual_s: float) -> None:
+        """Learn how far a whole run was from what had been predicted, when it began, for just the work it then did."""
+        if predicted_s > 0 and actual_s > 0:
+            self.model(hardware).run_errors.append(math.log(actual_s / predicted_s))
+
+    def observe_share(self, hardware: Hardware, work: Work, done: Measured, tenant: str, shape: str) -> None:
+        """Learn what share of its full work a search did that has come to its natural end."""
+        model = self.model(hardware)
+        full = model.seconds(model.features(work), work.evaluation_tokens)
+        self.shares.observe(tenant, shape, model.seconds(done.training, done.evaluation_tokens) / full)
 
     def predict(
-        self, hardware: Hardware, work: Work, tenant: str = "", shape: str = "", early_exit: bool = True
+        self, hardware: Hardware, work: Work, tenant: str = "", shape: str = "", prior_share: float = 1.0
     ) -> Duration:
-        """Return how long `work` takes on `hardware`."""
-        model = self._model(hardware)
-        features = (1.0, work.tokens, work.lora_ranks)
-        per_token = model.weights[1]
-        fixed = self.prior.start_s + work.checkpoints * self.prior.checkpoint_s
-        full = work.ticks * model.predict(features) + work.evaluation_tokens * max(per_token, 0.0) / 3.0
-        share, share_low, share_high = self._share(tenant, shape) if early_exit else (1.0, 1.0, 1.0)
-        spread = model.spread(features, work.ticks * share)
-        expected = fixed + full * share
-        # The two sources of error are independent: their logarithms add in quadrature, side by side.
-        below = math.hypot(Z90 * spread, math.log(share / share_low))
-        above = math.hypot(Z90 * spread, math.log(share_high / share))
-        low = fixed + full * share * math.exp(-below)
-        high = fixed + full * share * math.exp(above)
-        return Duration(expected, max(expected, fixed + full * math.exp(Z90 * spread)), low, high)
+        """Return how long `work` takes on `hardware`; `prior_share` of it where nothing is known of such searches."""
+        model = self.model(hardware)
+        training = model.features(work)
+        full = model.seconds(training, work.evaluation_tokens)
+        share = self.shares.expect(tenant, shape, prior_share)
+        return _duration(model.start_s, full, share, full * max(1.0, share.high), model.error_interval(training))
 
     def remaining(
-        self, hardware: Hardware, work: Work, done_share: float, elapsed_s: float, tenant: str = "", shape: str = ""
+        self,
+        hardware: Hardware,
+        work: Work,
+        left: Work,
+        done: Measured,
+        trained_share: float = 0.0,
+        tenant: str = "",
+        shape: str = "",
+        prior_share: float = 1.0,
     ) -> Duration:
-        """Return what is left of a running task that has done `done_share` of the full work in `elapsed_s`.
+        """Return what is left of a running task: at most `left`, all of `work` but what is done or has exited.
 
-        The measured speed of this run counts the more, the more it has done. The expectation is never below 1 % of what
-        has elapsed: a task that outlives its prediction is late, not over.
+        `done` is this attempt's, `trained_share` that of all. The pace of this run counts the more, the more it has
+        done. The expectation is never below 1 % of what has elapsed.
         """
-        before = self.predict(hardware, work, tenant, shape)
-        if done_share <= 0.0 or elapsed_s <= 0.0:
-            return before
-        done_share = min(done_share, 1.0)
-        share, _, share_high = self._share(tenant, shape)
-        fixed = self.prior.start_s + work.checkpoints * self.prior.checkpoint_s
-        learned_full = max(before.expected_s - fixed, 0.0) / share
-        measured_full = max(elapsed_s - self.prior.start_s, 0.1 * elapsed_s) / done_share
-        trust = done_share / (done_share + 0.05)
-        full = (1.0 - trust) * learned_full + trust * measured_full
-        floor = 0.01 * elapsed_s
-        # Who has done more than the usual share is one of those that run longer.
-        expected_share = share if done_share < share else 0.5 * (done_share + 1.0)
-        left = max(floor, full * max(0.0, expected_share - done_share))
-        upper = max(left, full * (1.0 - done_share))
-        width = Z90 * math.hypot(
-            MODEL_ERROR, (1.0 - trust) * self._model(hardware).spread((1.0, work.tokens, work.lora_ranks), work.ticks)
+        model = self.model(hardware)
+        full = model.seconds(model.features(work), work.evaluation_tokens)
+        training = model.features(left)
+        most = model.seconds(training, left.evaluation_tokens)
+        so_far = model.seconds(done.training, done.evaluation_tokens)
+        trust = done.ticks / (done.ticks + TRUSTED_TICKS)
+        pace = (done.seconds / so_far) ** trust if done.seconds > 0 and so_far > 0 else 1.0
+        done_share, most_share = max(so_far / full, trained_share), most / full
+        share = self.shares.expect(tenant, shape, prior_share, done_share)
+        least = OVERSTAY * done.seconds / pace / full
+        left_share = Share(
+            *(max(least, min(most_share, total - done_share)) for total in (share.expected, share.low, share.high))
         )
-        high = max(left, full * max(0.0, max(share_high, expected_share) - done_share)) * math.exp(width)
-        return Duration(left, upper, left * math.exp(-width), high)
+        low, high = model.error_interval(training)
+        low, high = (end * (1.0 - 0.5 * trust) for end in (low, high))
+        return _duration(0.0, full * pace, left_share, max(most, least * full) * pace, (low, high))
 
-    def _model(self, hardware: Hardware) -> _TickModel:
-        found = self._ticks.get(hardware)
+    def model(self, hardware: Hardware) -> HardwareModel:
+        """Return what is known of hardware: measured, else a guess from what is most like it."""
+        found = self.hardware.get(hardware)
         if found is None:
-            found = self._ticks[hardware] = self._from_prior(hardware)
+            found = self.hardware[hardware] = self._guess(hardware)
         return found
 
-    def _from_prior(self, hardware: Hardware) -> _TickModel:
-        # What was measured on other numbers of GPUs of the kind, scaled by their number, is a better prior than none.
-        for known, model in self._ticks.items():
-            if (known.backbone, known.gpu_kind) == (hardware.backbone, hardware.gpu_kind) and model.ticks:
-                weights = [weight * known.gpus / hardware.gpus for weight in model.weights]
-                return _TickModel(weights, _diagonal(weights))
-        weights = [
-            self.prior.seconds_per_tick,
-            self.prior.seconds_per_token / hardware.gpus,
-            self.prior.seconds_per_lora_rank / hardware.gpus,
+    def is_measured(self, hardware: Hardware) -> bool:
+        """Return whether anything was measured on just this hardware."""
+        return hardware in self.hardware and self.hardware[hardware].training.ticks > 0
+
+    def _guess(self, hardware: Hardware) -> HardwareModel:
+        """Scale a prior by how far it was off on what has been measured of the backbone, else of the GPU kind."""
+        guess = _prior(hardware)
+        measured = [(known, model) for known, model in self.hardware.items() if model.training.ticks > 0]
+        alike = [one for one in measured if one[0].backbone == hardware.backbone] or [
+            one for one in measured if one[0].gpu_kind == hardware.gpu_kind and hardware.parameters
         ]
-        return _TickModel(weights, _diagonal(weights))
-
-    def _share(self, tenant: str, shape: str) -> tuple[float, float, float]:
-        """Return the expected share of the work that is done, and the ends of its 90 % interval."""
-        seen = sorted(self._shares.get((tenant, shape)) or self._of_tenant(tenant))
-        if not seen:
-            return self.early_exit_prior, max(0.05, 0.4 * self.early_exit_prior), 1.0
-        mean = (sum(seen) + PRIOR_TASKS * self.early_exit_prior) / (len(seen) + PRIOR_TASKS)
-        # Order statistics of the history and one more: with few seen, the ends lie outside of what was seen.
-        low = _quantile(seen, 0.05, 0.5 * min(seen[0], mean))
-        high = _quantile(seen, 0.95, 1.0)
-        return mean, min(low, mean), max(high, mean)
-
-    def _of_tenant(self, tenant: str) -> list[float]:
-        return [share for (name, _), shares in self._shares.items() if name == tenant for share in shares]
+        if alike:
+            work = (1.0, guess.fullest, 0.0)
+            factors = [
+                math.log(model.training.seconds(work) / _prior(known).training.seconds(work)) for known, model in alike
+            ]
+            factor = math.exp(sum(factors) / len(factors))
+            guess.training = TickModel.prior(_scaled(guess.training.weights, factor))
+            guess.evaluation_token_s *= factor
+            guess.start_s = sum(model.start_s for _, model in alike) / len(alike)
+        return guess
 
 
-def _diagonal(weights: list[float]) -> list[list[float]]:
-    return [[(weights[i] * 0.5) ** 2 if i == j else 0.0 for j in range(3)] for i in range(3)]
+def _prior(hardware: Hardware) -> HardwareModel:
+    operations = PRIOR_OPERATIONS_PER_S.get(hardware.gpu_kind, PRIOR_GPU_OPERATIONS_PER_S) * hardware.gpus
+    token_s = OPERATIONS_PER_TOKEN_AND_WEIGHT * max(hardware.parameters, LEAST_PARAMETERS) / operations
+    fullest = PRIOR_TOKENS_PER_TICK.get(hardware.gpu_kind, PRIOR_GPU_TOKENS_PER_TICK)
+    weights = (PRIOR_TICK_SHARE * fullest * token_s, token_s, PRIOR_RANK_TOKENS * token_s)
+    return HardwareModel(TickModel.prior(weights), fullest, PRIOR_EVALUATION_SHARE * token_s)
 
 
-def _quantile(ordered: list[float], share: float, beyond: float) -> float:
-    """Return the `share` quantile as an order statistic of n + 1 draws; `beyond` where it lies outside the sample."""
-    position = share * (len(ordered) + 1) - 1.0
-    if position < 0 or position > len(ordered) - 1:
-        return beyond
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+def _scaled(weights: Sequence[float], factor: float) -> Features:
+    a, b, c = (weight * factor for weight in weights)
+    return a, b, c
+
+
+def _duration(fixed_s: float, full_s: float, share: Share, upper_s: float, error: tuple[float, float]) -> Duration:
+    """Put a duration together. The share and the speed are independent: their logarithms add in quadrature."""
+    expected = full_s * share.expected
+    below = math.hypot(error[0], math.log(share.expected / share.low))
+    above = math.hypot(error[1], math.log(share.high / share.expected))
+    high = fixed_s + expected * math.exp(above)
+    upper = max(fixed_s + upper_s * math.exp(error[1]), fixed_s + expected)
+    return Duration(fixed_s + expected, upper, fixed_s + expected * math.exp(-below), high)

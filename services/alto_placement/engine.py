@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
 import structlog
-from alto.v1 import error_pb2
-from alto_common.errors import DomainError
 
 from alto_placement import lifecycle, planner
-from alto_placement.estimates import DurationEstimator
+from alto_placement.clock import SteadyClock
+from alto_placement.learning import Learning
 from alto_placement.lifecycle import Reported
 from alto_placement.links import LeaseRenewal, NodeLink, StopOrder
+from alto_placement.placeable import check_placeable
 from alto_placement.settings import PlacementSettings
-from alto_placement.snapshot import fastest_kind, planner_node, snapshot_of, waiting_task
+from alto_placement.snapshot import kinds_for, planner_node, snapshot_of, waiting_task
 from alto_placement.state import (
     Changes,
     ClusterState,
@@ -34,7 +33,6 @@ from alto_placement.state import (
     Outcome,
     StopReason,
     TaskRow,
-    WorkSize,
 )
 from alto_placement.store import PlacementStore
 from alto_placement.watches import PlanFacts, PlanView, PlanWatch, facts_of
@@ -53,11 +51,6 @@ _PREEMPTED = {
 log = structlog.get_logger("alto.placement")
 
 
-def system_moment() -> Moment:
-    """Return the present on the system's clocks."""
-    return Moment(time.monotonic(), time.time())
-
-
 class PlacementEngine:
     """Placement as a running thing. `start` reads the store and begins the loops, `stop` ends them."""
 
@@ -65,16 +58,16 @@ class PlacementEngine:
         self,
         store: PlacementStore,
         settings: PlacementSettings,
-        estimator: DurationEstimator,
-        clock: Callable[[], Moment] = system_moment,
+        clock: Callable[[], Moment] | None = None,
     ) -> None:
         self.state = ClusterState()
         self.is_stopping = False
         self._store = store
         self._settings = settings
         self._rules = settings.rules
-        self._estimator = estimator
-        self._clock = clock
+        self._policy = settings.policy
+        self._clock = clock or SteadyClock()
+        self._learning = Learning(store, self._clock)
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._revision = 0
@@ -86,10 +79,12 @@ class PlacementEngine:
 
     async def start(self) -> None:
         """Read the store, give every node a whole lease to come back in, and begin."""
+        await self._learning.load()
         await self._reload()
         # Above every revision of an earlier start.
         self._revision = int(self._clock().wall_s * 1000)
-        self._loops = [asyncio.create_task(self._watch_leases()), asyncio.create_task(self._keep_planning())]
+        loops = (self._watch_leases(), self._keep_planning(), self._learning.keep(self._settings.keep_learned_s))
+        self._loops = [asyncio.create_task(loop) for loop in loops]
         self._changed.set()
 
     async def stop(self) -> None:
@@ -99,6 +94,7 @@ class PlacementEngine:
         for loop in self._loops:
             with suppress(asyncio.CancelledError):
                 await loop
+        await self._learning.save()
         for link in self._links.values():
             link.close()
         self.is_stopping = True
@@ -139,28 +135,20 @@ class PlacementEngine:
             )
         )
 
-    def estimate(self, base_model: str, gpus: int, gpu_kind: str, size: WorkSize) -> tuple[planner.Duration, str]:
+    def estimate(self, task: TaskRow) -> tuple[planner.Duration, str]:
         """Return how long such a task would take here, and what that rests on. Raises TASK_UNPLACEABLE."""
-        task = TaskRow("estimate", "", b"", base_model, gpus, gpu_kind, size, self._clock().wall_s)
         self.check_placeable(task)
-        kind = fastest_kind(task, self.state)
-        return self._estimator.estimate(base_model, kind, gpus, size), self._estimator.basis(base_model, kind)
+        forecasts = self._learning.forecasts
+        predicted, kind = min(
+            ((forecasts.whole(task, kind), kind) for kind in kinds_for(task, self.state)),
+            key=lambda one: one[0].expected_s,
+        )
+        return predicted, forecasts.basis(task.base_model, kind, task.gpus)
 
     def check_placeable(self, task: TaskRow) -> None:
         """Raise TASK_UNPLACEABLE when no node that is known could ever hold the task; before any is known, wait."""
-        if not self.state.nodes:
-            return
-        # A node that is lost or cordoned now may come back.
-        nodes = [planner.Node(n.node_id, n.gpu_kind, n.gpus) for n in map(planner_node, self.state.nodes.values())]
-        asked = waiting_task(task, fastest_kind(task, self.state), self._estimator, float("-inf"))
-        try:
-            planner.check_can_ever_fit(asked, nodes)
-        except planner.TaskNeverFitsError as error:
-            raise DomainError(
-                error_pb2.ERROR_REASON_TASK_UNPLACEABLE,
-                str(error),
-                metadata={"largest_fit_gpus": str(error.largest_fit_gpus)},
-            ) from error
+        asked = waiting_task(task, self.state, self._learning.forecasts, self._clock().wall_s)
+        check_placeable(asked, [planner_node(node) for node in self.state.nodes.values()])
 
     # --- nodes ---
 
@@ -197,7 +185,8 @@ class PlacementEngine:
         stale = await self._commit(
             lambda draft, now: lifecycle.heartbeat(draft, link.node_id, link.incarnation, reported, now, self._rules)
         )
-        self._learn(link.node_id, reported)
+        if self._learning.heard(self.state, self._facts, link.node_id, reported):
+            self._changed.set()
         link.listed = frozenset(status.assignment_id for status in reported)
         link.told.clear()
         link.tell(LeaseRenewal())
@@ -250,6 +239,7 @@ class PlacementEngine:
                 except Exception:
                     await self._reload()
                     raise
+                self._learning.ended(self.state, changes)
                 self.state.apply(changes)
                 self._announce(changes)
             return answer
@@ -312,7 +302,8 @@ class PlacementEngine:
 
     async def _replan(self) -> None:
         now = self._clock()
-        snapshot = snapshot_of(self.state, self._estimator, now, self._revision)
+        usage_gpu_s = self._learning.usage(self.state)
+        snapshot = snapshot_of(self.state, self._learning.forecasts, self._policy, usage_gpu_s, now, self._revision)
         plan = await asyncio.to_thread(planner.plan, snapshot, budget_s=self._settings.plan_budget_s)
         self._facts = facts_of(plan, snapshot)
         for placement in plan.starting:
@@ -323,22 +314,17 @@ class PlacementEngine:
                 )
             )
             if row is not None:
+                self._learning.begun(self.state, row)
                 log.info("task assigned", task_id=row.task_id, node_id=row.node_id, epoch=row.epoch)
         for order in plan.preemptions:
             await self._commit(
                 lambda draft, at, o=order: lifecycle.preempt(draft, o.task_id, _PREEMPTED[o.reason])  # type: ignore[misc]
             )
+            log.info("task preempted", task_id=order.task_id, reason=order.reason.value, for_task_id=order.for_task_id)
         if snapshot.waiting or snapshot.running:
             self._revision += 1
             for watch in self._watches:
                 watch.announce(())
-
-    def _learn(self, node_id: str, reported: Sequence[Reported]) -> None:
-        for status in reported:
-            row = self.state.assignments.get(status.assignment_id)
-            if row is not None and row.node_id == node_id:
-                kind = self.state.nodes[node_id].spec.gpu_kind
-                self._estimator.observe(self.state.tasks[row.task_id], kind, status.progress)
 
     def _forget_ended(self, now: Moment) -> None:
         for task_id, task in list(self.state.tasks.items()):

@@ -316,7 +316,8 @@ def _end(draft: Draft, row: AssignmentRow, outcome: Outcome, now: Moment) -> Non
     draft.put(replace(row, outcome=outcome, ended_s=now.wall_s))
     task = draft.task(row.task_id)
     assert task is not None, "an assignment has a task"
-    task = replace(task, assignment_id="", fraction_done=progress.fraction_done if progress else task.fraction_done)
+    done = progress.fraction_done if progress else task.fraction_done
+    task = replace(task, assignment_id="", fraction_done=done, ran_on=row.node_id)
     draft.put(task)
     if task.dequeued:
         draft.put(_ended(task, TaskState.FINISHED, now, None))

@@ -14,7 +14,6 @@ from alto_common.rpc.server import Server
 from sqlalchemy import make_url
 
 from alto_placement.engine import PlacementEngine
-from alto_placement.estimates import ThroughputEstimator
 from alto_placement.servicer import SCOPES, SERVICE, PlacementServicer
 from alto_placement.settings import PlacementSettings
 from alto_placement.store import MIGRATIONS, PlacementStore
@@ -31,7 +30,7 @@ class PlacementServer:
     def __init__(self, settings: PlacementSettings) -> None:
         self._settings = settings
         self._database = Database(settings.database_url, MIGRATIONS)
-        self.engine = PlacementEngine(PlacementStore(self._database), settings, ThroughputEstimator())
+        self.engine = PlacementEngine(PlacementStore(self._database), settings)
         self.server = Server(settings.listen, ServiceTokenAuthenticator(settings.service_token), SCOPES, [SERVICE])
         self._health: asyncio.Task[None] | None = None
 

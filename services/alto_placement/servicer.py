@@ -19,15 +19,14 @@ from alto_placement.links import NodeLink
 from alto_placement.settings import PlacementSettings
 from alto_placement.wire import (
     OUTCOMES,
+    asked_from_wire,
     duration,
     estimate_to_wire,
     failure_from_wire,
-    gpus_from_wire,
     node_to_wire,
     order_to_wire,
     plan_to_wire,
     reported_from_wire,
-    size_from_wire,
     spec_from_wire,
     task_from_wire,
     task_to_wire,
@@ -83,12 +82,7 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
 
     async def EstimateTask(self, request: wire.EstimateTaskRequest, context: Any) -> wire.EstimateTaskResponse:
         """Predict a duration."""
-        predicted, basis = self._engine.estimate(
-            request.base_model,
-            gpus_from_wire(request.resources),
-            request.resources.gpu_kind,
-            size_from_wire(request.size),
-        )
+        predicted, basis = self._engine.estimate(asked_from_wire(request, self._engine.now().wall_s))
         return wire.EstimateTaskResponse(duration=estimate_to_wire(predicted), basis=basis)
 
     async def GetPlan(self, request: wire.GetPlanRequest, context: Any) -> wire.GetPlanResponse:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from alto_common.configuration import ServiceSettings, home_folder
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alto_placement.lifecycle import Rules
+from alto_placement.policy import ObjectiveWeights, Policy, ReservedGpus, TenantShare, policy_of
 
 
 class PlacementSettings(ServiceSettings):
@@ -16,7 +17,9 @@ class PlacementSettings(ServiceSettings):
     A node sends a heartbeat every `heartbeat_s` and is lost after `lease_s` without one. A task that failed in a way
     that another attempt may not is tried again after `retry_delay_s`, doubled each time, and given up after
     `max_failures`. `plan_budget_s` is what the planner may spend on a plan beyond its fast lists; a plan is made at
-    every event, at most once in `debounce_s`, and every `refresh_s` while something runs.
+    every event, at most once in `debounce_s`, and every `refresh_s` while something runs. `objective`, `tenants` (by
+    name) and `reservations` are the operator's policy, as JSON; see `policy`. What was learned of durations is kept
+    every `keep_learned_s`.
     """
 
     prefix: ClassVar[str] = "ALTO_PLACEMENT_"
@@ -31,6 +34,20 @@ class PlacementSettings(ServiceSettings):
     plan_budget_s: float = Field(default=0.05, ge=0)
     debounce_s: float = Field(default=0.02, ge=0)
     refresh_s: float = Field(default=5.0, gt=0)
+    keep_learned_s: float = Field(default=10.0, gt=0)
+    objective: ObjectiveWeights = ObjectiveWeights()
+    tenants: dict[str, TenantShare] = Field(default_factory=dict)
+    reservations: tuple[ReservedGpus, ...] = ()
+
+    @model_validator(mode="after")
+    def _policy_is_sound(self) -> Self:
+        policy_of(self.objective, self.tenants.items(), self.reservations)
+        return self
+
+    @property
+    def policy(self) -> Policy:
+        """The part of the settings that the plan depends on."""
+        return policy_of(self.objective, self.tenants.items(), self.reservations)
 
     @property
     def rules(self) -> Rules:

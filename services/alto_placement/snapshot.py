@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 from alto_placement import planner
-from alto_placement.estimates import DurationEstimator
+from alto_placement.forecasts import Forecasts
+from alto_placement.policy import Policy
 from alto_placement.state import AssignmentRow, ClusterState, Moment, NodeRow, NodeState, TaskRow, TaskState
 
 # An executor that is asked to stop writes a checkpoint at its next tick.
 CHECKPOINT_WITHIN_S = 30.0
 # A task that overstays its prediction is expected to end any moment, never in the past.
-OVERSTAY_S = 5.0
+OVERSTAY_S = 1.0
+# What was asked to stop writes a checkpoint and ends.
+STOPS_WITHIN_S = 5.0
 
 _NODE_STATES = {
     NodeState.READY: planner.NodeState.READY,
@@ -19,22 +25,32 @@ _NODE_STATES = {
 }
 
 
-def snapshot_of(state: ClusterState, estimator: DurationEstimator, now: Moment, epoch: int) -> planner.Snapshot:
-    """Return the planner's view of the cluster at this moment."""
+def snapshot_of(
+    state: ClusterState,
+    forecasts: Forecasts,
+    policy: Policy,
+    usage_gpu_s: Mapping[str, float],
+    now: Moment,
+    epoch: int,
+) -> planner.Snapshot:
+    """Return the planner's view of the cluster at this moment; `usage_gpu_s` is each tenant's decayed usage."""
     running = []
     waiting = []
     for task in state.tasks.values():
         where = state.task_state(task)
         if where in (TaskState.ASSIGNED, TaskState.STOPPING):
-            running.append(_running(state, task, state.assignments[task.assignment_id], estimator, now))
+            running.append(_running(state, task, state.assignments[task.assignment_id], forecasts, now))
         elif where is TaskState.WAITING:
             delay_s = max(0.0, state.retry_at_s.get(task.task_id, now.monotonic_s) - now.monotonic_s)
-            waiting.append(waiting_task(task, fastest_kind(task, state), estimator, now.wall_s + delay_s))
+            waiting.append(waiting_task(task, state, forecasts, now.wall_s, delay_s))
     return planner.Snapshot(
         now_s=now.wall_s,
         nodes=[planner_node(node) for node in state.nodes.values()],
         waiting=waiting,
         running=running,
+        reservations=[one for one in policy.reservations if _is_here(one, state) and one.end_s > now.wall_s],
+        tenants=_tenants(policy, usage_gpu_s, {task.tenant for task in state.tasks.values() if task.ended is None}),
+        objective=policy.objective,
         epoch=epoch,
     )
 
@@ -46,55 +62,72 @@ def planner_node(node: NodeRow) -> planner.Node:
 
 
 def waiting_task(
-    task: TaskRow, gpu_kind: str, estimator: DurationEstimator, not_before_s: float
+    task: TaskRow, state: ClusterState, forecasts: Forecasts, now_s: float, delay_s: float = 0.0
 ) -> planner.WaitingTask:
-    """Return a queued task as the planner sees it: rigid, on one node, with the work that is left."""
-    duration = estimator.estimate(task.base_model, gpu_kind, task.gpus, task.size)
-    left = max(0.02, 1.0 - task.fraction_done)
-    duration = planner.Duration(
-        duration.expected_s * left, duration.upper_s * left, duration.low_s * left, duration.high_s * left
+    """Return a queued task as the planner sees it: rigid, on one node, a choice for each kind of GPU it may have."""
+    can_resume = _can_resume(task, state)
+    choices = tuple(
+        planner.Choice(
+            task.gpus,
+            forecasts.rest(task, kind, can_resume),
+            kind,
+            memory_bytes=-(-task.size.least_memory_bytes // task.gpus),
+            one_node=True,
+        )
+        for kind in kinds_for(task, state)
     )
     return planner.WaitingTask(
         task_id=task.task_id,
         tenant=task.tenant,
-        choices=(planner.Choice(task.gpus, duration, task.gpu_kind, one_node=True),),
-        arrived_s=task.enqueued_s,
+        choices=choices,
+        # A clock that was ahead when the task came must not make it wait for the present to catch up.
+        arrived_s=min(task.enqueued_s, now_s),
         priority=task.priority,
         backbone=task.base_model,
-        not_before_s=not_before_s,
+        not_before_s=now_s + delay_s,
     )
 
 
-def fastest_kind(task: TaskRow, state: ClusterState) -> str:
-    """Return the kind of GPU to estimate a task for: the one it asks for, else one that is here, GPUs before CPUs."""
-    kinds = {node.spec.gpu_kind for node in state.nodes.values()}
-    return task.gpu_kind or min(kinds, key=lambda kind: (kind == "cpu", kind), default="")
+def kinds_for(task: TaskRow, state: ClusterState) -> list[str]:
+    """Return the kinds of GPU that a task may run on here, GPUs before CPUs; its own alone if it asks for one."""
+    if task.gpu_kind:
+        return [task.gpu_kind]
+    return sorted({node.spec.gpu_kind for node in state.nodes.values()}, key=lambda kind: (kind == "cpu", kind)) or [""]
+
+
+def _can_resume(task: TaskRow, state: ClusterState) -> bool:
+    """Return whether the node that has the task's checkpoint takes work: another one begins anew."""
+    node = state.nodes.get(task.ran_on)
+    return node is not None and node.state is NodeState.READY
+
+
+def _is_here(reservation: planner.Reservation, state: ClusterState) -> bool:
+    node = state.nodes.get(reservation.part.node_id)
+    return node is not None and max(reservation.part.gpu_indices) < node.spec.gpus
+
+
+def _tenants(policy: Policy, usage_gpu_s: Mapping[str, float], present: set[str]) -> list[planner.Tenant]:
+    known = {row.tenant: row for row in policy.tenants}
+    rows = [known.get(tenant) or planner.Tenant(tenant) for tenant in sorted(present | known.keys())]
+    return [dataclasses.replace(row, usage_gpu_s=usage_gpu_s.get(row.tenant, 0.0)) for row in rows]
 
 
 def _running(
-    state: ClusterState, task: TaskRow, row: AssignmentRow, estimator: DurationEstimator, now: Moment
+    state: ClusterState, task: TaskRow, row: AssignmentRow, forecasts: Forecasts, now: Moment
 ) -> planner.RunningTask:
     kind = state.nodes[row.node_id].spec.gpu_kind
-    predicted = estimator.estimate(task.base_model, kind, task.gpus, task.size)
-    progress = state.progress.get(row.assignment_id)
-    if row.stop is not None:
-        expected_end_s = upper_end_s = now.wall_s + OVERSTAY_S
-    elif progress is not None and progress.seconds_remaining is not None:
-        expected_end_s = now.wall_s + max(OVERSTAY_S, progress.seconds_remaining - (now.monotonic_s - progress.heard_s))
-        upper_end_s = max(expected_end_s, row.started_s + predicted.upper_s)
-    else:
-        expected_end_s = max(now.wall_s + OVERSTAY_S, row.started_s + predicted.expected_s)
-        upper_end_s = max(expected_end_s, row.started_s + predicted.upper_s)
-    left_s = expected_end_s - now.wall_s
+    left = forecasts.remaining(task, row, kind, state.progress.get(row.assignment_id), now)
+    stops = row.stop is not None
+    expected_s = STOPS_WITHIN_S if stops else max(OVERSTAY_S, left.expected_s)
     return planner.RunningTask(
         task_id=task.task_id,
         tenant=task.tenant,
         parts=(planner.Part(row.node_id, row.gpu_indices),),
-        started_s=row.started_s,
-        expected_end_s=expected_end_s,
-        upper_end_s=upper_end_s,
+        started_s=min(row.started_s, now.wall_s),
+        expected_end_s=now.wall_s + expected_s,
+        upper_end_s=now.wall_s + (expected_s if stops else max(expected_s, left.upper_s)),
         priority=task.priority,
-        next_checkpoint_s=None if row.stop is not None else now.wall_s + CHECKPOINT_WITHIN_S,
-        resume=(planner.Choice(task.gpus, planner.Duration.certain(left_s), task.gpu_kind, one_node=True),),
+        next_checkpoint_s=None if stops else now.wall_s + CHECKPOINT_WITHIN_S,
+        resume=(planner.Choice(task.gpus, planner.Duration.certain(expected_s), task.gpu_kind, one_node=True),),
         backbone=task.base_model,
     )

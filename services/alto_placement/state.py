@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from alto_placement.durations import NOTHING_DONE, Measured
+
 _Row = TypeVar("_Row")
 
 
@@ -122,6 +124,10 @@ class WorkSize:
     total_lora_rank: int = 0
     base_parameters: int = 0
     expected_share: float = 1.0
+    trials: int = 0
+    longest_steps: int = 0
+    shape: str = ""
+    least_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +136,7 @@ class TaskRow:
 
     `epoch` is that of its latest assignment (0 before the first) and only grows. `attempts` counts assignments,
     `failures` those that failed in a way that another attempt may not. `assignment_id` is the live assignment, if any.
-    `ended` is set once: FINISHED or GIVEN_UP.
+    `fraction_done` is that of its latest checkpoint, which lies on `ran_on`. `ended` is set once: FINISHED or GIVEN_UP.
     """
 
     task_id: str
@@ -150,6 +156,7 @@ class TaskRow:
     failures: int = 0
     assignment_id: str = ""
     fraction_done: float = 0.0
+    ran_on: str = ""
     ended: TaskState | None = None
     ended_s: float | None = None
     failure: FailureCause | None = None
@@ -173,12 +180,13 @@ class AssignmentRow:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a node last said of an assignment. `seconds_remaining` None: not known yet; `heard_s` is monotonic."""
+    """What a node last said of an assignment; `heard_s` is monotonic."""
 
     fraction_done: float
-    seconds_remaining: float | None
-    tokens_per_second: float
     heard_s: float
+    measured: Measured = NOTHING_DONE
+    share_trained: float = 0.0
+    longest_steps_left: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ giving a task away twice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ tasks = sa.Table(
     sa.Column("failures", sa.Integer, nullable=False),
     sa.Column("assignment_id", sa.String(64), nullable=False),
     sa.Column("fraction_done", sa.Double, nullable=False),
+    sa.Column("ran_on", sa.String(128), nullable=False),
     sa.Column("ended", sa.String(16)),
     sa.Column("ended_s", sa.Double),
     sa.Column("failure", sa.JSON(none_as_null=True)),
@@ -98,6 +100,14 @@ assignments = sa.Table(
         sqlite_where=sa.text("outcome IS NULL"),
         postgresql_where=sa.text("outcome IS NULL"),
     ),
+)
+
+
+learned = sa.Table(
+    "learned",
+    metadata,
+    sa.Column("name", sa.String(512), primary_key=True),
+    sa.Column("content", sa.JSON, nullable=False),
 )
 
 
@@ -145,6 +155,20 @@ class PlacementStore:
                     await self._save_assignment(connection, row, new=row.assignment_id in changes.new_assignment_ids)
         except IntegrityError as error:
             raise StoreConflictError(f"the database refused a change: {error.orig}") from error
+
+    async def load_learned(self) -> dict[str, Any]:
+        """Return all that was learned, by name."""
+        async with self.database.snapshot() as connection:
+            rows = (await connection.execute(sa.select(learned))).mappings().all()
+        return {row["name"]: row["content"] for row in rows}
+
+    async def save_learned(self, records: Mapping[str, Any]) -> None:
+        """Keep what was learned, each record in the place of the one of its name."""
+        async with self.database.transaction() as connection:
+            for name, content in records.items():
+                mine = learned.update().where(learned.c.name == name).values(content=content)
+                if (await connection.execute(mine)).rowcount == 0:
+                    await connection.execute(learned.insert().values(name=name, content=content))
 
     async def assignments_of(self, task_id: str) -> list[AssignmentRow]:
         """Return every assignment that a task ever had, by epoch."""

@@ -7,6 +7,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from alto_placement import planner
+from alto_placement.durations import Measured
 from alto_placement.explanations import queue_words
 from alto_placement.lifecycle import Reported
 from alto_placement.links import LeaseRenewal, Order, StartOrder, StopOrder
@@ -77,6 +78,10 @@ def size_from_wire(message: placement_service_pb2.WorkSize) -> WorkSize:
         total_lora_rank=message.total_lora_rank,
         base_parameters=message.base_parameters,
         expected_share=message.expected_share if 0 < message.expected_share <= 1 else 1.0,
+        trials=message.trials,
+        longest_steps=message.longest_steps,
+        shape=message.shape,
+        least_memory_bytes=message.least_memory_bytes,
     )
 
 
@@ -100,6 +105,20 @@ def task_from_wire(request: placement_service_pb2.EnqueueTaskRequest, enqueued_s
     )
 
 
+def asked_from_wire(request: placement_service_pb2.EstimateTaskRequest, now_s: float) -> TaskRow:
+    """Return the task that an EstimateTask request asks about."""
+    return TaskRow(
+        task_id="",
+        tenant=request.tenant,
+        work=b"",
+        base_model=request.base_model,
+        gpus=gpus_from_wire(request.resources),
+        gpu_kind=request.resources.gpu_kind,
+        size=size_from_wire(request.size),
+        enqueued_s=now_s,
+    )
+
+
 def spec_from_wire(message: placement_pb2.Node) -> NodeSpec:
     """Return what a node says of itself."""
     return NodeSpec(
@@ -114,9 +133,23 @@ def spec_from_wire(message: placement_pb2.Node) -> NodeSpec:
 
 def reported_from_wire(message: placement_service_pb2.AssignmentStatus, heard_s: float) -> Reported:
     """Return what a heartbeat says of one assignment."""
-    remaining = message.time_remaining
-    seconds = remaining.seconds + remaining.nanos / 1e9 if message.HasField("time_remaining") else None
-    progress = Progress(min(1.0, max(0.0, message.fraction_done)), seconds, message.tokens_per_second, heard_s)
+    measured = message.measured
+    progress = Progress(
+        fraction_done=min(1.0, max(0.0, message.fraction_done)),
+        heard_s=heard_s,
+        measured=Measured(
+            ticks=measured.ticks,
+            train_tokens=measured.train_tokens,
+            lora_rank_ticks=measured.lora_rank_ticks,
+            training_s=measured.training_seconds,
+            evaluation_tokens=measured.evaluation_tokens,
+            evaluation_s=measured.evaluation_seconds,
+            checkpoints=measured.checkpoints,
+            checkpoint_s=measured.checkpoint_seconds,
+        ),
+        share_trained=min(1.0, max(0.0, measured.share_trained)),
+        longest_steps_left=measured.longest_steps_left,
+    )
     return Reported(message.assignment_id, message.epoch, progress)
 
 

@@ -37,7 +37,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class SearchSize:
-    """How much work every trial trained to its last step is; `expected_share` of it is left after early exits."""
+    """How much work every trial trained to its last step is; `expected_share` of it is left after early exits.
+
+    Searches of the same `shape` are expected to stop about the same share of their trials.
+    """
 
     steps: int
     samples: int
@@ -45,6 +48,9 @@ class SearchSize:
     evaluation_tokens: int
     total_lora_rank: int
     expected_share: float
+    trials: int
+    longest_steps: int
+    shape: str
 
 
 def split_rows(rows: int, validation_rows: int | None, validation_fraction: float) -> tuple[int, int]:
@@ -77,7 +83,18 @@ def search_size(trials: Sequence[Trial], rows: Rows, evaluation: Evaluation, ear
         evaluation_tokens=round(evaluated),
         total_lora_rank=sum(trial.config.lora_rank for trial in trials),
         expected_share=expected_share(early_exit, len(trials)),
+        trials=len(trials),
+        longest_steps=max(trial.config.total_steps(rows.train) for trial in trials),
+        shape=shape(early_exit, len(trials)),
     )
+
+
+def shape(early_exit: EarlyExit, trials: int) -> str:
+    """Return the name of a search's shape: its policy, what decides how many it stops, and its trials in doublings."""
+    if early_exit.policy == "none" or trials < 2:
+        return "none"
+    kept = f"{early_exit.warmup_fraction:.2g}/{early_exit.keep_fraction:.2g}"
+    return f"{early_exit.policy[:64]} {kept} {2 ** (trials.bit_length() - 1)}+"
 
 
 def expected_share(early_exit: EarlyExit, trials: int) -> float:
@@ -88,16 +105,23 @@ def expected_share(early_exit: EarlyExit, trials: int) -> float:
     return early_exit.warmup_fraction + (1.0 - early_exit.warmup_fraction) * kept
 
 
+def least_memory_bytes(trials: Sequence[Trial], facts: ModelFacts) -> int:
+    """Return the memory below which no node can train: the backbone in four bits a weight, and the smallest adapter."""
+    return facts.parameters // 2 + min(_adapter_weights(trial, facts) for trial in trials) * BYTES_PER_ADAPTER_WEIGHT
+
+
 def peak_memory_bytes(trials: Sequence[Trial], facts: ModelFacts) -> int:
     """Return a first estimate of the memory that a search takes; the node measures before it relies on anything.
 
     The backbone in its own data type, every adapter with its optimiser state, the activations of one pass.
     """
-    weights = 0
-    for trial in trials:
-        config = trial.config
-        selected = select_modules(facts, config.target_modules, config.layers)
-        weights += config.lora_rank * sum(sum(facts.linear_modules[name]) for name in selected)
+    weights = sum(_adapter_weights(trial, facts) for trial in trials)
     longest = max(trial.config.max_length for trial in trials)
     activations = max(TOKENS_PER_TICK, longest) * facts.layers * facts.hidden_size * ACTIVATION_BYTES_PER_UNIT
     return facts.bytes + weights * BYTES_PER_ADAPTER_WEIGHT + activations
+
+
+def _adapter_weights(trial: Trial, facts: ModelFacts) -> int:
+    config = trial.config
+    selected = select_modules(facts, config.target_modules, config.layers)
+    return config.lora_rank * sum(sum(facts.linear_modules[name]) for name in selected)

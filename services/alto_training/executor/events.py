@@ -126,8 +126,9 @@ class TrialFinished:
 class MeasuredWork:
     """What an executor has done since it started, all its tasks together, and the seconds each part took.
 
-    `lora_rank_ticks` sums, over training ticks, the lora_rank of the adapters on them. `share_trained` is the task's
-    own: the share of its planned sequences that were trained, earlier attempts included.
+    `lora_rank_ticks` sums, over training ticks, the lora_rank of the adapters on them. `share_trained` and
+    `longest_steps_left` are the task's own: the share of its planned sequences that were trained, earlier attempts
+    included, and the optimiser steps left to the trial that has the most left.
     """
 
     ticks: int
@@ -139,6 +140,7 @@ class MeasuredWork:
     checkpoints: int
     checkpoint_seconds: float
     share_trained: float
+    longest_steps_left: int
 
 
 @dataclass(frozen=True)

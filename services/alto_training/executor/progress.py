@@ -78,6 +78,7 @@ class ProgressMeter:
                 checkpoints=self._checkpoints,
                 checkpoint_seconds=self._checkpoint_s,
                 share_trained=share_trained(task),
+                longest_steps_left=longest_steps_left(task),
             ),
         )
 
@@ -90,6 +91,16 @@ def fraction_done(task: TaskRun) -> float:
 def share_trained(task: TaskRun) -> float:
     """Return the share of the task's planned sequences that were really trained."""
     return _share(task, finished_is_whole=False)
+
+
+def longest_steps_left(task: TaskRun) -> int:
+    """Return the optimiser steps left to the trial that has the most left."""
+    left = 0
+    for trial in task.job.trials:
+        if trial.trial_id not in task.finished:
+            run = task.runs.get(trial.trial_id)
+            left = max(left, run.total_steps - run.step if run else trial.config.total_steps(len(task.train)))
+    return left
 
 
 def _share(task: TaskRun, finished_is_whole: bool) -> float:

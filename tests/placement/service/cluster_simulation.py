@@ -299,7 +299,7 @@ class Cluster:
             self.break_stream(node)
 
     def heartbeat(self, link, listed):
-        reported = [Reported(name, epoch, Progress(0.5, None, 0.0, self.now)) for name, epoch in listed]
+        reported = [Reported(name, epoch, Progress(0.5, self.now)) for name, epoch in listed]
         stale = self.commit(
             lambda draft, at: lifecycle.heartbeat(draft, link.node_id, link.incarnation, reported, at, RULES)
         )

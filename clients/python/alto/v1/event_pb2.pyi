@@ -260,6 +260,7 @@ class MeasuredWork(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_SECONDS_FIELD_NUMBER: _builtins.int
     SHARE_TRAINED_FIELD_NUMBER: _builtins.int
+    LONGEST_STEPS_LEFT_FIELD_NUMBER: _builtins.int
     ticks: _builtins.int
     """Training passes of the backbone."""
     train_tokens: _builtins.int
@@ -278,6 +279,8 @@ class MeasuredWork(_message.Message):
     """Seconds of writing them."""
     share_trained: _builtins.float
     """Share of the task's planned samples that were really trained, in all attempts together, in [0, 1]."""
+    longest_steps_left: _builtins.int
+    """Optimiser steps left to the trial that has the most left."""
     def __init__(
         self,
         *,
@@ -290,10 +293,11 @@ class MeasuredWork(_message.Message):
         checkpoints: _builtins.int = ...,
         checkpoint_seconds: _builtins.float = ...,
         share_trained: _builtins.float = ...,
+        longest_steps_left: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_seconds", b"checkpoint_seconds", "checkpoints", b"checkpoints", "evaluation_seconds", b"evaluation_seconds", "evaluation_tokens", b"evaluation_tokens", "lora_rank_ticks", b"lora_rank_ticks", "share_trained", b"share_trained", "ticks", b"ticks", "train_tokens", b"train_tokens", "training_seconds", b"training_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_seconds", b"checkpoint_seconds", "checkpoints", b"checkpoints", "evaluation_seconds", b"evaluation_seconds", "evaluation_tokens", b"evaluation_tokens", "longest_steps_left", b"longest_steps_left", "lora_rank_ticks", b"lora_rank_ticks", "share_trained", b"share_trained", "ticks", b"ticks", "train_tokens", b"train_tokens", "training_seconds", b"training_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

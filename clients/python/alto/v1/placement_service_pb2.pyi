@@ -263,8 +263,11 @@ class EstimateTaskRequest(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model."""
+    tenant: _builtins.str
+    """Whose the task is: early exits are learned for each tenant."""
     @_builtins.property
     def resources(self) -> _tuning_pb2.Resources:
         """What it runs on."""
@@ -279,10 +282,11 @@ class EstimateTaskRequest(_message.Message):
         base_model: _builtins.str = ...,
         resources: _tuning_pb2.Resources | None = ...,
         size: Global___WorkSize | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "size", b"size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "resources", b"resources", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "resources", b"resources", "size", b"size", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

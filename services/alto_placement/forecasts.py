@@ -1,0 +1,180 @@
+"""What the service asks of the duration model: how long a task will take, and how much of it is left.
+
+It follows the runs that nodes report, learns from each window of them, and at a task's natural end learns what share of
+its full work it did and how far the prediction at its beginning was off. What was learned is handed out as records, for
+the store to keep over restarts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alto_placement.durations import NOTHING_DONE, DurationModel, Hardware, HardwareModel, Measured, Work
+from alto_placement.planner import Duration
+from alto_placement.state import AssignmentRow, Moment, Outcome, Progress, TaskRow, WorkSize
+
+# A record of what was learned: its name (JSON, at most 512 characters) and its content.
+Records = Mapping[str, Any]
+
+# Weights of a size that is not known: a task of unknown size is taken for a small one.
+UNKNOWN_TOKENS = 100_000
+# A run this short says little about speeds.
+LEAST_RUN_TICKS = 20
+
+
+@dataclass
+class _Run:
+    """An assignment that is heard of: what it had done when last heard, and the model as it was at its beginning."""
+
+    model_then: HardwareModel
+    heard: Measured = NOTHING_DONE
+    start_s: float = float("inf")
+    share_trained: float = 0.0
+
+
+class Forecasts:
+    """Predicts for tasks, and learns from their runs."""
+
+    def __init__(self) -> None:
+        self._model = DurationModel()
+        self._runs: dict[str, _Run] = {}
+        self._changed: set[Hardware | tuple[str, str]] = set()
+
+    def whole(self, task: TaskRow, gpu_kind: str) -> Duration:
+        """Return how long a task takes from its beginning."""
+        prior = task.size.expected_share
+        return self._model.predict(_hardware(task, gpu_kind), _work(task.size), task.tenant, task.size.shape, prior)
+
+    def rest(self, task: TaskRow, gpu_kind: str, can_resume: bool) -> Duration:
+        """Return how long a waiting task will hold its GPUs: all of it, or what is left of it after its checkpoint."""
+        if not can_resume or task.fraction_done <= 0.0:
+            return self.whole(task, gpu_kind)
+        hardware, size = _hardware(task, gpu_kind), task.size
+        left = self._model.remaining(
+            hardware,
+            _work(size),
+            _work(size, 1.0 - task.fraction_done),
+            Measured(),
+            task.fraction_done,
+            task.tenant,
+            size.shape,
+            size.expected_share,
+        )
+        start_s = self._model.model(hardware).start_s
+        return Duration(left.expected_s + start_s, left.upper_s + start_s, left.low_s + start_s, left.high_s + start_s)
+
+    def remaining(
+        self, task: TaskRow, row: AssignmentRow, gpu_kind: str, progress: Progress | None, now: Moment
+    ) -> Duration:
+        """Return how long a task that has a place will still hold it."""
+        if progress is None or progress.measured.ticks <= 0:
+            whole, gone_s = self.rest(task, gpu_kind, True), max(0.0, now.wall_s - row.started_s)
+            least_s = 0.05 * whole.expected_s
+            return Duration(
+                *(max(least_s, s - gone_s) for s in (whole.expected_s, whole.upper_s, whole.low_s, whole.high_s))
+            )
+        size = task.size
+        steps_left = progress.longest_steps_left / max(1, size.longest_steps)
+        left = self._model.remaining(
+            _hardware(task, gpu_kind),
+            _work(size),
+            _work(size, max(0.0, 1.0 - progress.fraction_done), steps_left),
+            progress.measured,
+            progress.share_trained,
+            task.tenant,
+            size.shape,
+            size.expected_share,
+        )
+        heard_s = max(0.0, now.monotonic_s - progress.heard_s)
+        least_s = 0.05 * left.expected_s
+        return Duration(*(max(least_s, s - heard_s) for s in (left.expected_s, left.upper_s, left.low_s, left.high_s)))
+
+    def basis(self, base_model: str, gpu_kind: str, gpus: int) -> str:
+        """Return in words what an estimate rests on."""
+        hardware = Hardware(base_model, gpu_kind, gpus)
+        place = f"{gpus} x {gpu_kind or 'a place here'}"
+        if not self._model.is_measured(hardware):
+            return f"the number of weights and the kind of device: {base_model} was never measured on {place}"
+        model = self._model.model(hardware)
+        tokens_per_s = model.fullest / model.training.seconds((1.0, model.fullest, 0.0))
+        return f"{tokens_per_s:,.0f} training tokens a second, measured for {base_model} on {place}"
+
+    def begun(self, task: TaskRow, row: AssignmentRow, gpu_kind: str) -> None:
+        """Note that an assignment was made: what is known now is what its prediction rests on."""
+        self._runs[row.assignment_id] = _Run(copy.deepcopy(self._model.model(_hardware(task, gpu_kind))))
+
+    def heard(self, task: TaskRow, row: AssignmentRow, gpu_kind: str, progress: Progress, now: Moment) -> None:
+        """Learn from what a node says of a run."""
+        if row.assignment_id not in self._runs:
+            self.begun(task, row, gpu_kind)
+        run = self._runs[row.assignment_id]
+        done = progress.measured.since(run.heard)
+        if done.ticks <= 0 and done.evaluation_tokens <= 0:
+            return
+        hardware = _hardware(task, gpu_kind)
+        self._model.observe(hardware, done)
+        run.heard, run.share_trained = progress.measured, progress.share_trained
+        # Words travel for seconds: the earliest that came gives the best idea of when training began.
+        run.start_s = min(run.start_s, now.wall_s - row.started_s - progress.measured.seconds)
+        self._changed.add(hardware)
+
+    def ended(self, task: TaskRow, row: AssignmentRow, gpu_kind: str) -> None:
+        """Learn from the end of a run, however it ended."""
+        run = self._runs.pop(row.assignment_id, None)
+        if run is None or run.heard.ticks < LEAST_RUN_TICKS:
+            return
+        hardware, done = _hardware(task, gpu_kind), run.heard
+        self._model.observe_start(hardware, run.start_s)
+        if run.model_then.training.ticks > 0:
+            then_s = run.model_then.seconds(done.training, done.evaluation_tokens)
+            self._model.observe_run(hardware, then_s, done.seconds)
+        self._changed.add(hardware)
+        if row.outcome is Outcome.COMPLETED and not task.stopped_trial_ids and task.size.train_tokens:
+            key = (task.tenant, task.size.shape)
+            if task.attempts == 1:
+                self._model.observe_share(hardware, _work(task.size), done, *key)
+            else:
+                # This attempt did a part only; the node knows how many of the planned samples were trained in all.
+                self._model.shares.observe(*key, run.share_trained)
+            self._changed.add(key)
+
+    def changed(self) -> Records:
+        """Return what was learned since the last call."""
+        records: dict[str, Any] = {}
+        for key in self._changed:
+            if isinstance(key, Hardware):
+                name = ["hardware", key.backbone, key.gpu_kind, key.gpus, key.parameters]
+                records[json.dumps(name)] = self._model.hardware[key].state()
+            else:
+                records[json.dumps(["share", *key])] = self._model.shares.state(*key)
+        self._changed.clear()
+        return records
+
+    def load(self, records: Records) -> None:
+        """Take up what `changed` returned at some time."""
+        for name, content in records.items():
+            kind, *key = json.loads(name)
+            if kind == "hardware":
+                self._model.hardware[Hardware(*key)] = HardwareModel.from_state(content)
+            elif kind == "share":
+                self._model.shares.load(key[0], key[1], content)
+
+
+def _hardware(task: TaskRow, gpu_kind: str) -> Hardware:
+    return Hardware(task.base_model, gpu_kind, task.gpus, task.size.base_parameters)
+
+
+def _work(size: WorkSize, share: float = 1.0, steps_share: float | None = None) -> Work:
+    """Return a share of a task's work; `steps_share` is that of its longest trial."""
+    steps = max(1, size.steps)
+    rank_steps = size.total_lora_rank * steps / max(1, size.trials)
+    return Work(
+        (size.train_tokens or UNKNOWN_TOKENS) * share,
+        max(1, size.longest_steps) * (share if steps_share is None else min(1.0, steps_share)),
+        rank_steps * share,
+        size.evaluation_tokens * share,
+    )
