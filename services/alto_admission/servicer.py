@@ -15,7 +15,6 @@ from alto_common.violations import Violation
 from alto_admission.adapters import Adapters
 from alto_admission.domain.task_states import Request
 from alto_admission.domain.tokens import page_key, page_token
-from alto_admission.domain.work_size import peak_memory_bytes
 from alto_admission.models import Models
 from alto_admission.placement_client import PlacementClient, work_size
 from alto_admission.store.datasets import DatasetStore
@@ -145,7 +144,7 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
             duration_upper=estimate.duration.upper,
             duration_expected=estimate.duration.expected,
             gpu_hours_expected=gpus * estimate.duration.expected.ToMilliseconds() / 3_600_000,
-            peak_memory_bytes=peak_memory_bytes(checked.search.trials, checked.model.facts),
+            peak_memory_bytes=await self._tuning_tasks.peak_memory_bytes(checked, resources.gpu_kind),
             basis=estimate.basis,
         )
 

@@ -19,7 +19,14 @@ from alto_admission.domain.search import DatasetShape, Search, complete_config, 
 from alto_admission.domain.story import Story
 from alto_admission.domain.task import Task, Trial
 from alto_admission.domain.task_states import Request
-from alto_admission.domain.work_size import BYTES_PER_TOKEN, Rows, SearchSize, samples_of, search_size
+from alto_admission.domain.work_size import (
+    BYTES_PER_TOKEN,
+    Rows,
+    SearchSize,
+    peak_memory_bytes,
+    samples_of,
+    search_size,
+)
 from alto_admission.models import KnownModel, Models
 from alto_admission.search_wire import expanded
 from alto_admission.store.datasets import Dataset, DatasetStore
@@ -130,9 +137,18 @@ class TuningTasks:
     async def size(self, checked: CheckedSpec) -> SearchSize:
         """Return how much work a request is, by its tokenizer where that is quick, else by its bytes."""
         search = checked.search
+        return search_size(search.trials, await self._rows(checked), search.evaluation, search.early_exit)
+
+    async def peak_memory_bytes(self, checked: CheckedSpec, gpu_kind: str) -> int:
+        """Return a first estimate of the memory that a request takes on this kind of device."""
+        search, rows = checked.search, await self._rows(checked)
+        return peak_memory_bytes(
+            search.trials, checked.model.facts, rows, search.evaluation, search.early_exit, gpu_kind
+        )
+
+    async def _rows(self, checked: CheckedSpec) -> Rows:
         lengths = await self._lengths(checked.train, checked.model)
-        rows = Rows(search.train_rows, search.validation_rows, lengths)
-        return search_size(search.trials, rows, search.evaluation, search.early_exit)
+        return Rows(checked.search.train_rows, checked.search.validation_rows, lengths)
 
     async def request(self, tenant: str, task_id: str, request: Request, etag: str) -> Task:
         """Carry out a tenant's request. Raises STATE_CONFLICT, ETAG_MISMATCH, RESOURCE_NOT_FOUND."""

@@ -1,7 +1,7 @@
 """How much work a search is, counted by hand."""
 
 import pytest
-from alto_admission.domain.work_size import Rows, expected_share, peak_memory_bytes, samples_of, search_size, split_rows
+from alto_admission.domain.work_size import Rows, peak_memory_bytes, samples_of, search_size, split_rows
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig
 
 from .conftest import FACTS
@@ -38,22 +38,15 @@ def test_the_size_of_a_search():
     assert size.total_lora_rank == 24
 
 
-@pytest.mark.parametrize(
-    ("early_exit", "trials", "share"),
-    [
-        (EarlyExit(policy="none"), 8, 1.0),
-        (EarlyExit(), 1, 1.0),
-        (EarlyExit(warmup_fraction=0.05, keep_fraction=0.25), 8, 0.05 + 0.95 * 0.25),
-        (EarlyExit(warmup_fraction=0.5, keep_fraction=0.01), 4, 0.5 + 0.5 * 0.25),
-    ],
-)
-def test_the_share_that_early_exit_leaves(early_exit, trials, share):
-    assert expected_share(early_exit, trials) == pytest.approx(share)
+def test_memory_grows_with_what_is_trained_and_is_that_of_the_device():
+    rows = Rows(train=100, validation=8, token_lengths=(10, 30))
 
+    def peak(trials, gpu_kind="cpu"):
+        return peak_memory_bytes(trials, FACTS, rows, Evaluation(), EarlyExit(), gpu_kind)
 
-def test_memory_grows_with_what_is_trained():
-    small = [Trial("a", TrialConfig(lora_rank=2, max_length=64))]
-    # Both layers' q_proj and k_proj: two of 48 + 48 and two of 48 + 24, in sixteen bytes a weight.
-    more = [*small, Trial("b", TrialConfig(lora_rank=4, max_length=64))]
-    assert peak_memory_bytes(more, FACTS) - peak_memory_bytes(small, FACTS) == 4 * (2 * 96 + 2 * 72) * 16
-    assert peak_memory_bytes(small, FACTS) > FACTS.bytes
+    small = [Trial("a", TrialConfig(lora_rank=2, max_length=64, batch_size=512))]
+    more = [*small, Trial("b", TrialConfig(lora_rank=4, max_length=64, batch_size=512))]
+    # Both layers' q_proj and k_proj: two of 48 + 48 and two of 48 + 24, in twenty bytes a weight; the ticks are full.
+    assert peak(more) - peak(small) >= 4 * (2 * 96 + 2 * 72) * 20
+    assert peak(small) > 4 * FACTS.parameters
+    assert peak(small, "NVIDIA H100 80GB HBM3") != peak(small)

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from alto_common.tuning import TuningJob
     from alto_training.executor.control import ControlQueue
     from alto_training.executor.events import Event, Outcome
+    from alto_training.executor.settings import ExecutorSettings
 
 NODE_NAME = "this machine"
 END_STATES = {
@@ -38,22 +40,54 @@ END_STATES = {
 }
 
 
-def train_file(
-    path: Path, work: Path | None, output: Path | None, device: str, dtype: str, slots: int | None, json_output: bool
-) -> None:
+@dataclass(frozen=True)
+class LocalMachine:
+    """How to use this machine: what the options of `alto train-local` and `alto estimate --local` say."""
+
+    device: str = ""
+    dtype: str = "float32"
+    slots: int | None = None
+    threads: int | None = None
+
+    def settings(self) -> ExecutorSettings:
+        """Return the executor's settings; raise `CommandError` for a number format that there is not."""
+        from alto_common.calibrations import default_calibrations_folder
+        from alto_training.executor.settings import BackboneDtype, ExecutorSettings
+
+        formats = ", ".join(BackboneDtype)
+        if self.dtype not in list(BackboneDtype):
+            raise CommandError(f"--dtype {self.dtype}: there is no such number format", f"give one of {formats}")
+        return ExecutorSettings(
+            device=self.device,
+            backbone_dtype=BackboneDtype(self.dtype),
+            slots=self.slots,
+            threads=self.threads,
+            calibrations=default_calibrations_folder(),
+        )
+
+
+def prepare_libraries(machine: LocalMachine) -> LocalMachine:
+    """Load torch, keep its libraries quiet, and return the machine with its device named."""
+    import torch
+
+    device = machine.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    quiet_libraries(device.partition(":")[0])
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    return replace(machine, device=device)
+
+
+def train_file(path: Path, work: Path | None, output: Path | None, machine: LocalMachine, json_output: bool) -> None:
     """Run the search of a task file here, and put the best adapter into the output folder."""
     task_file = load_task_file(path)
     folder = output.resolve() if output else task_file.output
     work = work.resolve() if work else folder.with_name(f"{folder.name}.work")
     with needs_extra("training", "training on this machine"):
-        import torch
-
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        quiet_libraries(device.partition(":")[0])
+        machine = prepare_libraries(machine)
         from alto_training.executor.control import ControlQueue
         from alto_training.executor.errors import ExecutorError
         from alto_training.executor.executor import Executor
-    settings = _settings(device, dtype, slots)
+    settings = machine.settings()
     job = local_job(task_file, work)
     story, control = Story(), ControlQueue()
     with follower(story, json_output) as shown, _pause_on_interrupt(control, shown):
@@ -72,15 +106,6 @@ def train_file(
     _close(story, outcome)
     show_result(story, adapter_folder, json_output)
     raise typer.Exit(exit_codes.SUCCESS if adapter_folder else exit_codes.FAILURE)
-
-
-def _settings(device: str, dtype: str, slots: int | None) -> Any:
-    from alto_training.executor.settings import BackboneDtype, ExecutorSettings
-
-    try:
-        return ExecutorSettings(device=device, backbone_dtype=BackboneDtype(dtype), slots=slots)
-    except ValueError:
-        raise CommandError(f"--dtype {dtype}: there is no such number format", "give float32 or bfloat16") from None
 
 
 def _snapshot(task_file: TaskFile, job: TuningJob) -> messages.WatchTuningTaskResponse:

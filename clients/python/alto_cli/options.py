@@ -25,3 +25,7 @@ Task = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.", show
 TaskOrNewest = Annotated[
     str, typer.Argument(metavar="[TASK]", help="The task's id; the newest task without it.", show_default=False)
 ]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda where there is one.")]
+Dtype = Annotated[str, typer.Option(help="Number format of the frozen model: float32, bfloat16 or nf4.")]
+Slots = Annotated[int | None, typer.Option(min=1, help="Most trials trained together.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: what torch chooses.")]

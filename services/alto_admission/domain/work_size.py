@@ -6,18 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alto_common.base_models import ModelFacts, select_modules
+from alto_common.base_models import ModelFacts
+from alto_common.cost_model import ADAPTER_BYTES_PER_PARAMETER, adapter_parameters, prior
+from alto_common.search_load import Machine, Row, expected_share, search_load
 from alto_common.tuning import EarlyExit, Evaluation, Trial
 
 # UTF-8 bytes a token takes, for English text under common vocabularies; used until the tokenizer has counted.
 BYTES_PER_TOKEN = 4
-# An adapter's weight, its gradient and AdamW's two moments, all in fp32.
-BYTES_PER_ADAPTER_WEIGHT = 16
-# Activations kept for the backward pass, per token, layer and hidden unit, in 16 bits, without attention scores
-# (arXiv 2205.05198, section 4.1).
-ACTIVATION_BYTES_PER_UNIT = 34
-# Tokens of one pass of the backbone on a GPU of common size.
-TOKENS_PER_TICK = 8192
+# How nodes train unless they are told otherwise, on a CPU and on GPUs: bytes of a weight, tokens of one pass.
+CPU_KIND = "cpu"
+BYTES_PER_VALUE = {True: 4, False: 2}
+TOKENS_PER_TICK = {True: 1024, False: 8192}
 
 
 @dataclass(frozen=True)
@@ -97,31 +96,27 @@ def shape(early_exit: EarlyExit, trials: int) -> str:
     return f"{early_exit.policy[:64]} {kept} {2 ** (trials.bit_length() - 1)}+"
 
 
-def expected_share(early_exit: EarlyExit, trials: int) -> float:
-    """Return the share of the steps expected to be trained: all until warm-up ends, then those of the trials kept."""
-    if early_exit.policy == "none" or trials < 2:
-        return 1.0
-    kept = max(1, math.ceil(early_exit.keep_fraction * trials)) / trials
-    return early_exit.warmup_fraction + (1.0 - early_exit.warmup_fraction) * kept
-
-
 def least_memory_bytes(trials: Sequence[Trial], facts: ModelFacts) -> int:
     """Return the memory below which no node can train: the backbone in four bits a weight, and the smallest adapter."""
-    return facts.parameters // 2 + min(_adapter_weights(trial, facts) for trial in trials) * BYTES_PER_ADAPTER_WEIGHT
+    smallest = min(adapter_parameters(facts, trial.config) for trial in trials)
+    return facts.parameters // 2 + round(smallest * ADAPTER_BYTES_PER_PARAMETER)
 
 
-def peak_memory_bytes(trials: Sequence[Trial], facts: ModelFacts) -> int:
-    """Return a first estimate of the memory that a search takes; the node measures before it relies on anything.
+def peak_memory_bytes(
+    trials: Sequence[Trial],
+    facts: ModelFacts,
+    rows: Rows,
+    evaluation: Evaluation,
+    early_exit: EarlyExit,
+    gpu_kind: str,
+) -> int:
+    """Return a first estimate of the memory that a search takes, all its trials in slots; the node measures.
 
-    The backbone in its own data type, every adapter with its optimiser state, the activations of one pass.
+    By the cost model that a node begins with, of the model's shape alone.
     """
-    weights = sum(_adapter_weights(trial, facts) for trial in trials)
-    longest = max(trial.config.max_length for trial in trials)
-    activations = max(TOKENS_PER_TICK, longest) * facts.layers * facts.hidden_size * ACTIVATION_BYTES_PER_UNIT
-    return facts.bytes + weights * BYTES_PER_ADAPTER_WEIGHT + activations
-
-
-def _adapter_weights(trial: Trial, facts: ModelFacts) -> int:
-    config = trial.config
-    selected = select_modules(facts, config.target_modules, config.layers)
-    return config.lora_rank * sum(sum(facts.linear_modules[name]) for name in selected)
+    on_cpu = gpu_kind == CPU_KIND
+    tokens = TOKENS_PER_TICK[on_cpu]
+    lengths = [Row(length, length // 2) for length in rows.token_lengths] or [Row(tokens, tokens // 2)]
+    machine = Machine(len(trials), tokens, 2 * tokens, parked_beside=on_cpu)
+    load = search_load(facts, trials, lengths, rows.train, lengths, rows.validation, evaluation, early_exit, machine)
+    return round(load.peak_bytes(prior(facts, BYTES_PER_VALUE[on_cpu], flops_per_s=1.0)))

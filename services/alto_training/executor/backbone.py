@@ -18,8 +18,9 @@ from alto_training.executor import attention
 from alto_training.executor.adapter import AdaptedModule
 from alto_training.executor.backbone_weights import BackboneWeights, WholeWeights
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
-from alto_training.executor.frozen_linear import dense_linear
+from alto_training.executor.frozen_linear import frozen_linear
 from alto_training.executor.lora_linear import LoraBackend, MultiLoraLinear, ReferenceBackend
+from alto_training.executor.nf4 import quantise_layers
 from alto_training.executor.tick import CurrentTick, Item, PackedSequence, Share, Tick, build_tick
 
 _PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -108,9 +109,12 @@ class Backbone:
             )
 
 
-def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backbone:
+def load_backbone(
+    name_or_path: str, dtype: torch.dtype = torch.float32, device: str = "cpu", in_nf4: bool = False
+) -> Backbone:
     """Load a causal language model by folder or hub name, freeze it, and make it take adapters.
 
+    With `in_nf4` its linear layers are kept in 4 bits, and `dtype` is what products are made in.
     Raises `UnsupportedBackboneError` for an architecture whose attention cannot be told where sequences end.
     """
     from transformers import AutoModelForCausalLM
@@ -119,7 +123,12 @@ def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32, device:
     model = AutoModelForCausalLM.from_pretrained(
         name_or_path, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
     )
-    return prepare_backbone(model, name_or_path, torch.device(device))
+    weights = None
+    if in_nf4:
+        # While it is whole, and before the device sees it: the weights' name is that of the model they come from.
+        weights = WholeWeights(model)
+        quantise_layers(model.base_model)
+    return prepare_backbone(model, name_or_path, torch.device(device), weights)
 
 
 def prepare_backbone(
@@ -178,7 +187,7 @@ def _install_layers(
 ) -> tuple[MultiLoraLinear, ...]:
     layers: list[MultiLoraLinear] = []
     for name, module in list(decoder.named_modules()):
-        frozen = dense_linear(module)
+        frozen = frozen_linear(module)
         if frozen is None:
             continue
         parent_name, _, child = name.rpartition(".")

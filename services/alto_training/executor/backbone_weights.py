@@ -37,11 +37,11 @@ class WholeWeights:
         named = list(model.named_parameters())
         self.fingerprint = fingerprint([fingerprint_part(name, parameter) for name, parameter in named])
         self.parameters = sum(parameter.numel() for _, parameter in named)
-        self._head = output_head(model)
+        self._model = model
 
     def head(self) -> AbstractContextManager[OutputHead]:
         """See `BackboneWeights.head`."""
-        return nullcontext(self._head)
+        return nullcontext(output_head(self._model))
 
     def idle_pass(self, training: bool) -> None:
         """Do nothing: nobody waits for these weights."""
@@ -61,9 +61,12 @@ def output_head(model: Any) -> OutputHead:
 
 
 def fingerprint_part(name: str, parameter: nn.Parameter) -> bytes:
-    """Return a parameter's name, shape and about 64 of its values: cheap, and tells models apart."""
+    """Return a parameter's name, shape and about 64 of its values: cheap, and tells models apart.
+
+    Values are rounded to bf16, so that a model has one name in whatever number format it was loaded.
+    """
     flat = parameter.detach().flatten()
-    sample: torch.Tensor = flat[:: max(1, flat.numel() // 64)].float().cpu().contiguous()
+    sample: torch.Tensor = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu().contiguous()
     return f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes()
 
 

@@ -8,22 +8,18 @@ from pathlib import Path
 
 import torch
 from alto_common.base_models import ModelFacts
+from alto_common.calibrations import CalibrationKey, load_calibration, shape_of
+from alto_common.cost_model import CostModel, Load, adapter_parameters, prior
 from alto_common.tuning import TrialConfig
 
 from alto_training.executor.backbone import Backbone, layer_number
-from alto_training.executor.memory_model import (
-    CalibrationKey,
-    CostModel,
-    Load,
-    adapter_parameters,
-    load_calibration,
-    prior,
-)
-from alto_training.executor.settings import ExecutorSettings
+from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 
 # More tokens on a tick make it no faster: matrix products are at their best speed.
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FLOPS_PER_S = {"cpu": 1e11, "cuda": 4e14}
+# Of the frozen weights; activations of a backbone in NF4 are fp32 on a CPU and bf16 elsewhere.
+BYTES_PER_VALUE = {BackboneDtype.FLOAT32: 4, BackboneDtype.BFLOAT16: 2, BackboneDtype.NF4: 4}
 _SHARE_OF_FREE_MEMORY = 0.85
 _UNKNOWN_MEMORY_BYTES = 4 * 2**30  # where the system does not tell
 
@@ -37,33 +33,38 @@ class Budget:
 
 
 def choose_budget(
-    settings: ExecutorSettings, backbone: Backbone, configs: Sequence[TrialConfig], calibrations: Path | None
+    settings: ExecutorSettings,
+    facts: ModelFacts,
+    costs: CostModel,
+    configs: Sequence[TrialConfig],
+    backbone_loaded: bool = True,
 ) -> Budget:
-    """Return the settings' own numbers where given, else the most that memory allows.
+    """Return the settings' own numbers where given, else the most that memory allows by the cost model.
 
     Tokens come first, up to where more would not be faster; then as many slots as fit beside them, one at the least.
-    `calibrations` is the folder of measured cost models; without one for this model and device the prior is taken.
     """
-    facts = backbone_facts(backbone)
+    device = torch.device(settings.device)
     known = [config for config in configs if adapter_parameters(facts, config) > 0] or list(configs)
-    known_costs = load_calibration(calibrations, calibration_key(settings, backbone)) if calibrations else None
-    model = known_costs or prior_cost_model(backbone)
-    limit = settings.memory_limit_bytes or free_memory_bytes(backbone.device) * _SHARE_OF_FREE_MEMORY
-    if settings.memory_limit_bytes is None:
-        # What is free is free beside the backbone, which is loaded.
-        limit += facts.parameters * _bytes_per_value(backbone)
-    largest = max(known, key=lambda config: adapter_parameters(facts, config))
-    enough = enough_tokens(backbone.device)
-    tokens = settings.tokens_per_tick or min(enough, model.tokens_that_fit(limit, Load.of(facts, [(largest, enough)])))
+    costliest = max(known, key=lambda config: adapter_parameters(facts, config))
+    limit = settings.memory_limit_bytes or free_memory_bytes(device) * _SHARE_OF_FREE_MEMORY
+    if settings.memory_limit_bytes is None and backbone_loaded:
+        limit += facts.parameters * BYTES_PER_VALUE[settings.backbone_dtype]  # what is free is free beside it
+    tokens = settings.tokens_per_tick
+    if tokens is None:
+        each = Load.of(facts, [(costliest, 1.0)])
+        fitting_tokens = costs.tokens_that_fit(limit, each, adapter_parameters(facts, costliest))
+        tokens = min(enough_tokens(device), _steady(fitting_tokens))
     tokens = max(1, tokens)
-    fitting = model.slots_that_fit(
-        limit,
-        tokens,
-        [adapter_parameters(facts, config) for config in configs],
-        max(config.lora_rank for config in configs),
+    fitting = costs.slots_that_fit(
+        limit, Load.of(facts, [(costliest, tokens)]), [adapter_parameters(facts, config) for config in configs]
     )
     slots = settings.slots or fitting
     return Budget(tokens, max(1, min(slots, len(configs))))
+
+
+def _steady(tokens: int) -> int:
+    """Return the power of two below: free memory is never twice the same, and two runs should have the same ticks."""
+    return 1 << (tokens.bit_length() - 1) if tokens > 0 else 0
 
 
 def enough_tokens(device: torch.device) -> int:
@@ -78,10 +79,10 @@ def backbone_facts(backbone: Backbone) -> ModelFacts:
         architecture=type(backbone.decoder).__name__,
         hidden_size=backbone.layers[0].frozen.in_features,
         layers=len(numbers),
-        vocabulary=0,
+        vocabulary=int(backbone.decoder.config.vocab_size),  # type: ignore[union-attr, arg-type]
         context_length=backbone.context_length,
         parameters=backbone.parameters,
-        bytes=backbone.parameters * _bytes_per_value(backbone),
+        bytes=backbone.parameters * backbone.dtype.itemsize,
         linear_modules={layer.path: (layer.frozen.in_features, layer.frozen.out_features) for layer in backbone.layers},
         has_chat_template=False,
         tokenizer_vocabulary=0,
@@ -91,10 +92,13 @@ def backbone_facts(backbone: Backbone) -> ModelFacts:
     )
 
 
-def calibration_key(settings: ExecutorSettings, backbone: Backbone) -> CalibrationKey:
+def calibration_key(settings: ExecutorSettings, facts: ModelFacts) -> CalibrationKey:
     """Return what a measured cost model of this backbone on this device is kept under."""
-    kind = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else "cpu"
-    return CalibrationKey(backbone.fingerprint, kind, settings.backbone_dtype, settings.recompute)
+    device = torch.device(settings.device)
+    on_cpu = device.type == "cpu"
+    kind = "cpu" if on_cpu else torch.cuda.get_device_name(device)
+    threads = (settings.threads or torch.get_num_threads()) if on_cpu else 0
+    return CalibrationKey(shape_of(facts), kind, threads, settings.backbone_dtype, settings.recompute)
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -122,10 +126,12 @@ def _container_memory() -> list[int]:
         return []
 
 
-def prior_cost_model(backbone: Backbone) -> CostModel:
+def known_costs(settings: ExecutorSettings, facts: ModelFacts) -> CostModel | None:
+    """Return what was measured for this backbone on this device, None if nothing was."""
+    folder = settings.calibrations or settings.cache_dir
+    return load_calibration(folder, calibration_key(settings, facts)) if folder else None
+
+
+def prior_costs(settings: ExecutorSettings, facts: ModelFacts) -> CostModel:
     """Return the cost model of a backbone before anything was measured."""
-    return prior(backbone_facts(backbone), _bytes_per_value(backbone), _FLOPS_PER_S[backbone.device.type])
-
-
-def _bytes_per_value(backbone: Backbone) -> int:
-    return backbone.dtype.itemsize
+    return prior(facts, BYTES_PER_VALUE[settings.backbone_dtype], _FLOPS_PER_S[torch.device(settings.device).type])

@@ -3,79 +3,108 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from alto_common.base_models import ModelFacts
+from alto_common.calibrations import save_calibration
+from alto_common.cost_model import CostModel, Load, Measurement, adapter_parameters, fit
 from alto_common.tuning import TrialConfig
 
 from alto_training.executor import passes
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone
-from alto_training.executor.budget import backbone_facts, calibration_key, prior_cost_model
-from alto_training.executor.memory_model import (
-    CostModel,
-    Load,
-    Measurement,
-    adapter_parameters,
-    fit,
-    save_calibration,
-)
+from alto_training.executor.budget import backbone_facts, calibration_key, prior_costs
 from alto_training.executor.optimizer import adamw_step, gradient_norm
 from alto_training.executor.progress import peak_memory_bytes
 from alto_training.executor.settings import ExecutorSettings
 from alto_training.executor.tick import Item, PackedSequence, Share
 
-_SEQUENCE_TOKENS = 128
-_REPETITIONS = 2
-_MOST_ADAPTERS = 8
+# Most adapters on a tick of the profile: the back end must have as many seats.
+PROFILE_SEATS = 3
+_WIDE_RANK = 64
+_SMALL = TrialConfig(lora_rank=8)
+_WIDE = TrialConfig(lora_rank=_WIDE_RANK)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One tick of the profile: a part of the most tokens, in sequences of a length, with a share of targets."""
+
+    adapters: tuple[TrialConfig, ...]
+    part: float
+    length: int = 128
+    target_share: float = 0.5
+    is_evaluation: bool = False
+
+
+def profile(facts: ModelFacts) -> list[_Probe]:
+    """Return the ticks to measure: each coefficient of the cost model is seen at two sizes at least."""
+    first = next(iter(facts.linear_modules))
+    partial = dataclasses.replace(_SMALL, target_modules=(first,))
+    length = min(512, facts.context_length)
+    return [
+        _Probe((_SMALL,), 0.25),
+        _Probe((_SMALL,), 1.0),
+        _Probe((_SMALL,), 0.5, length=length),
+        _Probe((_SMALL,), 0.5, target_share=1.0),
+        _Probe((partial,), 0.5),
+        _Probe((_WIDE, _WIDE, _SMALL), 0.25),
+        _Probe((_WIDE, _WIDE, _SMALL), 0.75),
+        _Probe((_SMALL,), 1.0, is_evaluation=True),
+        _Probe((_WIDE, _SMALL), 2.0, is_evaluation=True),
+    ]
 
 
 def calibrate(
-    settings: ExecutorSettings, backbone: Backbone, configs: Sequence[TrialConfig], most_tokens: int, folder: Path
+    settings: ExecutorSettings,
+    backbone: Backbone,
+    most_tokens: int,
+    folder: Path,
+    clock: Callable[[], float] = time.perf_counter,
+    start_seconds: float | None = None,
 ) -> CostModel:
     """Return the measured cost model of ticks with up to `most_tokens` tokens, and keep it in `folder`.
 
     Takes a dozen ticks of training, with fewer tokens if memory runs out. The backbone's back end is the one it has.
+    `start_seconds` is what passed until the backbone was loaded, where the caller knows.
     """
+    facts = backbone_facts(backbone)
+    loading_bytes = float(_peak(backbone.device))
     while True:
         try:
-            model = fit(prior_cost_model(backbone), _profile(backbone, configs, most_tokens))
+            measurements = [_measure(backbone, facts, probe, most_tokens, clock) for probe in profile(facts)]
         except passes.TickTooLargeError:
             if most_tokens < 8:
                 raise
             most_tokens //= 2
             continue
-        save_calibration(folder, calibration_key(settings, backbone), model)
+        model = dataclasses.replace(fit(prior_costs(settings, facts), measurements), loading_bytes=loading_bytes)
+        if start_seconds is not None:
+            model = dataclasses.replace(model, start_seconds=start_seconds)
+        save_calibration(folder, calibration_key(settings, facts), model)
         return model
 
 
-def _profile(backbone: Backbone, configs: Sequence[TrialConfig], most_tokens: int) -> list[Measurement]:
-    facts = backbone_facts(backbone)
-    smallest = min(configs, key=lambda config: adapter_parameters(facts, config))
-    measurements = []
-    for tokens in (most_tokens // 4, most_tokens // 2, most_tokens):
-        for mix in ([smallest], list(configs)[:_MOST_ADAPTERS]):
-            pairs = [(config, max(1, tokens // len(mix))) for config in mix]
-            measurements.append(_measure(backbone, Load.of(facts, pairs), pairs, is_evaluation=False))
-        measurements.append(_measure(backbone, Load.of(facts, pairs), pairs, is_evaluation=True))
-    return measurements
-
-
 def _measure(
-    backbone: Backbone, load: Load, pairs: Sequence[tuple[TrialConfig, int]], is_evaluation: bool
+    backbone: Backbone, facts: ModelFacts, probe: _Probe, most_tokens: int, clock: Callable[[], float]
 ) -> Measurement:
-    """Run ticks of this load; the time is that of the best, the peak that of all."""
+    """Run a tick twice: the time is that of the better, the peak that of both."""
+    tokens = max(2, int(probe.part * most_tokens / len(probe.adapters)))
     adapters, shares = [], []
-    for seed, (config, tokens) in enumerate(pairs):
+    for seed, config in enumerate(probe.adapters):
         adapter = Adapter(backbone.adapted_modules(config), config.lora_rank, config.scaling)
         adapter.initialise(seed)
         adapter.move(backbone.device)
         adapters.append((adapter, config, adapter.weights_on_host()))  # a run keeps its best weights too
-        shares.append(Share(adapter, _items(tokens), batch_denominator=float(tokens)))
-    evaluated = sum(item.tokens for share in shares for item in share.items)
+        shares.append(Share(adapter, _items(tokens, probe), batch_denominator=float(tokens)))
+    every_token = sum(item.tokens for share in shares for item in share.items)
 
     def train() -> None:
         passes.train_tick(backbone, shares)
@@ -83,30 +112,37 @@ def _measure(
             adamw_step(adapter, config, 0, 0.0, gradient_norm(adapter))
 
     def evaluate() -> None:
-        passes.item_losses(backbone, shares, evaluated)
+        passes.item_losses(backbone, shares, every_token)
 
+    if probe.is_evaluation:  # moments and gradients that a trial has when it is evaluated
+        for adapter, _, _ in adapters:
+            for buffer in adapter.buffers.values():
+                buffer.add_(0.0)
     _reset_peak(backbone.device)
-    run = evaluate if is_evaluation else train
-    seconds = min(_seconds(run, backbone.device) for _ in range(_REPETITIONS))
-    return Measurement(load, float(_peak(backbone.device)), seconds, is_evaluation)
+    run = evaluate if probe.is_evaluation else train
+    seconds = min(_seconds(run, backbone.device, clock) for _ in range(2))
+    pairs = [(config, float(tokens)) for config in probe.adapters]
+    load = Load.of(facts, pairs, float(min(probe.length, tokens)), probe.target_share)
+    parameters = sum(adapter_parameters(facts, config) for config in probe.adapters)
+    return Measurement(load, parameters, float(_peak(backbone.device)), seconds, probe.is_evaluation)
 
 
-def _items(tokens: int) -> list[Item]:
+def _items(tokens: int, probe: _Probe) -> list[Item]:
     items = []
     while tokens > 0:
-        places = np.arange(min(tokens, _SEQUENCE_TOKENS))
+        places = np.arange(min(tokens, probe.length))
         ids = (places % 2).astype(np.int32)
-        items.append(Item((PackedSequence(ids, places > len(ids) // 2),), denominator=1))
+        items.append(Item((PackedSequence(ids, places >= math.ceil(len(ids) * (1.0 - probe.target_share))),), 1))
         tokens -= len(ids)
     return items
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    started = time.perf_counter()
+def _seconds(run: Callable[[], None], device: torch.device, clock: Callable[[], float]) -> float:
+    started = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _reset_peak(device: torch.device) -> None:

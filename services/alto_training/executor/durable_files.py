@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write `content` aside, flush it to disk, and rename it to `path`."""
+def write_file(path: Path, *pieces: bytes | memoryview) -> None:
+    """Write the pieces aside, one behind the other, flush them to disk, and rename the file to `path`."""
     aside = path.with_name(f".{path.name}.partial")
     with aside.open("wb") as stream:
-        stream.write(content)
+        for piece in pieces:
+            stream.write(piece)
         stream.flush()
         os.fsync(stream.fileno())
     aside.rename(path)

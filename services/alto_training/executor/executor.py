@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alto_common.tuning import TrialConfig, TuningJob
+from alto_common.cost_model import CostModel
+from alto_common.tuning import TuningJob
 
 from alto_training.early_exit import make_policy
 from alto_training.executor import passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.backends import choose_backend
-from alto_training.executor.budget import Budget, calibration_key, choose_budget, enough_tokens
-from alto_training.executor.calibration import calibrate
+from alto_training.executor.budget import (
+    Budget,
+    backbone_facts,
+    choose_budget,
+    enough_tokens,
+    known_costs,
+    prior_costs,
+)
+from alto_training.executor.calibration import PROFILE_SEATS, calibrate
 from alto_training.executor.checkpoint import Checkpoint, CheckpointStore
 from alto_training.executor.control import Command, Control, Pause
 from alto_training.executor.errors import (
@@ -36,7 +44,6 @@ from alto_training.executor.events import (
     Verdict,
 )
 from alto_training.executor.loading import OpenData, load_job_backbone, open_job_data
-from alto_training.executor.memory_model import load_calibration
 from alto_training.executor.packer import choose_items
 from alto_training.executor.progress import ProgressMeter
 from alto_training.executor.ranks import OneRank, Ownership, Ranks
@@ -119,8 +126,8 @@ class Executor:
             backbone.recompute_activations()
         self._backbone = backbone
         configs = [trial.config for job in self._jobs for trial in job.trials]
-        self._calibrate(backbone, configs)
-        budget = self._agreed(choose_budget(self._settings, backbone, configs, self._settings.cache_dir), len(configs))
+        costs = self._costs(backbone)
+        budget = self._agreed(choose_budget(self._settings, backbone_facts(backbone), costs, configs), len(configs))
         self._tokens_per_tick = budget.tokens_per_tick
         self._evaluation_tokens = self._settings.evaluation_tokens_per_tick or 2 * self._tokens_per_tick
         tasks = []
@@ -155,15 +162,19 @@ class Executor:
         slots = self._settings.slots or sum(slots for _, slots in each)
         return Budget(min(tokens for tokens, _ in each), min(slots, trials))
 
-    def _calibrate(self, backbone: Backbone, configs: Sequence[TrialConfig]) -> None:
-        """Measure what ticks cost, if it is asked for and not known; alone, for ranks would have to do it in step."""
-        asked = self._settings.calibrate
-        folder = self._settings.cache_dir
-        if folder is None or self._ranks.size > 1 or not (backbone.device.type == "cuda" if asked is None else asked):
-            return
-        if load_calibration(folder, calibration_key(self._settings, backbone)) is None:
-            backbone.use_backend(choose_backend(self._settings.backend, backbone.layers, len(configs), backbone.device))
-            calibrate(self._settings, backbone, configs, enough_tokens(backbone.device), folder)
+    def _costs(self, backbone: Backbone) -> CostModel:
+        """Return what ticks cost: as measured before, or now if it is asked for, else as the model's shape says."""
+        settings, facts = self._settings, backbone_facts(backbone)
+        known = known_costs(settings, facts)
+        if known is not None:
+            return known
+        folder = settings.calibrations or settings.cache_dir
+        asked = backbone.device.type == "cuda" if settings.calibrate is None else settings.calibrate
+        # Alone, for ranks would have to do it in step.
+        if folder is None or not asked or self._ranks.size > 1:
+            return prior_costs(settings, facts)
+        backbone.use_backend(choose_backend(settings.backend, backbone.layers, PROFILE_SEATS, backbone.device))
+        return calibrate(settings, backbone, enough_tokens(backbone.device), folder)
 
     def _tell_started(self, resumed_from_tick: int | None) -> None:
         for task in self._roster.tasks:
@@ -342,6 +353,7 @@ class Executor:
         started = self._clock()
         state: dict[str, Any] = {
             "backbone_fingerprint": self._backbone.fingerprint,
+            "backbone_dtype": self._settings.backbone_dtype,
             "backend": self._backend.name,
             "tokens_per_tick": self._tokens_per_tick,
             "evaluation_tokens": self._evaluation_tokens,
@@ -367,6 +379,12 @@ class Executor:
             raise WrongBaseModelError(
                 f"the checkpoint in {self._workdir} is of another backbone than {self._backbone.name_or_path}",
                 "give the base model it was trained over, or another work folder",
+            )
+        if state["backbone_dtype"] != self._settings.backbone_dtype:
+            raise WrongBaseModelError(
+                f"the checkpoint in {self._workdir} is of the backbone in {state['backbone_dtype']}, not in "
+                f"{self._settings.backbone_dtype}",
+                f"load it in {state['backbone_dtype']}, or give another work folder",
             )
         if len(state["tasks"]) != len(self._roster.tasks):
             raise JobChangedError(

@@ -1,4 +1,4 @@
-"""The backbone's own matrix products: dense, whichever way its weight lies."""
+"""The backbone's own matrix products: dense, whichever way its weight lies, or with a weight in 4 bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from alto_training.executor.nf4 import Nf4Linear
 
 
 class DenseLinear:
@@ -40,10 +42,29 @@ class DenseLinear:
         return dy_TN @ self.weight_NK
 
 
-def dense_linear(module: nn.Module) -> DenseLinear | None:
-    """Return `module` as a frozen dense product, None if it is no linear layer. GPT-2's Conv1D keeps [K, N]."""
+class QuantisedLinear:
+    """A frozen layer in NF4: its weight is dense within a product alone, and nothing keeps it for the backward pass."""
+
+    def __init__(self, module: Nf4Linear) -> None:
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self._module = module
+
+    def product(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """Return W x + bias, a new [T, N]."""
+        y_TN: torch.Tensor = self._module(x_TK)
+        return y_TN
+
+    def input_gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """Return dY W, a new [T, K]."""
+        return dy_TN @ self._module.weight
+
+
+def frozen_linear(module: nn.Module) -> DenseLinear | QuantisedLinear | None:
+    """Return `module` as a frozen product, None if it is no linear layer. GPT-2's Conv1D keeps [K, N]."""
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(module, Nf4Linear):
+        return QuantisedLinear(module)
     if isinstance(module, nn.Linear):
         return DenseLinear(module, module.in_features, module.out_features)
     if isinstance(module, Conv1D):

@@ -11,7 +11,6 @@ from alto_common.tuning import TuningJob
 
 from alto_training.executor.backbone import Backbone, load_backbone
 from alto_training.executor.data_source import DataSource
-from alto_training.executor.errors import UnsupportedBackboneError
 from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 
 # From a job and a folder for caches to its training and validation data.
@@ -29,12 +28,12 @@ def locate_base_model(name_or_folder: str) -> str:
 
 def load_job_backbone(base_model: str, settings: ExecutorSettings) -> Backbone:
     """Load the backbone on the device and in the number format of the settings."""
-    dtype = _DTYPES.get(settings.backbone_dtype)
-    if dtype is None:
-        raise UnsupportedBackboneError(
-            f"a backbone in {settings.backbone_dtype} cannot be loaded here", "choose float32 or bfloat16"
-        )
-    return load_backbone(locate_base_model(base_model), dtype, settings.device)
+    location = locate_base_model(base_model)
+    if settings.backbone_dtype is BackboneDtype.NF4:
+        # Products of a backbone in 4 bits are made in what the device is good at.
+        dtype = torch.float32 if torch.device(settings.device).type == "cpu" else torch.bfloat16
+        return load_backbone(location, dtype, settings.device, in_nf4=True)
+    return load_backbone(location, _DTYPES[settings.backbone_dtype], settings.device)
 
 
 def open_job_data(job: TuningJob, cache_dir: Path) -> tuple[DataSource, DataSource]:

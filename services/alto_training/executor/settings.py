@@ -33,8 +33,8 @@ class ExecutorSettings:
     time for memory: activations of a layer are computed again in the backward pass. `cache_dir` holds tokenised
     datasets; None puts them under the work folder. `checkpoint_every_ticks`, when given, is used besides the interval.
     `calibrate` measures a dozen ticks before the first run over a backbone on this kind of device, and keeps what they
-    cost in `cache_dir` (None: on accelerators only, where they take seconds). The state of the last `revivable_trials`
-    that a policy stopped is kept, so that their user can revive them.
+    cost in `calibrations`, else `cache_dir` (None: on accelerators only, where they take seconds). The state of the
+    last `revivable_trials` that a policy stopped is kept, so that their user can revive them.
     """
 
     device: str = "cpu"
@@ -52,3 +52,4 @@ class ExecutorSettings:
     memory_limit_bytes: int | None = None
     calibrate: bool | None = None
     cache_dir: Path | None = None
+    calibrations: Path | None = None

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from alto_cli.failures import failures
-from alto_cli.options import ApiKey, Json, Server, TaskFileArgument, TaskOrNewest
+from alto_cli.options import (
+    ApiKey,
+    Device,
+    Dtype,
+    Json,
+    Server,
+    Slots,
+    TaskFileArgument,
+    TaskOrNewest,
+    Threads,
+)
 
 
 def tune(
@@ -54,9 +64,25 @@ def watch(
         watch_task(task, resume_token, server, api_key, json_output)
 
 
-def estimate(file: TaskFileArgument, server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
+def estimate(
+    file: TaskFileArgument,
+    local: Annotated[bool, typer.Option("--local", help="For `alto train-local` on this machine, no service.")] = False,
+    device: Device = "",
+    dtype: Dtype = "float32",
+    slots: Slots = None,
+    threads: Threads = None,
+    server: Server = "",
+    api_key: ApiKey = "",
+    json_output: Json = False,
+) -> None:
     """Tell what a search would take; nothing is spent."""
     with failures(json_output):
+        if local:
+            from alto_cli.local_estimate import estimate_file_locally
+            from alto_cli.local_training import LocalMachine
+
+            estimate_file_locally(file, LocalMachine(device, dtype, slots, threads), json_output)
+            return
         from alto_cli.searching import estimate_file
 
         estimate_file(file, server, api_key, json_output)

@@ -66,6 +66,12 @@ class TokenisedDataset:
         per_row: npt.NDArray[np.int64] = lengths.reshape(len(self), -1).sum(axis=1)
         return per_row
 
+    def sequence_sizes(self) -> list[tuple[int, int]]:
+        """Return (tokens, targets) of each sequence, uncut; a row of preferences has two."""
+        lengths = np.diff(self._arrays.offsets)
+        targets = np.add.reduceat(self._arrays.targets, self._arrays.offsets[:-1], dtype=np.int64)
+        return list(zip(lengths.tolist(), targets.tolist(), strict=True))
+
     def truncated_share(self, max_length: int) -> float:
         """Return the share of rows that lose tokens at `max_length`."""
         longest = np.diff(self._arrays.offsets).reshape(len(self), -1).max(axis=1)
