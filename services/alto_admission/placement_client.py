@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
-from alto.v1 import placement_pb2, placement_service_pb2, placement_service_pb2_grpc, tuning_pb2
+import grpc
+from alto.v1 import error_pb2, placement_pb2, placement_service_pb2, placement_service_pb2_grpc, tuning_pb2
 from alto_common import tuning, tuning_wire
 from alto_common.base_models import ModelFacts
+from alto_common.errors import DomainError
 from alto_common.rpc.channel import bearer_metadata, service_channel
+from alto_common.rpc.status import info_in
+from alto_common.violations import Violation
 
 from alto_admission.domain.search import DEFAULT_VALIDATION_FRACTION
 from alto_admission.domain.task import Task, Trial
@@ -42,10 +46,15 @@ class PlacementClient:
     async def estimate(
         self, request: placement_service_pb2.EstimateTaskRequest
     ) -> placement_service_pb2.EstimateTaskResponse:
-        """Return how long a task would take."""
-        response: placement_service_pb2.EstimateTaskResponse = await self._stub.EstimateTask(
-            request, metadata=self._metadata, timeout=CALL_TIMEOUT_S
-        )
+        """Return how long a task would take. Raises TASK_UNPLACEABLE when no node could ever hold it."""
+        try:
+            response: placement_service_pb2.EstimateTaskResponse = await self._stub.EstimateTask(
+                request, metadata=self._metadata, timeout=CALL_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                raise _unplaceable(error, request.resources) from error
+            raise
         return response
 
     async def plans(self) -> AsyncIterator[placement_pb2.Plan]:
@@ -56,6 +65,18 @@ class PlacementClient:
     async def close(self) -> None:
         """Close the channel."""
         await self._channel.close()
+
+
+def _unplaceable(error: grpc.aio.AioRpcError, resources: tuning_pb2.Resources) -> DomainError:
+    """Return placement's refusal as the caller of the public API is to hear it."""
+    info = info_in(error)
+    asked = f"{resources.gpus if resources.HasField('gpus') else 1} {resources.gpu_kind}".strip()
+    return DomainError(
+        error_pb2.ERROR_REASON_TASK_UNPLACEABLE,
+        error.details() or "no node can ever hold the task",
+        violations=[Violation("spec.resources", asked, error.details() or "ask for less")],
+        metadata=dict(info.metadata) if info is not None else None,
+    )
 
 
 def work_size(size: SearchSize, trials: Sequence[tuning.Trial], facts: ModelFacts) -> placement_service_pb2.WorkSize:

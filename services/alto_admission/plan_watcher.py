@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import grpc
 import structlog
-from alto.v1 import placement_pb2
+from alto.v1 import placement_pb2, tuning_pb2
 
 from alto_admission.domain import placement_news
 from alto_admission.domain.task import Task
@@ -45,6 +45,16 @@ class PlanWatcher:
         # A task that was given up is in one plan only: it must not go under when plans come faster than they are taken.
         self._given_up: dict[str, placement_pb2.PlannedTask] = {}
         self._news = asyncio.Event()
+
+    def forecast(self, task: Task) -> tuning_pb2.TaskForecast | None:
+        """Return what the newest plan expects of a task, None when there is none; tasks of others are a number."""
+        plan = self._plan
+        if plan is None or task.ended:
+            return None
+        planned = next((one for one in plan.tasks if one.task_id == task.task_id), None)
+        if planned is None or not planned.HasField("forecast") or planned.epoch < task.epoch:
+            return None
+        return placement_news.forecast(planned, {one.task_id for one in plan.tasks if one.tenant == task.tenant})
 
     async def run(self) -> None:
         """Follow the plan for ever."""

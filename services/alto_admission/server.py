@@ -70,16 +70,17 @@ class AdmissionServer:
         self._uploads = Uploads(
             datasets, artifacts, self._file_worker, settings.upload_folder, settings.dataset_limits, clock_us
         )
+        self._placement = PlacementClient(settings.placement_address, settings.service_token)
         tuning_tasks = TuningTasks(
             self.tasks,
             datasets,
             self._models,
             artifacts,
+            self._placement,
             clock_us,
             settings.max_trials,
             settings.max_unfinished_tasks,
         )
-        self._placement = PlacementClient(settings.placement_address, settings.service_token)
         self._dispatcher = Dispatcher(outbox, self.tasks, tuning_tasks, self._placement, clock_us)
         self._plan_watcher = PlanWatcher(self._placement, self.tasks, outbox, settings.plan_grace_s)
         watches = Watches(
@@ -102,6 +103,7 @@ class AdmissionServer:
             self._models,
             watches,
             self._placement,
+            self._plan_watcher,
         )
         admission_service_pb2_grpc.add_AdmissionServiceServicer_to_server(servicer, self.public.grpc)
         report_service_pb2_grpc.add_ReportServiceServicer_to_server(ReportServicer(self.tasks), self.internal.grpc)

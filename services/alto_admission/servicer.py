@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 from alto.v1 import admission_service_pb2 as messages
-from alto.v1 import admission_service_pb2_grpc, placement_service_pb2, tuning_pb2
+from alto.v1 import admission_service_pb2_grpc, tuning_pb2
 from alto_common.errors import invalid_fields, unavailable
 from alto_common.rpc.authentication import current_caller
 from alto_common.violations import Violation
@@ -16,7 +16,8 @@ from alto_admission.adapters import Adapters
 from alto_admission.domain.task_states import Request
 from alto_admission.domain.tokens import page_key, page_token
 from alto_admission.models import Models
-from alto_admission.placement_client import PlacementClient, work_size
+from alto_admission.placement_client import PlacementClient
+from alto_admission.plan_watcher import PlanWatcher
 from alto_admission.store.datasets import DatasetStore
 from alto_admission.store.tasks import TaskFilter, TaskStore
 from alto_admission.tuning_tasks import TuningTasks
@@ -50,6 +51,7 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         models: Models,
         watches: Watches,
         placement: PlacementClient,
+        plan_watcher: PlanWatcher,
     ) -> None:
         self._tuning_tasks = tuning_tasks
         self._tasks = tasks
@@ -59,6 +61,7 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         self._models = models
         self._watches = watches
         self._placement = placement
+        self._plan_watcher = plan_watcher
 
     async def CreateTuningTask(
         self, request: messages.CreateTuningTaskRequest, context: Context
@@ -70,8 +73,9 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
     async def GetTuningTask(
         self, request: messages.GetTuningTaskRequest, context: Context
     ) -> messages.GetTuningTaskResponse:
-        """Return one task."""
-        return messages.GetTuningTaskResponse(task=task_to_wire(await self._tasks.get(request.task_id, tenant())))
+        """Return one task, with what the latest plan expects of it."""
+        task = await self._tasks.get(request.task_id, tenant())
+        return messages.GetTuningTaskResponse(task=task_to_wire(task, self._plan_watcher.forecast(task)))
 
     async def ListTuningTasks(
         self, request: messages.ListTuningTasksRequest, context: Context
@@ -122,19 +126,9 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         checked = await self._tuning_tasks.check(tenant(), request.spec)
         size = await self._tuning_tasks.size(checked)
         resources = request.spec.resources
-        wanted = placement_service_pb2.EstimateTaskRequest(
-            tenant=tenant(),
-            base_model=request.spec.base_model,
-            resources=resources,
-            size=work_size(size, checked.search.trials, checked.model.facts),
-        )
         try:
-            estimate = await self._placement.estimate(wanted)
+            estimate = await self._tuning_tasks.estimate(tenant(), request.spec, checked, size)
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-                raise invalid_fields(
-                    [Violation("spec.resources", str(resources).strip(), error.details() or "")]
-                ) from error
             raise unavailable("placement cannot be reached, and only it can tell how long a task takes", 2.0) from error
         gpus = resources.gpus if resources.HasField("gpus") else 1
         return messages.EstimateTuningTaskResponse(

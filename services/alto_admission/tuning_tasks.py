@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from alto.v1 import error_pb2, tuning_pb2
+import grpc
+import structlog
+from alto.v1 import error_pb2, placement_service_pb2, tuning_pb2
 from alto_common import tuning
 from alto_common.artifacts import ArtifactStore
 from alto_common.errors import DomainError
@@ -28,6 +30,7 @@ from alto_admission.domain.work_size import (
     search_size,
 )
 from alto_admission.models import KnownModel, Models
+from alto_admission.placement_client import PlacementClient, work_size
 from alto_admission.search_wire import expanded
 from alto_admission.store.datasets import Dataset, DatasetStore
 from alto_admission.store.tasks import TaskStore
@@ -36,6 +39,8 @@ from alto_admission.uploads import FORMATS
 # How long the tokenizer may take before the size of a dataset in bytes has to do.
 TOKEN_COUNT_S = 10.0
 _ROW_FORMATS = {wire: row_format for row_format, wire in FORMATS.items()}
+
+log = structlog.get_logger("alto.admission")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class TuningTasks:
         datasets: DatasetStore,
         models: Models,
         artifacts: ArtifactStore,
+        placement: PlacementClient,
         clock_us: Callable[[], int],
         max_trials: int,
         max_unfinished_tasks: int,
@@ -65,6 +71,7 @@ class TuningTasks:
         self._datasets = datasets
         self._models = models
         self._artifacts = artifacts
+        self._placement = placement
         self._clock_us = clock_us
         self._max_trials = max_trials
         self._max_unfinished_tasks = max_unfinished_tasks
@@ -74,7 +81,7 @@ class TuningTasks:
         """Admit a task, or return the one that this request_id admitted before (AIP-155).
 
         With `validate_only` nothing is kept and the task has no id. Raises REQUEST_ID_REUSED, UNKNOWN_BASE_MODEL,
-        SEARCH_SPACE_INVALID, CONFIGURATION_UNFIT, INVALID_FIELD, RESOURCE_NOT_FOUND, QUOTA_EXCEEDED.
+        SEARCH_SPACE_INVALID, CONFIGURATION_UNFIT, INVALID_FIELD, RESOURCE_NOT_FOUND, QUOTA_EXCEEDED, TASK_UNPLACEABLE.
         """
         content = spec.SerializeToString(deterministic=True)
         request_hash = hashlib.sha256(content).hexdigest()
@@ -98,6 +105,7 @@ class TuningTasks:
             queue_reason="ENTERING_QUEUE",
             queue_explanation="the task is being handed to placement",
         )
+        await self._check_placeable(tenant, spec, checked)
         if validate_only:
             return task
         await self._check_quota(tenant)
@@ -150,6 +158,21 @@ class TuningTasks:
         lengths = await self._lengths(checked.train, checked.model)
         return Rows(checked.search.train_rows, checked.search.validation_rows, lengths)
 
+    async def estimate(
+        self, tenant: str, spec: tuning_pb2.TuningTaskSpec, checked: CheckedSpec, size: SearchSize
+    ) -> placement_service_pb2.EstimateTaskResponse:
+        """Return how long placement expects a request to take.
+
+        Raises TASK_UNPLACEABLE when no node could ever hold it, grpc.aio.AioRpcError when placement cannot be reached.
+        """
+        wanted = placement_service_pb2.EstimateTaskRequest(
+            tenant=tenant,
+            base_model=spec.base_model,
+            resources=spec.resources,
+            size=work_size(size, checked.search.trials, checked.model.facts),
+        )
+        return await self._placement.estimate(wanted)
+
     async def request(self, tenant: str, task_id: str, request: Request, etag: str) -> Task:
         """Carry out a tenant's request. Raises STATE_CONFLICT, ETAG_MISMATCH, RESOURCE_NOT_FOUND."""
         async with self._tasks.story(task_id, tenant) as story:
@@ -170,6 +193,13 @@ class TuningTasks:
             trial = story.trials[trial_id]
             story.stop_trial(trial)
         return trial
+
+    async def _check_placeable(self, tenant: str, spec: tuning_pb2.TuningTaskSpec, checked: CheckedSpec) -> None:
+        """Refuse at once what placement would refuse later. While it cannot be reached a task may be admitted."""
+        try:
+            await self.estimate(tenant, spec, checked, await self.size(checked))
+        except grpc.aio.AioRpcError as error:
+            log.warning("placement cannot say whether a task fits", error=f"{error.code().name}: {error.details()}")
 
     async def _lengths(self, dataset: Dataset, model: KnownModel) -> tuple[int, ...]:
         key = (dataset.dataset_id, model.location)

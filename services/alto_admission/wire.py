@@ -28,7 +28,7 @@ def duration(span_us: int | None) -> duration_pb2.Duration | None:
     return message
 
 
-def task_to_wire(task: Task) -> tuning_pb2.TuningTask:
+def task_to_wire(task: Task, forecast: tuning_pb2.TaskForecast | None = None) -> tuning_pb2.TuningTask:
     """Return a task as its tenant sees it."""
     message = tuning_pb2.TuningTask(
         task_id=task.task_id,
@@ -51,6 +51,7 @@ def task_to_wire(task: Task) -> tuning_pb2.TuningTask:
         time_remaining=duration(task.time_remaining_us),
         last_event_sequence=task.last_event_sequence,
         node_id=task.node_id,
+        forecast=forecast,
     )
     if task.queue_reason:
         message.queue.CopyFrom(

@@ -303,9 +303,11 @@ class PlacementEngine:
     async def _replan(self) -> None:
         now = self._clock()
         usage_gpu_s = self._learning.usage(self.state)
-        snapshot = snapshot_of(self.state, self._learning.forecasts, self._policy, usage_gpu_s, now, self._revision)
+        snapshot, left = snapshot_of(
+            self.state, self._learning.forecasts, self._policy, usage_gpu_s, now, self._revision
+        )
         plan = await asyncio.to_thread(planner.plan, snapshot, budget_s=self._settings.plan_budget_s)
-        self._facts = facts_of(plan, snapshot)
+        self._facts = facts_of(plan, snapshot, left)
         for placement in plan.starting:
             part = placement.parts[0]
             row = await self._commit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alto_placement.planner import Explanation, WaitReason
-from alto_placement.state import TaskRow
+from alto_placement.state import NodeState, TaskRow
 from alto_placement.watches import PlanView
 
 _SENTENCES = {
@@ -15,8 +15,11 @@ _SENTENCES = {
     WaitReason.TURN_OF_OTHERS: "What is free is for tasks ahead of it.",
     WaitReason.RESERVED: "What is free is reserved.",
     WaitReason.QUOTA: "Its tenant already holds all the GPUs that it may hold.",
-    WaitReason.NO_NODE_READY: "No node that could hold it takes work now.",
-    WaitReason.NEVER_FITS: "No node of this cluster can hold it.",
+}
+_STATES = {
+    NodeState.CORDONED: "takes no more work",
+    NodeState.DRAINING: "is being drained",
+    NodeState.LOST: "has not been heard of lately",
 }
 
 
@@ -26,11 +29,37 @@ def queue_words(task: TaskRow, explanation: Explanation | None, view: PlanView) 
         return "NO_NODE_READY", "No node has joined yet."
     if explanation is None:
         return "PLANNING", "The plan that places it is being made."
-    sentence = _SENTENCES[explanation.reason]
-    if explanation.reason is WaitReason.HELD_BACK and task.failure is not None:
+    reason = explanation.reason
+    if reason in (WaitReason.NO_NODE_READY, WaitReason.NEVER_FITS):
+        return _without_node(task, view)
+    sentence = _SENTENCES[reason]
+    if reason is WaitReason.HELD_BACK and task.failure is not None:
         sentence = f"Attempt {task.attempts} failed ({task.failure.message}); it is tried again in a moment."
-    if explanation.ahead:
+    if explanation.ahead and reason is not WaitReason.STARTS_NOW:
         sentence += f" {explanation.ahead} {'task is' if explanation.ahead == 1 else 'tasks are'} ahead of it."
-    if explanation.largest_fit_gpus is not None:
-        sentence += f" The most that fits is {explanation.largest_fit_gpus} GPUs."
-    return explanation.reason.value.upper(), sentence
+    return reason.value.upper(), sentence
+
+
+def _without_node(task: TaskRow, view: PlanView) -> tuple[str, str]:
+    """Say why no node can take the task now: those that could are away, or there is none."""
+    kind = f" of the kind {task.gpu_kind!r}" if task.gpu_kind else ""
+    least_bytes = task.size.least_memory_bytes / task.gpus
+    fitting = [
+        node
+        for node in view.state.nodes.values()
+        if node.spec.gpus >= task.gpus
+        and (not task.gpu_kind or node.spec.gpu_kind == task.gpu_kind)
+        and (not node.spec.memory_bytes_per_gpu or node.spec.memory_bytes_per_gpu >= least_bytes)
+    ]
+    if not fitting:
+        most = max(
+            (n.spec.gpus for n in view.state.nodes.values() if task.gpu_kind in ("", n.spec.gpu_kind)), default=0
+        )
+        asked = f"{task.gpus} {'GPU' if task.gpus == 1 else 'GPUs'}{kind}"
+        return (
+            WaitReason.NEVER_FITS.value.upper(),
+            f"It asks for {asked} on one node; the most that a node has is {most}.",
+        )
+    why = "; ".join(f"{node.node_id} {_STATES[node.state]}" for node in fitting[:4] if node.state in _STATES)
+    more = f"; and {len(fitting) - 4} more" if len(fitting) > 4 else ""
+    return WaitReason.NO_NODE_READY.value.upper(), f"No node that could hold it takes work now: {why}{more}."

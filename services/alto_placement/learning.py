@@ -73,10 +73,10 @@ class Learning:
                 continue
             task, kind = state.tasks[row.task_id], state.nodes[node_id].spec.gpu_kind
             self.forecasts.heard(task, row, kind, status.progress, now)
-            planned_s = facts.expected_end_s.get(row.task_id)
-            if planned_s is not None and row.stop is None:
+            planned = facts.ends.get(row.task_id)
+            if planned is not None and row.stop is None:
                 left_s = self.forecasts.remaining(task, row, kind, status.progress, now).expected_s
-                off_s = abs(now.wall_s + left_s - planned_s)
+                off_s = abs(now.wall_s + left_s - planned.expected_s)
                 moved = moved or off_s > max(MOVED_S, MOVED_SHARE * left_s)
         return moved
 

@@ -32,18 +32,25 @@ def snapshot_of(
     usage_gpu_s: Mapping[str, float],
     now: Moment,
     epoch: int,
-) -> planner.Snapshot:
-    """Return the planner's view of the cluster at this moment; `usage_gpu_s` is each tenant's decayed usage."""
+) -> tuple[planner.Snapshot, dict[str, planner.Duration]]:
+    """Return the planner's view of the cluster at this moment, and what is left of each task that has a place.
+
+    `usage_gpu_s` is each tenant's decayed usage.
+    """
     running = []
+    left: dict[str, planner.Duration] = {}
     waiting = []
     for task in state.tasks.values():
         where = state.task_state(task)
         if where in (TaskState.ASSIGNED, TaskState.STOPPING):
-            running.append(_running(state, task, state.assignments[task.assignment_id], forecasts, now))
+            row = state.assignments[task.assignment_id]
+            kind = state.nodes[row.node_id].spec.gpu_kind
+            left[task.task_id] = _left(forecasts.remaining(task, row, kind, state.progress.get(row.assignment_id), now))
+            running.append(_running(task, row, left[task.task_id], now))
         elif where is TaskState.WAITING:
             delay_s = max(0.0, state.retry_at_s.get(task.task_id, now.monotonic_s) - now.monotonic_s)
             waiting.append(waiting_task(task, state, forecasts, now.wall_s, delay_s))
-    return planner.Snapshot(
+    snapshot = planner.Snapshot(
         now_s=now.wall_s,
         nodes=[planner_node(node) for node in state.nodes.values()],
         waiting=waiting,
@@ -53,6 +60,7 @@ def snapshot_of(
         objective=policy.objective,
         epoch=epoch,
     )
+    return snapshot, left
 
 
 def planner_node(node: NodeRow) -> planner.Node:
@@ -112,20 +120,23 @@ def _tenants(policy: Policy, usage_gpu_s: Mapping[str, float], present: set[str]
     return [dataclasses.replace(row, usage_gpu_s=usage_gpu_s.get(row.tenant, 0.0)) for row in rows]
 
 
-def _running(
-    state: ClusterState, task: TaskRow, row: AssignmentRow, forecasts: Forecasts, now: Moment
-) -> planner.RunningTask:
-    kind = state.nodes[row.node_id].spec.gpu_kind
-    left = forecasts.remaining(task, row, kind, state.progress.get(row.assignment_id), now)
+def _left(left: planner.Duration) -> planner.Duration:
+    expected_s = max(OVERSTAY_S, left.expected_s)
+    return planner.Duration(
+        expected_s, max(expected_s, left.upper_s), min(expected_s, left.low_s), max(expected_s, left.high_s)
+    )
+
+
+def _running(task: TaskRow, row: AssignmentRow, left: planner.Duration, now: Moment) -> planner.RunningTask:
     stops = row.stop is not None
-    expected_s = STOPS_WITHIN_S if stops else max(OVERSTAY_S, left.expected_s)
+    expected_s = STOPS_WITHIN_S if stops else left.expected_s
     return planner.RunningTask(
         task_id=task.task_id,
         tenant=task.tenant,
         parts=(planner.Part(row.node_id, row.gpu_indices),),
         started_s=min(row.started_s, now.wall_s),
         expected_end_s=now.wall_s + expected_s,
-        upper_end_s=now.wall_s + (expected_s if stops else max(expected_s, left.upper_s)),
+        upper_end_s=now.wall_s + (expected_s if stops else left.upper_s),
         priority=task.priority,
         next_checkpoint_s=None if stops else now.wall_s + CHECKPOINT_WITHIN_S,
         resume=(planner.Choice(task.gpus, planner.Duration.certain(expected_s), task.gpu_kind, one_node=True),),

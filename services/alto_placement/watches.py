@@ -6,30 +6,46 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from alto_placement.planner import Explanation, Plan, Snapshot
+from alto_placement.planner import Duration, Explanation, Plan, Snapshot
 from alto_placement.state import ClusterState, Moment, TaskRow
 
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What the latest plan says, by task. Times are Unix seconds; `makespan_s` counts from when the plan was made."""
+    """What the latest plan says, by task. Times are Unix seconds; `makespan_s` counts from when the plan was made.
+
+    `ends` says when each task ends, as a duration from Unix time 0: expectation, upper bound, interval.
+    """
 
     explanations: Mapping[str, Explanation] = field(default_factory=dict)
     places: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-    expected_end_s: Mapping[str, float] = field(default_factory=dict)
+    ends: Mapping[str, Duration] = field(default_factory=dict)
     makespan_s: float = 0.0
     lower_bound_s: float = 0.0
 
 
-def facts_of(plan: Plan, snapshot: Snapshot) -> PlanFacts:
-    """Return what a plan over a snapshot says."""
-    ends = {task.task_id: task.expected_end_s for task in snapshot.running}
+def facts_of(plan: Plan, snapshot: Snapshot, left: Mapping[str, Duration]) -> PlanFacts:
+    """Return what a plan over a snapshot says; `left` is what is left of each running task."""
+    choices = {task.task_id: task.choices for task in snapshot.waiting}
+    ends = {task_id: _after(snapshot.now_s, duration) for task_id, duration in left.items()}
+    for placement in plan.placements:
+        duration = choices[placement.task_id][placement.choice].duration
+        ends[placement.task_id] = _after(placement.start_s, duration)
     return PlanFacts(
         explanations=plan.explanations,
         places={p.task_id: (p.parts[0].node_id, p.parts[0].gpu_indices) for p in plan.placements},
-        expected_end_s={**ends, **{p.task_id: p.end_s for p in plan.placements}},
+        ends=ends,
         makespan_s=plan.makespan_s,
         lower_bound_s=plan.lower_bound_s,
+    )
+
+
+def _after(start_s: float, duration: Duration) -> Duration:
+    return Duration(
+        start_s + duration.expected_s,
+        start_s + duration.upper_s,
+        start_s + duration.low_s,
+        start_s + duration.high_s,
     )
 
 

@@ -47,6 +47,15 @@ STOP_REASONS = {
     StopReason.PREEMPTED: placement_pb2.STOP_REASON_PREEMPTED,
     StopReason.SUPERSEDED: placement_pb2.STOP_REASON_SUPERSEDED,
 }
+CHANGES = {
+    planner.ChangeKind.TASKS_END: tuning_pb2.FORECAST_CHANGE_KIND_TASKS_END,
+    planner.ChangeKind.FEWER_GPUS: tuning_pb2.FORECAST_CHANGE_KIND_FEWER_GPUS,
+    planner.ChangeKind.MORE_GPUS: tuning_pb2.FORECAST_CHANGE_KIND_MORE_GPUS,
+    planner.ChangeKind.MORE_QUOTA: tuning_pb2.FORECAST_CHANGE_KIND_MORE_QUOTA,
+    planner.ChangeKind.HIGHER_PRIORITY: tuning_pb2.FORECAST_CHANGE_KIND_HIGHER_PRIORITY,
+    planner.ChangeKind.NODE_READY: tuning_pb2.FORECAST_CHANGE_KIND_NODE_READY,
+    planner.ChangeKind.TIME: tuning_pb2.FORECAST_CHANGE_KIND_TIME,
+}
 OUTCOMES: dict[int, Outcome] = {
     placement_pb2.ASSIGNMENT_OUTCOME_COMPLETED: Outcome.COMPLETED,
     placement_pb2.ASSIGNMENT_OUTCOME_STOPPED: Outcome.STOPPED,
@@ -224,7 +233,10 @@ def task_to_wire(task: TaskRow, view: PlanView) -> placement_pb2.PlannedTask:
         message.node_id = row.node_id
         message.gpu_indices.extend(row.gpu_indices)
         message.start_time.CopyFrom(timestamp(row.started_s))
-        message.end_time.CopyFrom(timestamp(view.facts.expected_end_s.get(task.task_id, view.moment.wall_s)))
+        end = view.facts.ends.get(task.task_id)
+        message.end_time.CopyFrom(timestamp(end.expected_s if end is not None else view.moment.wall_s))
+        if end is not None:
+            message.forecast.CopyFrom(_forecast(end))
     elif where is TaskState.WAITING:
         _add_queue(message, task, view)
     elif task.ended_s is not None:
@@ -236,19 +248,41 @@ def _add_queue(message: placement_pb2.PlannedTask, task: TaskRow, view: PlanView
     explanation = view.facts.explanations.get(task.task_id)
     reason, sentence = queue_words(task, explanation, view)
     queue = tuning_pb2.QueueStatus(reason=reason, explanation=sentence)
-    if (
-        explanation is not None
-        and explanation.predicted_start_s is not None
-        and explanation.predicted_end_s is not None
-    ):
-        queue.predicted_start_time.CopyFrom(timestamp(explanation.predicted_start_s))
-        queue.predicted_end_time.CopyFrom(timestamp(explanation.predicted_end_s))
-        message.start_time.CopyFrom(queue.predicted_start_time)
-        message.end_time.CopyFrom(queue.predicted_end_time)
-        node_id, indices = view.facts.places.get(task.task_id, ("", ()))
-        message.node_id = node_id
-        message.gpu_indices.extend(indices)
+    end = view.facts.ends.get(task.task_id)
+    if explanation is not None:
+        message.forecast.CopyFrom(_waiting_forecast(explanation, end))
+        if explanation.predicted_start_s is not None and end is not None:
+            for start_time in (queue.predicted_start_time, message.start_time):
+                start_time.CopyFrom(timestamp(explanation.predicted_start_s))
+            for end_time in (queue.predicted_end_time, message.end_time):
+                end_time.CopyFrom(timestamp(end.expected_s))
+            node_id, indices = view.facts.places.get(task.task_id, ("", ()))
+            message.node_id = node_id
+            message.gpu_indices.extend(indices)
     message.queue.CopyFrom(queue)
+
+
+def _forecast(end: planner.Duration) -> tuning_pb2.TaskForecast:
+    return tuning_pb2.TaskForecast(
+        end_time=timestamp(end.expected_s),
+        earliest_end_time=timestamp(end.low_s),
+        latest_end_time=timestamp(end.high_s),
+        longest_end_time=timestamp(end.upper_s),
+    )
+
+
+def _waiting_forecast(explanation: planner.Explanation, end: planner.Duration | None) -> tuning_pb2.TaskForecast:
+    placed = explanation.predicted_start_s is not None and end is not None
+    message = _forecast(end) if placed and end is not None else tuning_pb2.TaskForecast()
+    if explanation.predicted_start_s is not None:
+        message.start_time.CopyFrom(timestamp(explanation.predicted_start_s))
+    if explanation.deadline_s is not None:
+        message.first_in_line_time.CopyFrom(timestamp(explanation.deadline_s))
+    message.waits_for.extend(explanation.waits_for)
+    message.ahead = explanation.ahead
+    for change in explanation.changes:
+        message.changes.add(kind=CHANGES[change.kind], amount=change.amount)
+    return message
 
 
 def plan_to_wire(view: PlanView) -> placement_pb2.Plan:

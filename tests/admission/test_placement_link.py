@@ -7,6 +7,7 @@ import pytest
 from alto.v1 import admission_service_pb2 as messages
 from alto.v1 import placement_pb2, tuning_pb2
 from alto_admission import dispatcher
+from alto_common.rpc.status import reason_in
 from google.protobuf import timestamp_pb2
 
 from .reporting import numbered, task_state
@@ -126,12 +127,50 @@ async def test_deliveries_survive_a_restart(started, placement):
     await until(has_calls(placement, ("enqueue", task.task_id)))
 
 
-async def test_a_task_that_no_node_can_hold_fails(admission, placement):
+async def test_a_task_that_no_node_can_hold_is_refused_before_anything_is_kept(admission, placement):
     placement.refuse = (grpc.StatusCode.INVALID_ARGUMENT, "no node has 64 GPUs")
     client = await admission.client()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.create(resources=tuning_pb2.Resources(gpus=64))
+    assert (caught.value.code(), reason_in(caught.value)) == (grpc.StatusCode.INVALID_ARGUMENT, "TASK_UNPLACEABLE")
+    assert "no node has 64 GPUs" in caught.value.details()
+    assert not (await client.call("ListTuningTasks", messages.ListTuningTasksRequest())).tasks
+
+
+async def test_a_task_that_was_admitted_while_placement_was_away_fails_when_no_node_can_hold_it(admission, placement):
+    placement.refuse = AWAY
+    client = await admission.client()
     task = await client.create()
+    placement.refuse = (grpc.StatusCode.INVALID_ARGUMENT, "no node has 64 GPUs")
     failed = await until(becomes(client, task, state=tuning_pb2.TASK_STATE_FAILED))
     assert (failed.failure.reason, failed.failure.message) == ("TASK_UNPLACEABLE", "no node has 64 GPUs")
+
+
+async def test_a_tenant_sees_the_forecast_and_of_the_tasks_of_others_only_how_many(admission, placement):
+    client = await admission.client()
+    mine, other = await client.create(), await client.create()
+    forecast = tuning_pb2.TaskForecast(waits_for=[other.task_id, "task-of-somebody-else"], ahead=3)
+    forecast.end_time.FromSeconds(2_000_000_000)
+    show = dict(state=placement_pb2.PLACEMENT_STATE_WAITING, tenant="acme")
+
+    async def watched():
+        return placement.watchers
+
+    await until(watched)
+    placement.show(
+        placement_pb2.PlannedTask(task_id=mine.task_id, forecast=forecast, **show),
+        placement_pb2.PlannedTask(task_id=other.task_id, **show),
+        placement_pb2.PlannedTask(task_id="task-of-somebody-else", tenant="umbrella"),
+    )
+
+    async def seen():
+        request = messages.GetTuningTaskRequest(task_id=mine.task_id)
+        task = (await client.call("GetTuningTask", request)).task
+        return task.forecast if task.HasField("forecast") else None
+
+    found = await until(seen)
+    assert (list(found.waits_for), found.waits_for_others, found.ahead) == ([other.task_id], 1, 3)
+    assert found.end_time.seconds == 2_000_000_000
 
 
 @pytest.fixture

@@ -39,6 +39,8 @@ COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("why", cluster.why),
     ("nodes", cluster.nodes),
     ("drain", cluster.drain),
+    ("cordon", cluster.cordon),
+    ("uncordon", cluster.uncordon),
 )
 for name, command in COMMANDS:
     app.command(name)(command)

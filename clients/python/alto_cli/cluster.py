@@ -1,18 +1,23 @@
-"""What the commands for operators do."""
+"""What the commands about the cluster do: for operators, and for who wants to know why a task waits."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from datetime import UTC, datetime
 
 from alto.v1 import placement_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from alto_cli import exit_codes
-from alto_cli.connection import connect_as_operator
-from alto_cli.failures import CommandError
+from alto_cli.connection import connect, connect_as_operator
+from alto_cli.newest import task_or_newest
 from alto_cli.output import print_facts, print_json, print_message, print_table, say
+from alto_cli.view.gantt import gantt_lines, task_letters
+from alto_cli.view.why import why_facts
 from alto_cli.view.wording import bytes_text, duration_text, percent_text
 from alto_cli.wire_json import as_json, enum_word
+
+CLEAR_SCREEN = "\x1b[2J\x1b[H"
 
 
 def show_plan(json_output: bool) -> None:
@@ -21,21 +26,43 @@ def show_plan(json_output: bool) -> None:
         plan = client.plan()
     if json_output:
         print_message(plan)
-        return
+    else:
+        print_plan(plan)
+
+
+def watch_plan(json_output: bool) -> None:
+    """Print the plan and each new one, until interrupted; on a terminal each takes the place of the one before."""
+    with connect_as_operator() as client:
+        for plan in client.watch_plan():
+            if json_output:
+                print_message(plan)
+                continue
+            if sys.stdout.isatty():
+                print(CLEAR_SCREEN, end="")
+            print_plan(plan)
+
+
+def print_plan(plan: placement_pb2.Plan) -> None:
+    """Print a plan as a chart with a table under it."""
+    now = datetime.now(UTC)
+    letters = task_letters(plan)
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    for line in gantt_lines(plan, letters, now, shutil.get_terminal_size((100, 24)).columns, is_unicode):
+        print(line)
+    tasks = sorted(plan.tasks, key=lambda task: task.start_time.ToDatetime() if task.node_id else datetime.max)
     rows = [
         [
+            letters.get(task.task_id, "-"),
             task.task_id,
             task.tenant,
             _state(task),
-            task.node_id or "-",
-            " ".join(map(str, task.gpu_indices)) or "-",
             _in(task.start_time) if task.HasField("start_time") else "-",
             _in(task.end_time) if task.HasField("end_time") else "-",
             _why(task),
         ]
-        for task in plan.tasks
+        for task in tasks
     ]
-    columns = ["task", "tenant", "state", "node", "gpus", "start", "end", "why"]
+    columns = ["", "task", "tenant", "state", "start", "end", "why"]
     print_table(columns, rows, empty="nothing is planned: every task has ended")
     makespan = plan.makespan.ToTimedelta().total_seconds()
     bound = plan.makespan_lower_bound.ToTimedelta().total_seconds()
@@ -44,34 +71,14 @@ def show_plan(json_output: bool) -> None:
         say(f"all done in {duration_text(makespan)}{gap if bound > 0 else ''}")
 
 
-def why(task_id: str, json_output: bool) -> None:
-    """Print why one task waits."""
-    with connect_as_operator() as client:
-        plan = client.plan()
-    task = next((task for task in plan.tasks if task.task_id == task_id), None)
-    if task is None:
-        raise CommandError(
-            f"{task_id} is not in the plan",
-            "it has ended, or there is no such task: see `alto show` and `alto list`",
-            exit_code=exit_codes.NOT_FOUND,
-        )
+def why(task_id: str, server: str, api_key: str, json_output: bool) -> None:
+    """Print why a task is where it is."""
+    with connect(server, api_key) as client:
+        task = client.get_task(task_or_newest(client, task_id))
     if json_output:
         print_message(task)
-        return
-    start = task.queue.predicted_start_time if task.HasField("queue") else task.start_time
-    end = task.queue.predicted_end_time if task.HasField("queue") else task.end_time
-    print_facts(
-        [
-            ("task", task.task_id),
-            ("state", _state(task)),
-            ("why", _why(task)),
-            ("reason", task.queue.reason),
-            ("node", task.node_id),
-            ("start", _in(start) if start.seconds else ""),
-            ("end", _in(end) if end.seconds else ""),
-            ("attempts", str(task.attempts)),
-        ]
-    )
+    else:
+        print_facts(why_facts(task, datetime.now(UTC)))
 
 
 def show_nodes(json_output: bool) -> None:
@@ -101,11 +108,20 @@ def show_nodes(json_output: bool) -> None:
 def drain(node_id: str, undo: bool, json_output: bool) -> None:
     """Empty a node, or let it take work again."""
     with connect_as_operator() as client:
-        node = client.cordon(node_id, cordoned=False) if undo else client.drain(node_id)
+        _tell_node(client.cordon(node_id, cordoned=False) if undo else client.drain(node_id), json_output)
+
+
+def cordon(node_id: str, cordoned: bool, json_output: bool) -> None:
+    """Stop a node from taking more work, or let it again."""
+    with connect_as_operator() as client:
+        _tell_node(client.cordon(node_id, cordoned=cordoned), json_output)
+
+
+def _tell_node(node: placement_pb2.Node, json_output: bool) -> None:
     if json_output:
         print_message(node)
     else:
-        say(f"{node_id} is {enum_word(placement_pb2.NodeState.DESCRIPTOR, node.state).lower()}")
+        say(f"{node.node_id} is {enum_word(placement_pb2.NodeState.DESCRIPTOR, node.state).lower()}")
 
 
 def _state(task: placement_pb2.PlannedTask) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 from alto.v1 import placement_pb2
@@ -9,6 +10,8 @@ from alto.v1 import placement_service_pb2 as messages
 from alto.v1.placement_service_pb2_grpc import PlacementServiceStub
 
 from alto_client.connection import Connection
+
+WATCH_TIMEOUT_S = 24 * 3600.0
 
 
 class OperatorClient:
@@ -27,6 +30,11 @@ class OperatorClient:
     def plan(self) -> placement_pb2.Plan:
         """Return the plan."""
         return self._connection.call(self._stub.GetPlan, messages.GetPlanRequest()).plan
+
+    def watch_plan(self) -> Iterator[placement_pb2.Plan]:
+        """Yield the plan, then each new one. A task that ends is in one plan with that state. Raises `AltoError`."""
+        for response in self._connection.stream(self._stub.WatchPlan, messages.WatchPlanRequest(), WATCH_TIMEOUT_S):
+            yield response.plan
 
     def nodes(self) -> list[placement_pb2.Node]:
         """Return the nodes."""

@@ -6,6 +6,8 @@ assignment than the one that reports is passed over.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from alto.v1 import error_pb2, placement_pb2, tuning_pb2
 from alto_common.errors import reason_name
 
@@ -84,6 +86,17 @@ def answered(story: Story, planned: placement_pb2.PlannedTask) -> None:
         story.failed(tuning_pb2.Failure(reason=reason, message=message))
     else:
         apply(story, planned)
+
+
+def forecast(planned: placement_pb2.PlannedTask, own_task_ids: Collection[str]) -> tuning_pb2.TaskForecast:
+    """Return a forecast as its tenant may see it: tasks of others have no name."""
+    message = tuning_pb2.TaskForecast()
+    message.CopyFrom(planned.forecast)
+    own = [task_id for task_id in planned.forecast.waits_for if task_id in own_task_ids]
+    message.waits_for_others = len(planned.forecast.waits_for) - len(own)
+    del message.waits_for[:]
+    message.waits_for.extend(own)
+    return message
 
 
 def _starting(planned: placement_pb2.PlannedTask) -> tuning_pb2.QueueStatus:

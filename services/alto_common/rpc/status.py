@@ -102,11 +102,17 @@ def status_of(error: DomainError) -> status_pb2.Status:
 
 def reason_in(error: grpc.RpcError) -> str | None:
     """Return the reason that a failed call carries, without its prefix; None when it carries none."""
+    info = info_in(error)
+    return str(info.reason) if info is not None else None
+
+
+def info_in(error: grpc.RpcError) -> error_details_pb2.ErrorInfo | None:
+    """Return the ErrorInfo that a failed call of ours carries, with its metadata; None when it carries none."""
     from grpc_status import rpc_status
 
     status = rpc_status.from_call(error)  # type: ignore[arg-type]  # every RpcError of a call is a Call too
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
-            return str(info.reason)
+            return info
     return None

@@ -194,6 +194,14 @@ class MemoryPlacement(PlacementServiceServicer):
         )
         return placement_service_pb2.GetPlanResponse(plan=placement_pb2.Plan(tasks=[task], makespan={"seconds": 60}))
 
+    def WatchPlan(self, request, context):
+        for revision in (1, 2):
+            yield placement_service_pb2.WatchPlanResponse(plan=placement_pb2.Plan(revision=revision))
+
+    def CordonNode(self, request, context):
+        state = placement_pb2.NODE_STATE_CORDONED if request.cordoned else placement_pb2.NODE_STATE_READY
+        return placement_service_pb2.CordonNodeResponse(node=placement_pb2.Node(node_id=request.node_id, state=state))
+
     def ListNodes(self, request, context):
         node = placement_pb2.Node(node_id="n1", gpu_kind="cpu", gpus=1, state=placement_pb2.NODE_STATE_READY)
         return placement_service_pb2.ListNodesResponse(nodes=[node])
@@ -218,7 +226,9 @@ def placement(own_home):
 def test_the_operators_commands(placement):
     runner = CliRunner()
     assert "Every place that could hold it" in runner.invoke(app, ["plan"]).stdout
-    assert "GPUS_BUSY" in runner.invoke(app, ["why", "task-1"]).stdout
-    assert runner.invoke(app, ["why", "task-9"]).exit_code == 3
+    watched = runner.invoke(app, ["plan", "--watch", "--json"]).stdout.splitlines()
+    assert [json.loads(line)["revision"] for line in watched] == [1, 2]
     assert "n1" in runner.invoke(app, ["nodes"]).stdout
     assert "draining" in runner.invoke(app, ["drain", "n1"]).stderr
+    assert "cordoned" in runner.invoke(app, ["cordon", "n1"]).stderr
+    assert "ready" in runner.invoke(app, ["uncordon", "n1"]).stderr

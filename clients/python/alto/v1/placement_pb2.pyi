@@ -437,6 +437,7 @@ class PlannedTask(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    FORECAST_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """The task."""
     tenant: _builtins.str
@@ -469,6 +470,10 @@ class PlannedTask(_message.Message):
     def failure(self) -> _tuning_pb2.Failure:
         """When given up: why."""
 
+    @_builtins.property
+    def forecast(self) -> _tuning_pb2.TaskForecast:
+        """Until it has ended: what the plan expects, tasks of all tenants named."""
+
     def __init__(
         self,
         *,
@@ -483,10 +488,11 @@ class PlannedTask(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         failure: _tuning_pb2.Failure | None = ...,
         attempts: _builtins.int = ...,
+        forecast: _tuning_pb2.TaskForecast | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "failure", b"failure", "queue", b"queue", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "failure", b"failure", "forecast", b"forecast", "queue", b"queue", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "end_time", b"end_time", "epoch", b"epoch", "failure", b"failure", "gpu_indices", b"gpu_indices", "node_id", b"node_id", "queue", b"queue", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "end_time", b"end_time", "epoch", b"epoch", "failure", b"failure", "forecast", b"forecast", "gpu_indices", b"gpu_indices", "node_id", b"node_id", "queue", b"queue", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

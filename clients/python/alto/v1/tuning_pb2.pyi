@@ -222,6 +222,50 @@ VERDICT_STOP: Verdict.ValueType  # 3
 """End now."""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
+class _ForecastChangeKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ForecastChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ForecastChangeKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FORECAST_CHANGE_KIND_UNSPECIFIED: _ForecastChangeKind.ValueType  # 0
+    """Never sent."""
+    FORECAST_CHANGE_KIND_TASKS_END: _ForecastChangeKind.ValueType  # 1
+    """Any of the tasks that it waits for ends early."""
+    FORECAST_CHANGE_KIND_FEWER_GPUS: _ForecastChangeKind.ValueType  # 2
+    """It asks for at most `amount` GPUs."""
+    FORECAST_CHANGE_KIND_MORE_GPUS: _ForecastChangeKind.ValueType  # 3
+    """The cluster gains `amount` GPUs."""
+    FORECAST_CHANGE_KIND_MORE_QUOTA: _ForecastChangeKind.ValueType  # 4
+    """Its tenant's quota grows by `amount` GPUs."""
+    FORECAST_CHANGE_KIND_HIGHER_PRIORITY: _ForecastChangeKind.ValueType  # 5
+    """Its priority is at least `amount`."""
+    FORECAST_CHANGE_KIND_NODE_READY: _ForecastChangeKind.ValueType  # 6
+    """A node that could hold it joins, or takes work again."""
+    FORECAST_CHANGE_KIND_TIME: _ForecastChangeKind.ValueType  # 7
+    """Nothing but time."""
+
+class ForecastChangeKind(_ForecastChangeKind, metaclass=_ForecastChangeKindEnumTypeWrapper):
+    """What would let a waiting task start earlier."""
+
+FORECAST_CHANGE_KIND_UNSPECIFIED: ForecastChangeKind.ValueType  # 0
+"""Never sent."""
+FORECAST_CHANGE_KIND_TASKS_END: ForecastChangeKind.ValueType  # 1
+"""Any of the tasks that it waits for ends early."""
+FORECAST_CHANGE_KIND_FEWER_GPUS: ForecastChangeKind.ValueType  # 2
+"""It asks for at most `amount` GPUs."""
+FORECAST_CHANGE_KIND_MORE_GPUS: ForecastChangeKind.ValueType  # 3
+"""The cluster gains `amount` GPUs."""
+FORECAST_CHANGE_KIND_MORE_QUOTA: ForecastChangeKind.ValueType  # 4
+"""Its tenant's quota grows by `amount` GPUs."""
+FORECAST_CHANGE_KIND_HIGHER_PRIORITY: ForecastChangeKind.ValueType  # 5
+"""Its priority is at least `amount`."""
+FORECAST_CHANGE_KIND_NODE_READY: ForecastChangeKind.ValueType  # 6
+"""A node that could hold it joins, or takes work again."""
+FORECAST_CHANGE_KIND_TIME: ForecastChangeKind.ValueType  # 7
+"""Nothing but time."""
+Global___ForecastChangeKind: _TypeAlias = ForecastChangeKind  # noqa: Y015
+
 @_typing.final
 class Schedule(_message.Message):
     """Learning-rate schedule over the optimiser steps of one trial."""
@@ -998,6 +1042,106 @@ class QueueStatus(_message.Message):
 Global___QueueStatus: _TypeAlias = QueueStatus  # noqa: Y015
 
 @_typing.final
+class ForecastChange(_message.Message):
+    """One thing that would help a waiting task."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    kind: Global___ForecastChangeKind.ValueType
+    """What."""
+    amount: _builtins.float
+    """The figure that the kind names."""
+    def __init__(
+        self,
+        *,
+        kind: Global___ForecastChangeKind.ValueType = ...,
+        amount: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecastChange: _TypeAlias = ForecastChange  # noqa: Y015
+
+@_typing.final
+class TaskForecast(_message.Message):
+    """What the latest plan expects of a task that has not ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    EARLIEST_END_TIME_FIELD_NUMBER: _builtins.int
+    LATEST_END_TIME_FIELD_NUMBER: _builtins.int
+    LONGEST_END_TIME_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_OTHERS_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    FIRST_IN_LINE_TIME_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    waits_for_others: _builtins.int
+    """How many tasks of other tenants do."""
+    ahead: _builtins.int
+    """Waiting tasks that are ahead of it."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it starts; absent once it has."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends, early exits included. Absent while it has no place in the plan."""
+
+    @_builtins.property
+    def earliest_end_time(self) -> _timestamp_pb2.Timestamp:
+        """Begin of the span in which it ends in nine cases of ten, starting as expected."""
+
+    @_builtins.property
+    def latest_end_time(self) -> _timestamp_pb2.Timestamp:
+        """End of that span."""
+
+    @_builtins.property
+    def longest_end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends if no trial stops early from now on."""
+
+    @_builtins.property
+    def waits_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tasks of the same tenant that hold what it waits for, soonest end first."""
+
+    @_builtins.property
+    def first_in_line_time(self) -> _timestamp_pb2.Timestamp:
+        """From when on it goes before every other task of its priority: no wait is without end."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ForecastChange]:
+        """What would let it start earlier."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        earliest_end_time: _timestamp_pb2.Timestamp | None = ...,
+        latest_end_time: _timestamp_pb2.Timestamp | None = ...,
+        longest_end_time: _timestamp_pb2.Timestamp | None = ...,
+        waits_for: _abc.Iterable[_builtins.str] | None = ...,
+        waits_for_others: _builtins.int = ...,
+        ahead: _builtins.int = ...,
+        first_in_line_time: _timestamp_pb2.Timestamp | None = ...,
+        changes: _abc.Iterable[Global___ForecastChange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["earliest_end_time", b"earliest_end_time", "end_time", b"end_time", "first_in_line_time", b"first_in_line_time", "latest_end_time", b"latest_end_time", "longest_end_time", b"longest_end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "changes", b"changes", "earliest_end_time", b"earliest_end_time", "end_time", b"end_time", "first_in_line_time", b"first_in_line_time", "latest_end_time", b"latest_end_time", "longest_end_time", b"longest_end_time", "start_time", b"start_time", "waits_for", b"waits_for", "waits_for_others", b"waits_for_others"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskForecast: _TypeAlias = TaskForecast  # noqa: Y015
+
+@_typing.final
 class Failure(_message.Message):
     """Why something failed."""
 
@@ -1077,6 +1221,7 @@ class TuningTask(_message.Message):
     TIME_REMAINING_FIELD_NUMBER: _builtins.int
     LAST_EVENT_SEQUENCE_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
+    FORECAST_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """Assigned by ALTO."""
     state: Global___TaskState.ValueType
@@ -1129,6 +1274,10 @@ class TuningTask(_message.Message):
     def time_remaining(self) -> _duration_pb2.Duration:
         """Expected time to the end, while running."""
 
+    @_builtins.property
+    def forecast(self) -> Global___TaskForecast:
+        """Until it has ended: what the latest plan expects. Absent while placement cannot be reached."""
+
     def __init__(
         self,
         *,
@@ -1150,10 +1299,11 @@ class TuningTask(_message.Message):
         time_remaining: _duration_pb2.Duration | None = ...,
         last_event_sequence: _builtins.int = ...,
         node_id: _builtins.str = ...,
+        forecast: Global___TaskForecast | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_validation_loss", b"_base_validation_loss", "_best_validation_loss", b"_best_validation_loss", "base_validation_loss", b"base_validation_loss", "best_validation_loss", b"best_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "queue", b"queue", "savings", b"savings", "spec", b"spec", "start_time", b"start_time", "time_remaining", b"time_remaining"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_validation_loss", b"_base_validation_loss", "_best_validation_loss", b"_best_validation_loss", "base_validation_loss", b"base_validation_loss", "best_validation_loss", b"best_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "forecast", b"forecast", "queue", b"queue", "savings", b"savings", "spec", b"spec", "start_time", b"start_time", "time_remaining", b"time_remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_validation_loss", b"_base_validation_loss", "_best_validation_loss", b"_best_validation_loss", "base_validation_loss", b"base_validation_loss", "best_trial_id", b"best_trial_id", "best_validation_loss", b"best_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "etag", b"etag", "failure", b"failure", "fraction_done", b"fraction_done", "last_event_sequence", b"last_event_sequence", "node_id", b"node_id", "queue", b"queue", "savings", b"savings", "spec", b"spec", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "time_remaining", b"time_remaining", "trial_count", b"trial_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_validation_loss", b"_base_validation_loss", "_best_validation_loss", b"_best_validation_loss", "base_validation_loss", b"base_validation_loss", "best_trial_id", b"best_trial_id", "best_validation_loss", b"best_validation_loss", "create_time", b"create_time", "end_time", b"end_time", "etag", b"etag", "failure", b"failure", "forecast", b"forecast", "fraction_done", b"fraction_done", "last_event_sequence", b"last_event_sequence", "node_id", b"node_id", "queue", b"queue", "savings", b"savings", "spec", b"spec", "start_time", b"start_time", "state", b"state", "task_id", b"task_id", "time_remaining", b"time_remaining", "trial_count", b"trial_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_validation_loss: _TypeAlias = _typing.Literal["base_validation_loss"]  # noqa: Y015
     _WhichOneofArgType__base_validation_loss: _TypeAlias = _typing.Literal["_base_validation_loss", b"_base_validation_loss"]  # noqa: Y015
