@@ -19,7 +19,7 @@ PYTHON_FOLDERS := services clients/python/alto_client clients/python/alto_cli ex
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export CMAKE_ARGS
 
-.PHONY: help install proto format check test bench quickstart clean
+.PHONY: help install proto format check test cuda bench quickstart clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -59,6 +59,18 @@ check: install  ## Lint, types, walls between rooms, the contract
 
 test: install  ## All tests
 	@$(BIN)/pytest -n 2 $(TESTS)
+
+cuda: install  ## Compile the CUDA kernels, where there is nvcc, and import them; needs no GPU
+	@if ! command -v nvcc > /dev/null; then echo "no nvcc: the CUDA kernels are not compiled"; exit 0; fi; set -e; \
+	$(BIN)/pip install --quiet --no-deps nvidia-cutlass==4.2.0.0; \
+	export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	echo "==> Compiling into build/cuda (a few minutes)"; \
+	cmake -G Ninja -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+		-Dpybind11_DIR="$$(python -m pybind11 --cmakedir)" -DALTO_CUDA=ON $(CMAKE_ARGS) > build/cuda.log 2>&1 \
+		|| { cat build/cuda.log; exit 1; }; \
+	cmake --build build/cuda --target alto_kernels_module > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }; \
+	cd build/cuda/ext/alto_kernels && python -c \
+		"import _kernels; assert _kernels.has_cuda; print('compiled for', _kernels.cuda_architectures)"
 
 bench: install  ## Run benchmarks/NAME.py with ARGS; its last line is one JSON object
 	@test -n "$(NAME)" || { echo "which one? make bench NAME=parity; there are:"; ls benchmarks/*.py; exit 2; }

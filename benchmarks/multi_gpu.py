@@ -167,11 +167,11 @@ def run_ours(asked: argparse.Namespace, strategy: str, device: torch.device, dty
         import alto_kernels
 
         wanted = "cpu" if device.type == "cpu" else "cutlass"
-        name = wanted if wanted in alto_kernels.backends() else "reference"
+        name = wanted if wanted in alto_kernels.backends(dtype) else "reference"
     order = getattr(backbone.weights, "order", None)
     for trials, batch, length in combinations(asked):
         seats = -(-trials // dist.get_world_size())
-        backbone.use_backend(choose_backend(name, backbone.layers, seats, device))
+        backbone.use_backend(choose_backend(name, backbone.layers, seats, device, dtype))
         ours = OurTrials(asked, backbone, trials, batch, length)
         with TrafficMeter() as meter:
             ours.one_pass()

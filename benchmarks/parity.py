@@ -2,12 +2,13 @@
 
     make bench NAME=parity
     make bench NAME=parity ARGS="--trials 12 --scenario all"
+    make bench NAME=parity ARGS="--device cuda --dtype bfloat16 --trials 8 --output benchmarks/results/parity-h100.json"
 
 A small random Llama in fp32 on the CPU. `max_rel_weight_err` is the largest, over all trials and all A and B matrices,
 of |ours - alone| / |alone| (Frobenius norms) of the final weights; `max_loss_err` the largest difference of a train
 loss. `bitwise` says whether our own final weights are equal to the last bit to those of a second run: an uninterrupted
 one (resume_after_kill), one whose neighbour was stopped in good health at the same tick (nan_neighbour), else a
-repetition.
+repetition. With --dtype bfloat16 loss curves are compared instead, see parity_curves.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import alto_kernels
 import torch
 import transformers
 
@@ -35,6 +37,7 @@ from alto_training.executor.control import ControlQueue, StopTrial
 from alto_training.executor.events import Event, TrialFinished, TrialProgress
 from alto_training.executor.executor import Executor
 from alto_training.executor.settings import Backend
+from parity_curves import measure_curves
 from parity_scenarios import SCENARIOS, Scenario, make_model, open_random, scenario
 from peft_solo import train_alone
 from safetensors.torch import load_file
@@ -210,6 +213,19 @@ def measure(case: Scenario) -> dict[str, Any]:
     }
 
 
+def compare_curves(arguments: argparse.Namespace) -> int:
+    """Hold the loss curves of the kernels against the spread of other ways to the same."""
+    kernels = alto_kernels.cuda_kernels() if arguments.device == "cuda" else ("cpu",)
+    if not kernels:
+        raise SystemExit("benchmarks/parity.py: needs the CUDA build and a GPU that it has kernels for")
+    result = measure_curves(arguments.trials, arguments.device, torch.bfloat16, kernels)
+    result |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps(result))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(each["within_spread"] for each in result["ours"].values()) else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=6)
@@ -217,7 +233,12 @@ def main() -> int:
     parser.add_argument("--adam-epsilon", type=float, help="instead of the mix's own; see parity_scenarios.trial_mix")
     parser.add_argument("--backend", default="reference", help="reference or cpu; auto may choose otherwise each time")
     parser.add_argument("--floor", action="store_true", help="also measure how far PEFT is from itself")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--output", type=Path, help="write the JSON object there too (with --dtype bfloat16)")
     arguments = parser.parse_args()
+    if arguments.dtype == "bfloat16":
+        return compare_curves(arguments)
     changes = {} if arguments.adam_epsilon is None else {"adam_epsilon": arguments.adam_epsilon}
     torch.set_num_threads(1)
     names = SCENARIOS if arguments.scenario == "all" else (arguments.scenario,)

@@ -196,12 +196,10 @@ def _sequence_nll(model: Any, examples: Sequence[Any]) -> torch.Tensor:
         ids[row, :length] = example.input_ids
         attention[row, :length] = 1
         labels[row, :length] = np.where(example.target_mask, example.input_ids, -100)
-    logits = model(
-        input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(attention), use_cache=False
-    ).logits.float()
-    nll_BL = cross_entropy(
-        logits[:, :-1].transpose(1, 2), torch.from_numpy(labels)[:, 1:], ignore_index=-100, reduction="none"
-    )
+    device = next(model.parameters()).device
+    ids_BL, labels_BL, attention_BL = (torch.from_numpy(array).to(device) for array in (ids, labels, attention))
+    logits = model(input_ids=ids_BL, attention_mask=attention_BL, use_cache=False).logits.float()
+    nll_BL = cross_entropy(logits[:, :-1].transpose(1, 2), labels_BL[:, 1:], ignore_index=-100, reduction="none")
     return nll_BL.double().sum(dim=1)
 
 

@@ -5,7 +5,13 @@ the packed axis belong to which slot; `lora_linear` and `lora_linears` are then 
 with gradients; `adamw_step` steps many adapters at once. `reference` is the same in plain torch, slow and obvious.
 """
 
-from alto_kernels.availability import BackendUnavailableError, backends, cuda_available
+from alto_kernels.availability import (
+    BackendUnavailableError,
+    CudaKernels,
+    backends,
+    cuda_available,
+    cuda_kernels,
+)
 from alto_kernels.linear import lora_linear, lora_linears, low_rank_backward, low_rank_forward
 from alto_kernels.optimizer import AdapterStep, StepReport, adamw_step
 from alto_kernels.plan import TickPlan
@@ -16,11 +22,13 @@ __all__ = [
     "AdapterTable",
     "AdapterWeights",
     "BackendUnavailableError",
+    "CudaKernels",
     "StepReport",
     "TickPlan",
     "adamw_step",
     "backends",
     "cuda_available",
+    "cuda_kernels",
     "lora_linear",
     "lora_linears",
     "low_rank_backward",

@@ -1,5 +1,7 @@
-# The CUDA part of alto_kernels._kernels. The architecture comes from a variable, never from a GPU that is there.
-set(ALTO_CUDA_ARCHITECTURES "90a" CACHE STRING "Architectures to compile the CUDA kernels for")
+# The CUDA part of alto_kernels._kernels. Architectures come from a variable, never from a GPU that is there: one build
+# serves Ampere and Ada ("80") and Hopper ("90a"). The grouped kernels are compiled for all that are listed, the
+# persistent kernel for 90a where that is listed.
+set(ALTO_CUDA_ARCHITECTURES "80;90a" CACHE STRING "Architectures to compile the CUDA kernels for")
 set(ALTO_CUTLASS_INCLUDE "" CACHE PATH "CUTLASS headers; empty: those of the Python package nvidia-cutlass")
 
 set(CMAKE_CUDA_ARCHITECTURES "${ALTO_CUDA_ARCHITECTURES}")
@@ -16,20 +18,41 @@ if(NOT ALTO_CUTLASS_INCLUDE)
   endif()
 endif()
 
+function(alto_cuda_settings target)
+  set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
+  target_include_directories(${target} SYSTEM PRIVATE "${ALTO_CUTLASS_INCLUDE}")
+  # Without NDEBUG the compiler serialises wgmma (warning C7510).
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3 -DNDEBUG --expt-relaxed-constexpr>)
+endfunction()
+
 target_sources(alto_kernels_module PRIVATE
   csrc/cuda/adamw.cu
   csrc/cuda/bindings.cpp
-  csrc/cuda/lora_gemm_backward.cu
-  csrc/cuda/lora_gemm_forward.cu
+  csrc/cuda/grouped_bindings.cpp
+  csrc/cuda/grouped_down_bfloat16.cu
+  csrc/cuda/grouped_down_float16.cu
+  csrc/cuda/grouped_gradients_bfloat16.cu
+  csrc/cuda/grouped_gradients_float16.cu
+  csrc/cuda/grouped_up_bfloat16.cu
+  csrc/cuda/grouped_up_float16.cu
   csrc/cuda/pools.cu
   csrc/cuda/schedule.cpp
   csrc/cuda/tensor_map.cpp
 )
-set_target_properties(alto_kernels_module PROPERTIES
-  CUDA_ARCHITECTURES "${ALTO_CUDA_ARCHITECTURES}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
-target_include_directories(alto_kernels_module SYSTEM PRIVATE "${ALTO_CUTLASS_INCLUDE}")
-target_compile_definitions(alto_kernels_module PRIVATE ALTO_CUDA)
-# Without NDEBUG the compiler serialises wgmma (warning C7510).
-target_compile_options(alto_kernels_module PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3 -DNDEBUG --expt-relaxed-constexpr>)
+alto_cuda_settings(alto_kernels_module)
+set_target_properties(alto_kernels_module PROPERTIES CUDA_ARCHITECTURES "${ALTO_CUDA_ARCHITECTURES}")
+target_compile_definitions(alto_kernels_module PRIVATE
+  ALTO_CUDA ALTO_CUDA_ARCHITECTURES="$<JOIN:${ALTO_CUDA_ARCHITECTURES},$<COMMA>>")
 target_link_libraries(alto_kernels_module PRIVATE CUDA::cudart_static)
+
+if(ALTO_CUDA_ARCHITECTURES MATCHES "90a")
+  add_library(alto_kernels_hopper OBJECT
+    csrc/cuda/lora_gemm_backward.cu
+    csrc/cuda/lora_gemm_forward.cu
+  )
+  alto_cuda_settings(alto_kernels_hopper)
+  set_target_properties(alto_kernels_hopper PROPERTIES CUDA_ARCHITECTURES "90a")
+  target_link_libraries(alto_kernels_module PRIVATE alto_kernels_hopper)
+else()
+  target_sources(alto_kernels_module PRIVATE csrc/cuda/lora_gemm_missing.cpp)
+endif()

@@ -1,4 +1,4 @@
-"""Back end `cutlass`: the bf16 copies of all adapters' weights, and where their fp32 masters and gradients lie.
+"""Back end `cutlass`: bf16 or fp16 copies of all adapters' weights, and where their fp32 masters and gradients lie.
 
 A module's pools are A [P, in] and B [out, P]; an adapter owns the same range of the P columns in every module, its rank
 padded with zeros to a multiple of 16. Addresses go to the device when a slot's occupant changes, never per call.
@@ -52,6 +52,10 @@ class CudaPools:
         self._ranges[slot] = self._find(width)
         self.refresh([slot])
 
+    def columns(self, slot: int) -> range:
+        """Return the pool columns of the adapter in `slot`."""
+        return self._ranges[slot]
+
     def first_column(self, slot: int) -> int:
         """Return the first pool column of the adapter in `slot`."""
         return self._ranges[slot].start
@@ -74,6 +78,7 @@ class CudaPools:
             max_slots=self._table.max_slots,
             pool_columns=self.capacity,
             slot_is_bad=self.slot_is_bad.data_ptr(),
+            is_float16=self._table.dtype == torch.float16,
             stream=torch.cuda.current_stream(self._table.device).cuda_stream,
         )
 
@@ -81,8 +86,9 @@ class CudaPools:
         device = self._table.device
         self.capacity = capacity
         shapes = self._table.module_shapes
-        self.a_PK = [torch.zeros(capacity, k, dtype=torch.bfloat16, device=device) for k, _ in shapes]
-        self.b_NP = [torch.zeros(n, capacity, dtype=torch.bfloat16, device=device) for _, n in shapes]
+        dtype = self._table.dtype
+        self.a_PK = [torch.zeros(capacity, k, dtype=dtype, device=device) for k, _ in shapes]
+        self.b_NP = [torch.zeros(n, capacity, dtype=dtype, device=device) for _, n in shapes]
         addresses = [
             (a.data_ptr(), b.data_ptr(), k, n) for a, b, (k, n) in zip(self.a_PK, self.b_NP, shapes, strict=True)
         ]

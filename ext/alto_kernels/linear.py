@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alto_kernels import cpu_products, reference
+from alto_kernels.availability import CudaKernels
 from alto_kernels.plan import TickPlan, plan_of
 
 
@@ -56,7 +57,7 @@ def lora_linears(
 
 
 def low_rank_forward(y_TN: Tensor, x_TK: Tensor, plan: TickPlan, module_index: int) -> Tensor:
-    """Add the low-rank part to `y_TN` in place; return what `low_rank_backward` needs. For tables on the CPU."""
+    """Add the low-rank part to `y_TN` in place; return what `low_rank_backward` needs."""
     plan.check_current()
     return _products(plan).low_rank_forward(y_TN, x_TK, plan, module_index)  # type: ignore[no-any-return]
 
@@ -71,7 +72,9 @@ def low_rank_backward(
 
 def _products(plan: TickPlan) -> ModuleType:
     if plan.table.backend == "cutlass":
-        raise ValueError("plan: back end 'cutlass' has the low-rank part inside the frozen product, use lora_linear")
+        from alto_kernels import grouped_products
+
+        return grouped_products
     return cpu_products if plan.table.backend == "cpu" else reference
 
 
@@ -126,7 +129,7 @@ def _linears_forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], plan: TickPlan, modules: Sequence[int]
 ) -> list[Tensor]:
     """Return the outputs and then what each module keeps for backward."""
-    if plan.table.backend == "cutlass":
+    if plan.table.kernels == CudaKernels.HOPPER:
         from alto_kernels import cuda_products
 
         return cuda_products.linears_forward(x, weights, biases, plan, modules)
@@ -149,16 +152,16 @@ def _linears_backward(
     needs_dx: bool,
 ) -> Tensor | None:
     """Return dx of all modules together, None where it is not needed; add to the gradients of A and B."""
-    if plan.table.backend == "cutlass":
+    if plan.table.kernels == CudaKernels.HOPPER:
         from alto_kernels import cuda_products
 
         return cuda_products.linears_backward(dys, x, weights, saved, plan, modules, needs_dx)
     products = _products(plan)
     total_TK: Tensor | None = None
     for dy_TN, weight, saved_TR, module in zip(dys, weights, saved, modules, strict=True):
-        part_TK = dy_TN @ weight if needs_dx else None
-        products.low_rank_backward(dy_TN, x, saved_TR, plan, module, part_TK)
-        total_TK = part_TK if total_TK is None or part_TK is None else total_TK.add_(part_TK)
+        if needs_dx:
+            total_TK = dy_TN @ weight if total_TK is None else total_TK.addmm_(dy_TN, weight)
+        products.low_rank_backward(dy_TN, x, saved_TR, plan, module, total_TK)
     return total_TK
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from alto_kernels.availability import CudaKernels
 from alto_kernels.table import AdapterTable, AdapterWeights
 
 NO_ADAPTER = -1
@@ -61,10 +62,15 @@ class TickPlan:
         # Caches of the back ends, made on first use.
         self.cpu_layers: dict[int, object] = {}
         self.jobs: object | None = None
-        if table.backend == "cutlass":
+        self.grouped_jobs: object | None = None
+        if table.kernels == CudaKernels.HOPPER:
             from alto_kernels.cuda_jobs import TickJobs
 
             self.jobs = TickJobs(self)
+        elif table.kernels == CudaKernels.GROUPED:
+            from alto_kernels.grouped_jobs import GroupedJobs
+
+            self.grouped_jobs = GroupedJobs(self)
         # What `forward` keeps of one module for `backward`, as (rows, columns). Read here, outside of the operators,
         # because their shape functions see no plan.
         self.saved_rows, self.saved_columns = _saved_shape(self)
@@ -99,8 +105,9 @@ def _segment(table: AdapterTable, slot: int, start: int, stop: int, training: bo
 
 
 def _saved_shape(plan: TickPlan) -> tuple[int, int]:
-    if plan.jobs is not None:
-        return plan.jobs.saved_shape  # type: ignore[attr-defined,no-any-return]
+    jobs = plan.jobs or plan.grouped_jobs
+    if jobs is not None:
+        return jobs.saved_shape  # type: ignore[attr-defined,no-any-return]
     return plan.tokens, max((segment.rank for segment in plan.segments), default=1)
 
 

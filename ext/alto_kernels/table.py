@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from alto_kernels.availability import choose
+from alto_kernels.availability import CudaKernels, choose, choose_kernels
 
 MAX_LORA_RANK = 256
 
@@ -39,8 +39,8 @@ class AdapterTable:
     the tensors it is given and reads and writes them in place: they are views into the adapters' own buffers. A slot's
     neighbours are never touched.
 
-    After weights change in place (an optimiser step), call `refresh`: the `cutlass` back end keeps bf16 copies for the
-    tensor cores; elsewhere it does nothing.
+    After weights change in place (an optimiser step), call `refresh`: the `cutlass` back end keeps copies in `dtype`
+    for the tensor cores; elsewhere it does nothing. `dtype` and `kernels` are for `cutlass` alone.
 
     >>> table = AdapterTable([(64, 32)], max_slots=4)
     >>> table.occupied()
@@ -53,8 +53,13 @@ class AdapterTable:
         max_slots: int,
         device: torch.device | str = "cpu",
         backend: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        kernels: CudaKernels | None = None,
     ) -> None:
-        """Make an empty table. `backend` is one of `backends()`; None takes the fastest for `device`."""
+        """Make an empty table. `backend` is one of `backends()`; None takes the fastest for `device`.
+
+        `dtype` is that of the activations, bf16 or fp16; `kernels` None takes the fastest that run here.
+        """
         if not module_shapes or any(len(shape) != 2 or min(shape) < 1 for shape in module_shapes):
             raise ValueError("module_shapes: needs at least one (in_features, out_features), both positive")
         if max_slots < 1:
@@ -62,14 +67,17 @@ class AdapterTable:
         self.module_shapes = tuple((int(k), int(n)) for k, n in module_shapes)
         self.max_slots = max_slots
         self.device = torch.device(device)
-        self.backend = choose(self.device, backend)
+        self.backend = choose(self.device, backend, dtype)
         # A leaf that makes autograd reach the layers even where their input needs no gradient. Its own stays zero.
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         # Raised with every change of an occupant, so that a plan made before it is refused.
         self.version = 0
         self._occupants: list[Occupant | None] = [None] * max_slots
         self.pools: object | None = None
+        self.dtype = dtype
+        self.kernels: CudaKernels | None = None
         if self.backend == "cutlass":
+            self.kernels = choose_kernels(dtype, kernels)
             from alto_kernels.cuda_pools import CudaPools
 
             self.pools = CudaPools(self)

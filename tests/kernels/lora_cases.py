@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from alto_kernels import AdapterTable, TickPlan, reference
+from alto_kernels import AdapterTable, CudaKernels, TickPlan, reference
 
 
 @dataclass
@@ -20,11 +20,17 @@ class Case:
     seed: int = 0
     tensors: dict[int, dict[int, tuple[torch.Tensor, ...]]] = field(default_factory=dict)
 
-    def table(self, backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> AdapterTable:
+    def table(
+        self,
+        backend: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        kernels: CudaKernels | None = None,
+    ) -> AdapterTable:
         """Seat the adapters; weights are rounded to `dtype`, so that the oracle sees what the kernels see."""
         draws = torch.Generator().manual_seed(self.seed)
         slots = max([*self.adapters, 0]) + 1
-        table = AdapterTable(self.shapes, slots, device, backend)
+        table = AdapterTable(self.shapes, slots, device, backend, dtype, kernels)
         self.tensors = {}
         for slot, (rank, dropout, modules) in self.adapters.items():
             weights = {}

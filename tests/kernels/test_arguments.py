@@ -7,7 +7,8 @@ import gc
 import alto_kernels
 import pytest
 import torch
-from alto_kernels import AdapterTable, BackendUnavailableError, TickPlan, lora_linear, lora_linears
+from alto_kernels import AdapterTable, BackendUnavailableError, CudaKernels, TickPlan, lora_linear, lora_linears
+from alto_kernels.availability import choose_kernels, usable_kernels
 from alto_kernels.plan import plan_of
 
 
@@ -26,6 +27,35 @@ def test_back_ends_without_a_gpu() -> None:
     assert isinstance(alto_kernels.cuda_available(), bool)
     with pytest.raises(BackendUnavailableError, match="cutlass"):
         AdapterTable([(8, 6)], 1, "cpu", backend="cutlass")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "dtype", "expected"),
+    [
+        ("80,90a", (8, 0), torch.bfloat16, (CudaKernels.GROUPED,)),
+        ("80,90a", (8, 9), torch.float16, (CudaKernels.GROUPED,)),
+        ("80,90a", (9, 0), torch.bfloat16, (CudaKernels.HOPPER, CudaKernels.GROUPED)),
+        ("80,90a", (9, 0), torch.float16, (CudaKernels.GROUPED,)),
+        ("80,90a", (9, 0), torch.float32, ()),
+        ("80,90a", (7, 5), torch.float16, ()),
+        ("80,90a", (10, 0), torch.bfloat16, ()),
+        ("86-real", (8, 0), torch.bfloat16, ()),
+        ("86-real", (8, 9), torch.bfloat16, (CudaKernels.GROUPED,)),
+        ("90", (9, 0), torch.bfloat16, (CudaKernels.GROUPED,)),
+        ("80", (9, 0), torch.bfloat16, ()),
+    ],
+)
+def test_which_kernels_serve_a_gpu(
+    architectures: str, capability: tuple[int, int], dtype: torch.dtype, expected: tuple[CudaKernels, ...]
+) -> None:
+    assert usable_kernels(architectures, capability, dtype) == expected
+
+
+def test_without_kernels_for_it_cutlass_says_why() -> None:
+    if alto_kernels.cuda_available():
+        pytest.skip("they are here")
+    with pytest.raises(BackendUnavailableError, match=r"built without CUDA|no GPU|compute capability"):
+        choose_kernels(torch.bfloat16, None)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ from alto_training.executor.events import (
     Verdict,
 )
 from alto_training.executor.loading import OpenData, load_job_backbone, open_job_data
+from alto_training.executor.lora_linear import LoraBackend
 from alto_training.executor.packer import choose_items
 from alto_training.executor.progress import ProgressMeter
 from alto_training.executor.ranks import OneRank, Ownership, Ranks
@@ -147,7 +148,7 @@ class Executor:
         # A resumed run goes on with the back end it had: another rounds otherwise.
         before = checkpoint.state["backend"] if checkpoint and self._settings.backend is Backend.AUTO else None
         name = before or self._settings.backend
-        self._backend = choose_backend(name, backbone.layers, len(self._roster.slots.places), backbone.device)
+        self._backend = self._choose_backend(name, len(self._roster.slots.places))
         backbone.use_backend(self._backend)
         for task in self._roster.tasks:
             if task.base_validation_loss is None:
@@ -173,8 +174,12 @@ class Executor:
         # Alone, for ranks would have to do it in step.
         if folder is None or not asked or self._ranks.size > 1:
             return prior_costs(settings, facts)
-        backbone.use_backend(choose_backend(settings.backend, backbone.layers, PROFILE_SEATS, backbone.device))
+        backbone.use_backend(self._choose_backend(settings.backend, PROFILE_SEATS))
         return calibrate(settings, backbone, enough_tokens(backbone.device), folder)
+
+    def _choose_backend(self, name: str, seats: int) -> LoraBackend:
+        backbone = self._backbone
+        return choose_backend(name, backbone.layers, seats, backbone.device, backbone.dtype)
 
     def _tell_started(self, resumed_from_tick: int | None) -> None:
         for task in self._roster.tasks:

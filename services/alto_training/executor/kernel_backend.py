@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from alto_kernels import AdapterTable, TickPlan, lora_linear, low_rank_backward, low_rank_forward
+from alto_kernels import AdapterTable, CudaKernels, TickPlan, lora_linear, low_rank_backward, low_rank_forward
 
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.frozen_linear import DenseLinear
@@ -26,18 +26,27 @@ class _Seated:
 class KernelBackend:
     """Seats the adapters of each tick in an `AdapterTable` and plans the tick once for all layers.
 
-    `module_shapes[i]` are the input and output features of layer i. An adapter keeps its seat until another needs it.
+    `module_shapes[i]` are the input and output features of layer i, `dtype` is the activations', `kernels` those of
+    CUTLASS to use (None: the fastest). An adapter keeps its seat until another needs it.
     """
 
-    def __init__(self, name: str, module_shapes: Sequence[tuple[int, int]], seats: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        module_shapes: Sequence[tuple[int, int]],
+        seats: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernels: CudaKernels | None = None,
+    ) -> None:
         self.name = name
-        self._table = AdapterTable(module_shapes, seats, device, backend=name)
+        self._table = AdapterTable(module_shapes, seats, device, backend=name, dtype=dtype, kernels=kernels)
         self._seated: list[_Seated | None] = [None] * seats
         self._planned: tuple[Tick, TickPlan] | None = None
 
     def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
-        """See `LoraBackend.linear`. With CUTLASS the frozen product and the low-rank part are one kernel."""
-        if self.name == "cutlass" and isinstance(frozen, DenseLinear):
+        """See `LoraBackend.linear`. On Hopper the frozen product and the low-rank part are one kernel."""
+        if self._table.kernels == CudaKernels.HOPPER and isinstance(frozen, DenseLinear):
             return lora_linear(x_TK, frozen.weight_NK, frozen.bias_N, self._plan(tick), module_index)
         return frozen_plus_low_rank(x_TK, frozen, self, module_index, tick)
 
@@ -59,10 +68,11 @@ class KernelBackend:
 
     def _plan(self, tick: Tick) -> TickPlan:
         if self._planned is None or self._planned[0] is not tick:
-            self._planned = (tick, self._make_plan(tick))
+            self._planned = (tick, self.make_plan(tick))
         return self._planned[1]
 
-    def _make_plan(self, tick: Tick) -> TickPlan:
+    def make_plan(self, tick: Tick) -> TickPlan:
+        """Seat the tick's adapters and plan it; the layers' calls do so by themselves, once a tick."""
         seats = self._seat(tick)
         row_keys_T = None
         if any(segment.row_keys_T is not None for segment in tick.segments):

@@ -33,7 +33,7 @@ from alto_training.executor.errors import ExecutorError
 from alto_training.executor.executor import Executor
 from alto_training.executor.loading import load_job_backbone, open_job_data
 from alto_training.executor.progress import peak_memory_bytes
-from alto_training.executor.settings import Backend
+from alto_training.executor.settings import BackboneDtype, Backend, ExecutorSettings
 from alto_training.sharding.counted_passes import CountedPasses
 from alto_training.sharding.errors import InputRefusedError
 from alto_training.sharding.heartbeat import Heartbeats
@@ -96,7 +96,7 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
         timeout=timeout,
     )
     ranks = WorkerRanks(dist.new_group(backend="gloo", timeout=timeout), beat)
-    settings = replace(order.settings, device=str(device), backend=_backend(order.settings.backend, device))
+    settings = replace(order.settings, device=str(device), backend=_backend(order.settings, device))
     if order.strategy in (Strategy.SHARDED, Strategy.HYBRID):
         # It tries ticks of its own until memory runs out: other ranks would wait in the middle of them.
         settings = replace(settings, calibrate=False)
@@ -126,14 +126,15 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
     dist.destroy_process_group()
 
 
-def _backend(asked: Backend, device: torch.device) -> Backend:
+def _backend(settings: ExecutorSettings, device: torch.device) -> Backend:
     """Return whose kernels to use. Not measured: all ranks must take the same, and weights may not be here to try."""
     import alto_kernels
 
-    if asked is not Backend.AUTO:
-        return asked
+    if settings.backend is not Backend.AUTO:
+        return settings.backend
     wanted = Backend.CPU if device.type == "cpu" else Backend.CUTLASS
-    return wanted if wanted in alto_kernels.backends() else Backend.REFERENCE
+    dtype = torch.float32 if settings.backbone_dtype is BackboneDtype.FLOAT32 else torch.bfloat16
+    return wanted if wanted in alto_kernels.backends(dtype) else Backend.REFERENCE
 
 
 def _load(order: RankOrder, device: torch.device, beat: Callable[[], None]) -> Backbone:

@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import alto_kernels
 import pytest
 import torch
 from alto_common.tuning import Objective, ObjectiveKind, TrialConfig
+from alto_kernels import CudaKernels
 from alto_training.executor.backbone import prepare_backbone
-from alto_training.executor.events import Event, TrialProgress
+from alto_training.executor.backends import choose_backend
+from alto_training.executor.events import Event, TaskStarted, TrialProgress
 from alto_training.executor.settings import BackboneDtype, Backend, ExecutorSettings
 from tiny_jobs import job, llama_config, run, tiny_llama
 
@@ -82,3 +85,84 @@ def test_a_poisoned_neighbour_leaves_the_others_finite_and_unchanged(tmp_path: P
     _, without = run(job(*MIX), tmp_path / "clean", **on_gpu(torch.bfloat16))
     kept = [event for event in with_poison if getattr(event, "trial_id", "") != "trial-3"]
     assert losses(kept) == pytest.approx(losses(without), rel=1e-2)
+
+
+needs_cutlass = pytest.mark.skipif(not alto_kernels.cuda_available(), reason="no CUDA build, or no GPU for it")
+
+
+@pytest.fixture(params=[CudaKernels.HOPPER, CudaKernels.GROUPED])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CudaKernels:
+    """Make `cutlass` use one family of its kernels, whatever the GPU would get."""
+    chosen: CudaKernels = request.param
+    if chosen not in alto_kernels.cuda_kernels():
+        pytest.skip(f"no {chosen.value} kernels for this GPU")
+    monkeypatch.setattr("alto_kernels.table.choose_kernels", lambda dtype, wanted: wanted or chosen)
+    return chosen
+
+
+def smollm2_shapes() -> Any:
+    """Return a Llama of two layers with the widths of SmolLM2-135M."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        llama_config(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            initializer_range=0.04,
+        )
+    )
+
+
+def root_mean_square(first: list[float], second: list[float]) -> float:
+    assert len(first) == len(second) > 0
+    return (sum((a - b) ** 2 for a, b in zip(first, second, strict=True)) / len(first)) ** 0.5
+
+
+@needs_cutlass
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("make", [llama_for_the_kernel, smollm2_shapes])
+def test_the_kernels_are_as_near_to_fp32_as_plain_torch_in_bf16(
+    tmp_path: Path, make: Callable[[], Any], recompute: bool, kernels: CudaKernels
+) -> None:
+    exact_backbone = prepare_backbone(make(), "tiny", torch.device("cpu"))
+    _, exact = run(job(*MIX), tmp_path / "cpu", backbone=exact_backbone)
+    _, plain = run(job(*MIX), tmp_path / "plain", **on_gpu(torch.bfloat16, model=make()))
+    options = on_gpu(torch.bfloat16, Backend.CUTLASS, make(), recompute=recompute)
+    _, ours = run(job(*MIX), tmp_path / "ours", **options)
+    assert losses(ours) == pytest.approx(losses(exact), rel=2e-2)
+    assert root_mean_square(losses(ours), losses(exact)) < 1.5 * root_mean_square(losses(plain), losses(exact))
+
+
+@needs_cutlass
+def test_the_kernels_give_the_same_bits_again(tmp_path: Path, kernels: CudaKernels) -> None:
+    _, first = run(job(*MIX), tmp_path / "first", **on_gpu(torch.bfloat16, Backend.CUTLASS, llama_for_the_kernel()))
+    _, second = run(job(*MIX), tmp_path / "second", **on_gpu(torch.bfloat16, Backend.CUTLASS, llama_for_the_kernel()))
+    assert losses(first) == losses(second)
+
+
+@needs_cutlass
+def test_with_the_kernels_a_poisoned_neighbour_changes_nobody(tmp_path: Path, kernels: CudaKernels) -> None:
+    poisoned = job(*MIX, replace(CONFIG, learning_rate=1e30, seed=5))
+    options = {"dtype": torch.bfloat16, "backend": Backend.CUTLASS}
+    _, with_poison = run(poisoned, tmp_path / "poisoned", **on_gpu(model=llama_for_the_kernel(), **options))
+    _, without = run(job(*MIX), tmp_path / "clean", **on_gpu(model=llama_for_the_kernel(), **options))
+    kept = [event for event in with_poison if getattr(event, "trial_id", "") != "trial-3"]
+    assert losses(kept) == pytest.approx(losses(without), rel=1e-2)
+
+
+@needs_cutlass
+@pytest.mark.parametrize(("dtype", "usable"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_auto_asks_the_kernels_only_for_what_they_take(tmp_path: Path, dtype: torch.dtype, usable: bool) -> None:
+    _, events = run(job(*MIX), tmp_path, **on_gpu(dtype, Backend.AUTO))
+    (started,) = (event for event in events if isinstance(event, TaskStarted))
+    assert started.backend in ({Backend.REFERENCE, Backend.CUTLASS} if usable else {Backend.REFERENCE})
+
+
+@needs_cutlass
+def test_fp32_asked_of_the_kernels_is_refused_in_words() -> None:
+    backbone = on_gpu(torch.float32)["backbone"]
+    with pytest.raises(alto_kernels.BackendUnavailableError, match="bfloat16 or float16"):
+        choose_backend(Backend.CUTLASS, backbone.layers, 2, backbone.device, backbone.dtype)

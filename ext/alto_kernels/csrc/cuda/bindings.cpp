@@ -138,10 +138,10 @@ int count_clusters() {
 }
 
 void refresh(Address modules, int module_count, Address slots, int slot_count, Address pointers, int max_slots,
-             std::int64_t pool_columns, Address slot_is_bad, Address stream) {
+             std::int64_t pool_columns, Address slot_is_bad, bool is_float16, Address stream) {
     check(refresh_pools(pointer<const ModulePool>(modules), module_count, pointer<const SlotColumns>(slots), slot_count,
                         pointer<const SlotPointers>(pointers), max_slots, pool_columns, pointer<int>(slot_is_bad),
-                        pointer<CUstream_st>(stream)),
+                        is_float16, pointer<CUstream_st>(stream)),
           "refresh_pools");
 }
 
@@ -210,12 +210,14 @@ void bind(py::module_& module) {
     module.def("resident_clusters", &count_clusters);
     module.def("refresh_pools", &refresh, py::kw_only(), py::arg("modules"), py::arg("module_count"), py::arg("slots"),
                py::arg("slot_count"), py::arg("pointers"), py::arg("max_slots"), py::arg("pool_columns"),
-               py::arg("slot_is_bad"), py::arg("stream"));
+               py::arg("slot_is_bad"), py::arg("is_float16"), py::arg("stream"));
     module.def("pack_adamw_adapter", &pack_adapter);
     module.def("adamw_step", &adamw, py::kw_only(), py::arg("adapters"), py::arg("adapter_of_block"),
                py::arg("partial"), py::arg("factor"), py::arg("norm"), py::arg("finite"), py::arg("adapter_count"),
                py::arg("block_count"), py::arg("zero_grad"), py::arg("stream"));
     module.attr("adamw_block") = kAdamwBlock;
+    bind_grouped(module);
+    module.attr("cuda_architectures") = ALTO_CUDA_ARCHITECTURES;
 }
 
 }  // namespace alto::cuda

@@ -6,5 +6,6 @@
 namespace alto::cuda {
 
 void bind(pybind11::module_& module);
+void bind_grouped(pybind11::module_& module);  // called by bind
 
 }  // namespace alto::cuda

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# On a machine with a GPU and PyTorch, transformers, peft and pytest, but not the rest of ALTO: build the kernels, test
+# them and the executor that uses them, and measure both. $1: the CUTLASS headers. $2: a folder for the results.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+export PYTHONPATH="ext:services:clients/python:benchmarks:tests/training/executor" PYTHONUNBUFFERED=1
+test_options=(-c /dev/null --rootdir=. --import-mode=importlib -q --maxfail=6 -p no:cacheprovider)
+time benchmarks/device/kernels_build.sh "$1" || exit 1
+time python3 -m pytest "${test_options[@]}" --noconftest tests/kernels/test_cutlass.py
+time python3 -m pytest "${test_options[@]}" --confcutdir=tests/training/executor tests/training/executor/test_cuda.py
+time python3 benchmarks/executor_gpu.py --output "$2/executor-h100.json"
+time python3 benchmarks/parity.py --device cuda --dtype bfloat16 --trials 8 --output "$2/parity-h100.json"
