@@ -79,7 +79,7 @@ def measure_costs(
         backbone.recompute_activations()
     start_seconds = since_start()
     device = torch.device(settings.device)
-    backbone.use_backend(choose_backend(settings.backend, backbone.layers, PROFILE_SEATS, device))
+    backbone.use_backend(choose_backend(settings.backend, backbone.layers, PROFILE_SEATS, device, backbone.dtype))
     return calibrate(settings, backbone, enough_tokens(device), folder, clock, start_seconds)
 
 
