@@ -20,13 +20,13 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import alto_planner
 from alto_placement.planner import Choice, Duration, Node, Objective, Snapshot, WaitingTask, plan
 from alto_placement.simulator import Cluster, Job, Planned, read_trace, simulate, violations
 from alto_placement.simulator.baselines import Easy, Fifo, Ordered
+from planner_trace import add_trace_argument, trace_of
 
 # A queue to be emptied: makespan first, completion beside it. Waits start at zero, so lateness has nothing to say.
 OBJECTIVE = Objective(makespan=10.0, completion=1.0, lateness=0.0, patience=float("inf"), fairness=0.0)
@@ -181,14 +181,14 @@ def with_early_exits(trace: list[Job], per_class: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, required=True, help="CSV with job, submit_s, gpus, duration_s, vc")
+    add_trace_argument(parser)
     parser.add_argument("--per-class", type=int, default=9)
     parser.add_argument("--budget-s", type=float, default=1.0)
     parser.add_argument("--small", type=int, default=24, help="instances for the comparison with proven optima")
     parser.add_argument("--small-limit-s", type=float, default=10.0)
     parser.add_argument("--only", default="", help="only classes whose name contains this")
     options = parser.parse_args()
-    trace = read_trace(options.trace)
+    trace = read_trace(trace_of(options))
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, jobs, gpus in instances(trace, options.per_class):
         if options.only not in name:

@@ -4,6 +4,7 @@
 
 Every policy sees the same arrivals, stretched so that the work is `--load` of the cluster. In the second scenario tasks
 end early, at U(0.15, 1) of their predicted time: all policies see predictions, the oracle and the bound what happens.
+`early_exits` empties queues that are all there while tasks end early: makespan over LPT that knows the ends.
 The last line is one JSON object; progress goes to stderr. Completion is the mean time from submission to the end.
 """
 
@@ -17,11 +18,12 @@ import platform
 import random
 import sys
 import time
-from pathlib import Path
 
 from alto_placement.planner import Objective
 from alto_placement.simulator import Cluster, Job, Outcome, Planned, Policy, read_trace, scaled_to_load, simulate
 from alto_placement.simulator.baselines import Easy, Fifo, LeastAttained, Ordered, preemptive_oracle
+from planner import with_early_exits
+from planner_trace import add_trace_argument, trace_of
 
 # An operator of a busy shared cluster: completion counts, the makespan of an open queue means nothing.
 OBJECTIVE = Objective(makespan=0.0, completion=1.0, lateness=1.0, patience=4.0, min_patience_s=4 * 3600.0, fairness=0.0)
@@ -107,17 +109,18 @@ def scenario(jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objecti
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, required=True, help="CSV with job, submit_s, gpus, duration_s, vc")
+    add_trace_argument(parser)
     parser.add_argument("--load", type=float, default=0.9)
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per-class", type=int, default=3, help="queues of each class emptied with early exits")
     parser.add_argument("--jobs", type=int, default=0, help="only the first so many; 0 for all")
     parser.add_argument("--patience", type=float, default=OBJECTIVE.patience, help="k of the bounded wait")
     options = parser.parse_args()
     objective = dataclasses.replace(OBJECTIVE, patience=options.patience)
     gpus = options.nodes * options.gpus_per_node
-    jobs = read_trace(options.trace)
+    jobs = read_trace(trace_of(options))
     jobs = [job for job in (jobs[: options.jobs] if options.jobs else jobs) if job.gpus <= gpus]
     result: dict[str, object] = {"benchmark": "planner_online"}
     for name, drawn in (("exact", jobs), ("ending_early", ending_early(jobs, options.seed))):
@@ -125,6 +128,8 @@ def main() -> None:
         result[name] = scenario(
             scaled_to_load(drawn, gpus, options.load), options.nodes, options.gpus_per_node, objective
         )
+    print("a queue emptied, tasks ending early", file=sys.stderr)
+    result["early_exits"] = with_early_exits(jobs, options.per_class)
     result |= {
         "trace": options.trace.name,
         "load": options.load,

@@ -154,7 +154,8 @@ struct Fluid {
 // duration. A task also takes at least its duration, and leaving it out of the fluid leaves a bound for the others:
 // from the largest area down, each task is counted in the way that gives the greater sum.
 double fluid_bound(std::vector<Fluid>& tasks, double gpus) {
-    std::sort(tasks.begin(), tasks.end(), [](const Fluid& a, const Fluid& b) { return a.area < b.area; });
+    const auto smaller = [](const Fluid& a, const Fluid& b) { return a.area < b.area; };
+    if (!std::is_sorted(tasks.begin(), tasks.end(), smaller)) std::sort(tasks.begin(), tasks.end(), smaller);
     double before = 0, total = 0;
     for (const Fluid& task : tasks) before += task.area;
     double later = 0;  // tasks of the fluid with a larger area
@@ -202,8 +203,11 @@ Bounds lower_bounds(const Problem& problem, double known_makespan_s, std::size_t
     std::set<std::vector<char>> groups;
     groups.insert(std::vector<char>(problem.classes.size(), 1));
     std::set<int> widths{1};
-    for (const Shape& shape : problem.shapes) {
-        if (shape.parts.empty()) continue;
+    std::vector<char> asked(problem.shapes.size(), 0);  // a reader remembers shapes that nobody asks for any more
+    for (const Choice& choice : problem.choices) asked[choice.shape] = 1;
+    for (std::size_t s = 0; s < problem.shapes.size(); ++s) {
+        const Shape& shape = problem.shapes[s];
+        if (shape.parts.empty() || !asked[s]) continue;
         groups.insert(shape.eligible);
         widths.insert(shape.parts.begin(), shape.parts.end());
         widths.insert(shape.gpus);

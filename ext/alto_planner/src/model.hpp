@@ -11,6 +11,7 @@ namespace alto {
 
 inline constexpr double kNever = std::numeric_limits<double>::infinity();
 inline constexpr int kMaxGpus = 64;
+inline constexpr double kSameTime = 1e-9;
 using Mask = std::uint64_t;
 
 // Nodes of one class are interchangeable: same kind, memory and number of GPUs.
@@ -50,6 +51,7 @@ struct Task {
     int priority = 0;
     double arrived_s = 0;
     double not_before_s = -kNever;
+    bool begun = false;  // it held GPUs before: it keeps its turn
 };
 
 // GPUs that are taken until `end_s` by something that runs (tenant >= 0) and then become free.
@@ -91,7 +93,8 @@ struct Problem {
     std::vector<Node> nodes;
     std::vector<Shape> shapes;
     std::vector<Choice> choices;
-    std::vector<Task> tasks;
+    std::vector<Task> tasks;  // by area, smallest first: most lists then read memory from front to back
+    std::vector<int> row;     // per task: its place in the snapshot's queue
     std::vector<Pinned> pinned;
     std::vector<Window> windows;
     std::vector<Tenant> tenants;
@@ -103,12 +106,13 @@ struct Problem {
         return std::max(objective.patience * choices[choice].seconds, objective.min_patience_s);
     }
 
-    // Whether tasks are equal but for their sizes: nothing overdue, reserved, limited, held back or of raised priority.
+    // Whether tasks are equal but for their sizes: nothing overdue, reserved, limited, held back, begun
+    // before or of raised priority.
     [[nodiscard]] bool plain(const std::vector<int>& allotment) const {
         if (!windows.empty() || has_quotas) return false;
         for (std::size_t i = 0; i < tasks.size(); ++i) {
             if (allotment[i] < 0) continue;
-            if (tasks[i].priority != tasks[0].priority || tasks[i].not_before_s > now_s) return false;
+            if (tasks[i].priority != tasks[0].priority || tasks[i].not_before_s > now_s || tasks[i].begun) return false;
             if (tasks[i].arrived_s + patience_s(allotment[i]) <= now_s) return false;
         }
         return true;

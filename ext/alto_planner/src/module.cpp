@@ -42,16 +42,19 @@ struct ReadSnapshot {
     }
 };
 
-// The schedule found for a snapshot, read row by row. Immutable.
+// The schedule found for a snapshot, read row by row: tasks are named by their place in its queue. Immutable.
 class Solution {
   public:
-    Solution(ProblemPointer problem, alto::Answer answer) : problem_(std::move(problem)), answer_(std::move(answer)) {}
+    Solution(ProblemPointer problem, alto::Answer answer)
+        : problem_(std::move(problem)), answer_(std::move(answer)), task_of_row_(problem_->row.size()) {
+        for (std::size_t i = 0; i < task_of_row_.size(); ++i) task_of_row_[problem_->row[i]] = static_cast<int>(i);
+    }
 
     [[nodiscard]] const alto::Answer& answer() const { return answer_; }
 
     // (choice of the task, [(node, GPU mask)], start, end) or None for a task without a place.
-    [[nodiscard]] py::object placement(std::size_t task) const {
-        check(task);
+    [[nodiscard]] py::object placement(std::size_t row) const {
+        const std::size_t task = task_of(row);
         if (!schedule().placed(task)) return py::none();
         py::list parts;
         for (int p = 0; p < schedule().part_count[task]; ++p) {
@@ -73,9 +76,9 @@ class Solution {
     }
 
     // Planned tasks that hold a GPU of `task` before it, the last one on each GPU.
-    [[nodiscard]] std::vector<int> predecessors(std::size_t task) const {
-        check(task);
-        std::vector<int> found;
+    [[nodiscard]] std::vector<int> predecessors(std::size_t row) const {
+        const std::size_t task = task_of(row);
+        std::vector<int> found;  // rows
         for (int p = 0; p < schedule().part_count[task]; ++p) {
             const alto::PartOut& part = schedule().parts[schedule().first_part[task] + p];
             std::vector<std::pair<double, int>> last(alto::kMaxGpus, {-alto::kNever, -1});
@@ -84,7 +87,7 @@ class Solution {
                 for (int q = 0; q < schedule().part_count[other]; ++q) {
                     const alto::PartOut& held = schedule().parts[schedule().first_part[other] + q];
                     if (held.node != part.node) continue;
-                    const std::pair<double, int> holder{schedule().end_s(*problem_, other), static_cast<int>(other)};
+                    const std::pair<double, int> holder{schedule().end_s(*problem_, other), problem_->row[other]};
                     for (alto::Mask both = held.gpus & part.gpus; both; both &= both - 1)
                         last[std::countr_zero(both)] = std::max(last[std::countr_zero(both)], holder);
                 }
@@ -96,8 +99,8 @@ class Solution {
     }
 
     // Waiting tasks that the plan starts before `task`.
-    [[nodiscard]] int ahead(std::size_t task) const {
-        check(task);
+    [[nodiscard]] int ahead(std::size_t row) const {
+        const std::size_t task = task_of(row);
         const std::vector<double>& starts = schedule().start_s;
         return static_cast<int>(
             std::count_if(starts.begin(), starts.end(), [&](double s) { return s < starts[task]; }));
@@ -105,19 +108,22 @@ class Solution {
 
   private:
     [[nodiscard]] const alto::Schedule& schedule() const { return answer_.schedule; }
-    void check(std::size_t task) const {
-        if (task >= problem_->tasks.size()) throw py::index_error("no such task");
+    [[nodiscard]] std::size_t task_of(std::size_t row) const {
+        if (row >= task_of_row_.size()) throw py::index_error("no such task");
+        return static_cast<std::size_t>(task_of_row_[row]);
     }
     template <class Condition>
     [[nodiscard]] std::vector<int> select(Condition condition) const {
         std::vector<int> found;
         for (std::size_t i = 0; i < problem_->tasks.size(); ++i)
-            if (condition(i)) found.push_back(static_cast<int>(i));
+            if (condition(i)) found.push_back(problem_->row[i]);
+        std::sort(found.begin(), found.end());
         return found;
     }
 
     ProblemPointer problem_;
     alto::Answer answer_;
+    std::vector<int> task_of_row_;
 };
 
 Solution solve(const ReadSnapshot& read, double budget_s, unsigned long long seed, std::array<long, 3> effort,

@@ -81,8 +81,8 @@ Allotment allot(const Problem& problem, Allot rule) {
 
 std::vector<int> list_order(const Problem& problem, const Allotment& allotment, Rule rule) {
     struct Key {
-        double first, arrived;
-        int priority, task;
+        double first, arrived_s;
+        int priority, row, task;
     };
     std::vector<Key> keys;
     keys.reserve(problem.tasks.size());
@@ -94,13 +94,15 @@ std::vector<int> list_order(const Problem& problem, const Allotment& allotment, 
         if (rule == Rule::kLargestArea) first = -area(problem, allotment[i]);
         if (rule == Rule::kLongest) first = -problem.choices[allotment[i]].seconds;
         if (rule == Rule::kShortest) first = problem.choices[allotment[i]].seconds;
-        keys.push_back({first, task.arrived_s, task.priority, static_cast<int>(i)});
+        keys.push_back({first, task.arrived_s, task.priority, problem.row[i], static_cast<int>(i)});
     }
-    std::sort(keys.begin(), keys.end(), [](const Key& a, const Key& b) {
+    const auto before = [](const Key& a, const Key& b) {
         if (a.priority != b.priority) return a.priority > b.priority;
         if (a.first != b.first) return a.first < b.first;
-        return a.arrived != b.arrived ? a.arrived < b.arrived : a.task < b.task;
-    });
+        return a.arrived_s != b.arrived_s ? a.arrived_s < b.arrived_s : a.row < b.row;
+    };
+    // Tasks stand by area already.
+    if (!std::is_sorted(keys.begin(), keys.end(), before)) std::sort(keys.begin(), keys.end(), before);
     std::vector<int> order(keys.size());
     std::transform(keys.begin(), keys.end(), order.begin(), [](const Key& key) { return key.task; });
     return order;
@@ -140,9 +142,14 @@ std::vector<int> fair_order(const Problem& problem, const Allotment& allotment, 
         while (!turns.empty()) {
             const int tenant = turns.top().second;
             turns.pop();
-            const int task = lines[tenant][next[tenant]++];
-            fair.push_back(task);
-            attained[tenant] += area(problem, allotment[task]) / problem.tenants[tenant].weight;
+            // It goes on while it is still the one that has had least.
+            const Turn other = turns.empty() ? Turn{kNever, 0} : turns.top();
+            const double weight = problem.tenants[tenant].weight;
+            do {
+                const int task = lines[tenant][next[tenant]++];
+                fair.push_back(task);
+                attained[tenant] += area(problem, allotment[task]) / weight;
+            } while (next[tenant] < lines[tenant].size() && Turn{attained[tenant], tenant} < other);
             if (next[tenant] < lines[tenant].size()) turns.emplace(attained[tenant], tenant);
         }
         for (auto& line : lines) line.clear();

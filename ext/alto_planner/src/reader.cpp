@@ -75,6 +75,7 @@ void Reader::read_nodes(py::handle rows, Problem& problem) {
         node_index_.clear();
         running_.clear();
         running_of_.clear();
+        running_ids_.clear();
         for (std::size_t i = 0; i < count; ++i) {
             const py::handle row = items[i];
             const std::string id = text(row, "node_id");
@@ -117,11 +118,11 @@ int Reader::shape_of(py::handle choice, const std::string& subject) {
 std::pair<Reader::TaskRow, Reader::TaskDetail> Reader::read_task(py::handle row) {
     TaskRow read;
     TaskDetail detail{py::reinterpret_borrow<py::object>(row), text(row, "task_id"), {}};
-    read.object = row.ptr();
     read.task.tenant = tenant_of(text(row, "tenant"));
     read.task.priority = py::cast<int>(row.attr("priority"));
     read.task.arrived_s = number(row, "arrived_s");
     read.task.not_before_s = number(row, "not_before_s");
+    read.task.begun = py::cast<bool>(row.attr("begun"));
     require(std::isfinite(read.task.arrived_s) && read.task.not_before_s < kNever, detail.id, "times must be finite");
     for (const py::handle choice : row.attr("choices")) {
         const double seconds = number(choice.attr("duration"), "expected_s");
@@ -146,7 +147,7 @@ void Reader::read_waiting(py::handle rows, Problem& problem) {
     for (std::size_t i = 0; i < count; ++i) {
         int row = -1;
         for (std::size_t ahead = expected; ahead < std::min(expected + 4, order_.size()); ++ahead)
-            if (rows_[order_[ahead]].object == items[i]) {
+            if (objects_[order_[ahead]] == items[i]) {
                 row = order_[ahead];
                 expected = ahead + 1;
                 break;
@@ -154,42 +155,74 @@ void Reader::read_waiting(py::handle rows, Problem& problem) {
         if (row < 0) {
             const auto found = row_of_.find(items[i]);
             row = found != row_of_.end() ? found->second : add_row(items[i], fresh);
+            if (seen_[row] >= 0 && seen_[row] < generation_ - 1) fresh.push_back(row);  // it was away
         }
-        if (rows_[row].seen == generation_) throw ReadError("duplicate", details_[row].id, "the task appears twice");
-        rows_[row].seen = generation_;
+        if (seen_[row] == generation_) throw ReadError("duplicate", details_[row].id, "the task appears twice");
+        seen_[row] = generation_;
+        position_[row] = static_cast<int>(i);
         order.push_back(row);
     }
     for (int row : fresh) {
         const auto [found, added] = row_of_id_.try_emplace(details_[row].id, row);
         if (added || found->second == row) continue;
-        if (rows_[found->second].seen == generation_)
+        if (seen_[found->second] == generation_)
             throw ReadError("duplicate", details_[row].id, "the task appears twice");
         found->second = row;
     }
     order_ = std::move(order);
-    problem.tasks.reserve(count);
-    problem.choices.reserve(count);
-    for (int index : order_) {
-        const TaskRow& row = rows_[index];
+    sort_by_area(fresh);
+    fresh_waiting_ = std::move(fresh);
+    fill_tasks(problem);
+    if (rows_.size() - free_rows_.size() > count + count / 8) forget_unseen();
+}
+
+// The order of last time, without those that are gone and with the fresh ones merged in.
+void Reader::sort_by_area(const std::vector<int>& fresh) {
+    const auto before = [&](const AreaKey& a, const AreaKey& b) {
+        if (a.area != b.area) return a.area < b.area;
+        return a.arrived_s != b.arrived_s ? a.arrived_s < b.arrived_s : position_[a.row] < position_[b.row];
+    };
+    std::erase_if(by_area_, [&](const AreaKey& key) { return seen_[key.row] != generation_; });
+    const auto old = static_cast<std::ptrdiff_t>(by_area_.size());
+    for (int row : fresh)
+        by_area_.push_back(
+            {shapes_[rows_[row].first.shape].gpus * rows_[row].first.seconds, rows_[row].task.arrived_s, row});
+    std::sort(by_area_.begin() + old, by_area_.end(), before);
+    std::inplace_merge(by_area_.begin(), by_area_.begin() + old, by_area_.end(), before);
+    // Rows of equal area may have changed places in the queue.
+    if (!std::is_sorted(by_area_.begin(), by_area_.end(), before)) std::sort(by_area_.begin(), by_area_.end(), before);
+}
+
+void Reader::fill_tasks(Problem& problem) {
+    problem.tasks.reserve(by_area_.size());
+    problem.choices.reserve(by_area_.size());
+    problem.row.reserve(by_area_.size());
+    for (const AreaKey& key : by_area_) {
+        const TaskRow& row = rows_[key.row];
+        problem.row.push_back(position_[key.row]);
         problem.tasks.push_back(row.task);
         problem.tasks.back().first_choice = static_cast<int>(problem.choices.size());
         problem.choices.push_back({row.first.shape, row.first.seconds});
         for (int c = 1; c < row.task.choices; ++c)
-            problem.choices.push_back({details_[index].choices[c].shape, details_[index].choices[c].seconds});
+            problem.choices.push_back({details_[key.row].choices[c].shape, details_[key.row].choices[c].seconds});
     }
-    if (rows_.size() - free_rows_.size() > count) forget_unseen();
 }
 
 int Reader::add_row(PyObject* object, std::vector<int>& fresh) {
     auto [read, detail] = read_task(object);
     int row = static_cast<int>(rows_.size());
     if (free_rows_.empty()) {
+        objects_.emplace_back();
+        seen_.emplace_back();
+        position_.emplace_back();
         rows_.emplace_back();
         details_.emplace_back();
     } else {
         row = free_rows_.back();
         free_rows_.pop_back();
     }
+    objects_[row] = object;
+    seen_[row] = -1;
     rows_[row] = read;
     details_[row] = std::move(detail);
     row_of_[object] = row;
@@ -199,11 +232,11 @@ int Reader::add_row(PyObject* object, std::vector<int>& fresh) {
 
 void Reader::forget_unseen() {
     for (std::size_t r = 0; r < rows_.size(); ++r) {
-        if (rows_[r].seen == generation_ || !rows_[r].object) continue;
+        if (seen_[r] == generation_ || !objects_[r]) continue;
         const auto named = row_of_id_.find(details_[r].id);
         if (named != row_of_id_.end() && named->second == static_cast<int>(r)) row_of_id_.erase(named);
-        row_of_.erase(rows_[r].object);
-        rows_[r] = {};
+        row_of_.erase(objects_[r]);
+        objects_[r] = nullptr;
         details_[r] = {};
         free_rows_.push_back(static_cast<int>(r));
     }
@@ -244,22 +277,49 @@ void Reader::read_running(py::handle rows, Problem& problem) {
     PyObject** items = PySequence_Fast_ITEMS(fast.ptr());
     std::vector<RunningRow> kept;
     kept.reserve(count);
+    std::vector<std::size_t> fresh;
+    std::size_t expected = 0;  // as for the waiting
     for (std::size_t i = 0; i < count; ++i) {
-        const auto found = running_of_.find(items[i]);
-        kept.push_back(found == running_of_.end() ? read_running_row(items[i]) : running_[found->second]);
+        std::size_t found = running_.size();
+        for (std::size_t ahead = expected; ahead < std::min(expected + 4, running_.size()); ++ahead)
+            if (running_[ahead].object.ptr() == items[i]) found = ahead;
+        if (found == running_.size())
+            if (const auto known = running_of_.find(items[i]); known != running_of_.end()) found = known->second;
+        if (found < running_.size()) {
+            if (!running_[found].object)  // moved from
+                throw ReadError("duplicate", text(items[i], "task_id"), "the running task appears twice");
+            kept.push_back(std::move(running_[found]));
+            expected = found + 1;
+        } else {
+            kept.push_back(read_running_row(items[i]));
+            fresh.push_back(i);
+        }
+    }
+    bool moved = kept.size() != running_.size() || !fresh.empty();
+    for (const RunningRow& gone : running_) {
+        if (!gone.object) continue;
+        running_ids_.erase(gone.id);
+        moved = true;
     }
     running_ = std::move(kept);
-    running_of_.clear();
+    for (std::size_t index : fresh) {
+        const std::string& id = running_[index].id;
+        if (!running_ids_.insert(id).second) throw ReadError("duplicate", id, "the running task appears twice");
+        const auto waiting = row_of_id_.find(id);
+        if (waiting != row_of_id_.end() && seen_[waiting->second] == generation_)
+            throw ReadError("duplicate", id, "the task is both waiting and running");
+    }
+    for (int row : fresh_waiting_)
+        if (running_ids_.contains(details_[row].id))
+            throw ReadError("duplicate", details_[row].id, "the task is both waiting and running");
+    if (moved) {
+        running_of_.clear();
+        for (std::size_t i = 0; i < running_.size(); ++i) running_of_[running_[i].object.ptr()] = i;
+    }
     problem.pinned.clear();
+    problem.pinned.reserve(count);
     std::vector<Mask> held(nodes_.size(), 0);
-    std::unordered_set<std::string> ids;
-    for (std::size_t i = 0; i < running_.size(); ++i) {
-        const RunningRow& row = running_[i];
-        running_of_[row.object.ptr()] = static_cast<int>(i);
-        if (!ids.insert(row.id).second) throw ReadError("duplicate", row.id, "the running task appears twice");
-        const auto waiting = row_of_id_.find(row.id);
-        if (waiting != row_of_id_.end() && rows_[waiting->second].seen == generation_)
-            throw ReadError("duplicate", row.id, "the task is both waiting and running");
+    for (const RunningRow& row : running_) {
         if (row.guest) continue;
         const double elapsed = std::max(0.0, problem.now_s - row.started_s);
         const double end = row.expected_end_s > problem.now_s

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "model.hpp"
@@ -32,10 +33,8 @@ class Reader {
         int shape;
         double seconds;
     };
-    // What every read touches, apart from what only a new row needs.
+    // What every read touches of a row, apart from what only a new row needs.
     struct TaskRow {
-        PyObject* object = nullptr;
-        long seen = 0;
         Task task;
         ChoiceRow first{0, 0};
     };
@@ -43,6 +42,10 @@ class Reader {
         pybind11::object object;
         std::string id;
         std::vector<ChoiceRow> choices;
+    };
+    struct AreaKey {
+        double area, arrived_s;
+        int row;
     };
     struct RunningRow {
         pybind11::object object;
@@ -57,6 +60,8 @@ class Reader {
     void read_nodes(pybind11::handle rows, Problem& problem);
     void read_tenants(pybind11::handle rows, Problem& problem);
     void read_waiting(pybind11::handle rows, Problem& problem);
+    void sort_by_area(const std::vector<int>& fresh);
+    void fill_tasks(Problem& problem);
     void read_running(pybind11::handle rows, Problem& problem);
     void read_windows(pybind11::handle rows, Problem& problem);
     void finish_shapes(Problem& problem);
@@ -77,14 +82,21 @@ class Reader {
     std::unordered_map<std::string, int> kinds_;
     std::unordered_map<std::string, int> tenants_;
     std::vector<Shape> shapes_;
+    // One entry per row known, side by side.
+    std::vector<PyObject*> objects_;
+    std::vector<long> seen_;     // in which read it was there last
+    std::vector<int> position_;  // in the queue of that read
     std::vector<TaskRow> rows_;
-    std::vector<TaskDetail> details_;  // beside rows_
+    std::vector<TaskDetail> details_;
+    std::vector<AreaKey> by_area_;  // rows of the last snapshot, smallest area first
     std::vector<int> free_rows_;
     std::vector<int> order_;  // rows of the last snapshot, in its order
     std::unordered_map<PyObject*, int> row_of_;
     std::unordered_map<std::string, int> row_of_id_;
     std::vector<RunningRow> running_;
-    std::unordered_map<PyObject*, int> running_of_;
+    std::vector<int> fresh_waiting_;  // rows of this snapshot that the last one did not have
+    std::unordered_map<PyObject*, std::size_t> running_of_;
+    std::unordered_set<std::string> running_ids_;
 };
 
 }  // namespace alto

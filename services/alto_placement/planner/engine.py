@@ -70,23 +70,20 @@ def plan(
     reader = (memory or Memory()).reader
     rounds = tuple(effort[:3]) if effort is not None else (-1, -1, -1)
     read = _read(reader, snapshot)
-    small = budget_s >= LEAST_EXACT_BUDGET_S and exact.applicable(snapshot, EXACT_TASKS)
-    search_s = budget_s * (1 - EXACT_SHARE) if small else budget_s
-    solution = alto_planner.solve(read, search_s, seed, rounds)
-    joined = _join(snapshot, solution)
+    joined = _join(snapshot, read, seed)
+    remaining = snapshot
     if joined:
-        # What joins an executor needs no GPUs of its own: plan the others again without it.
+        # What joins an executor needs no GPUs of its own: the others are planned without it.
         rest = [task for task in snapshot.waiting if task.task_id not in joined]
         remaining = dataclasses.replace(snapshot, waiting=rest)
         read = _read(reader, remaining)
-        solution = alto_planner.solve(read, budget_s, seed, rounds)
-    else:
-        remaining = snapshot
+    small = budget_s >= LEAST_EXACT_BUDGET_S and exact.applicable(remaining, EXACT_TASKS)
+    solution = alto_planner.solve(read, budget_s * (1 - EXACT_SHARE) if small else budget_s, seed, rounds)
     placements = Placements(remaining, solution, tuple(joined.values()))
     bound = solution.makespan_bound_s
-    if small and not joined and solution.makespan_s > bound * (1 + WORTH_PROVING):
+    if small and solution.makespan_s > bound * (1 + WORTH_PROVING):
         proof_s = budget_s * EXACT_SHARE
-        bound = max(bound, exact.improve(snapshot, placements, solution.makespan_s, proof_s, seed).lower_bound_s)
+        bound = max(bound, exact.improve(remaining, placements, solution.makespan_s, proof_s, seed).lower_bound_s)
     return _answer(snapshot, remaining, read, solution, placements, joined, bound, clock, began)
 
 
@@ -98,12 +95,17 @@ def _read(reader: alto_planner.Reader, snapshot: Snapshot) -> alto_planner.ReadS
         raise _ERRORS[kind](subject, message) from None
 
 
-def _join(snapshot: Snapshot, solution: alto_planner.Solution) -> dict[str, Placement]:
+def _join(snapshot: Snapshot, read: alto_planner.ReadSnapshot, seed: int) -> dict[str, Placement]:
+    """Return who joins whose executor, weighed against the fast plan, so that it does not depend on the search."""
+    could = candidates(snapshot)
+    if not could:
+        return {}
+    fast = alto_planner.solve(read, 0.0, seed)
     alone: dict[int, float] = {}
-    for index in candidates(snapshot):
-        placed = solution.placement(index)
+    for index in could:
+        placed = fast.placement(index)
         alone[index] = placed[3] if placed else float("inf")
-    return {placement.task_id: placement for placement in joins(snapshot, alone).values()} if alone else {}
+    return {placement.task_id: placement for placement in joins(snapshot, alone).values()}
 
 
 def _answer(

@@ -93,12 +93,15 @@ class Explainer:
         """Return the explanation for a task that joins a running executor."""
         return Explanation(
             reason=WaitReason.JOINS_EXECUTOR,
-            waits_for=(joined.host_task_id,),
+            shares_with=(joined.host_task_id, *self._guests_of(joined.host_task_id)),
             predicted_start_s=joined.start_s,
             predicted_end_s=joined.end_s,
             latest_end_s=joined.start_s + task.choices[joined.choice].duration.upper_s,
             deadline_s=self._deadline(task),
         )
+
+    def _guests_of(self, host_task_id: str) -> list[str]:
+        return [running.task_id for running in self._snapshot.running if running.guest_of == host_task_id]
 
     def _deadline(self, task: WaitingTask) -> float:
         wanted = self._snapshot.objective
@@ -189,6 +192,6 @@ class Explainer:
                 changes.append(Change(ChangeKind.MORE_GPUS, choice.gpus - narrower))
         if reason is WaitReason.TURN_OF_OTHERS:
             priorities = {row.task_id: row.priority for row in self._snapshot.waiting}
-            starting = [priorities[placement.task_id] for placement in self._placements.starting()]
+            starting = [priorities[row.task_id] for row in self._placements.starting() if not row.host_task_id]
             changes.append(Change(ChangeKind.HIGHER_PRIORITY, max(starting, default=task.priority) + 1))
         return tuple(changes)

@@ -84,8 +84,10 @@ class Sharing:
 class WaitingTask:
     """A task in the queue. Its choices are alternatives; a rigid task has one.
 
-    A higher `priority` goes first. `not_before_s` holds a task back (a pause, a retry delay). `sharing` None means that
-    it must have GPUs of its own.
+    A higher `priority` goes first. `arrived_s` is when it first came, whatever happened to it since.
+    `not_before_s` holds a task back (a pause, a retry delay). `sharing` None means that it must have GPUs of its own.
+    `begun` marks a task that held GPUs and lost them (its node died): it keeps its turn, so GPUs are kept for it ahead
+    of all others of its priority that have not begun or came later. Its choices then last as long as what remains.
     """
 
     task_id: str
@@ -96,6 +98,7 @@ class WaitingTask:
     backbone: str = ""
     sharing: Sharing | None = None
     not_before_s: float = float("-inf")
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,12 +279,14 @@ class Explanation:
     """Why a task is where it is in the plan.
 
     `waits_for` are the tasks on the GPUs it will take, running or planned, soonest end first (at most eight).
+    `shares_with` are the tasks whose executor it joins: the host, then the guests that are there already.
     `ahead` counts waiting tasks before it in line. `deadline_s` is when its bounded wait ends. Predicted times are None
     for a task that has no place in the plan. `largest_fit_gpus` is set for NEVER_FITS.
     """
 
     reason: WaitReason
     waits_for: tuple[str, ...] = ()
+    shares_with: tuple[str, ...] = ()
     ahead: int = 0
     predicted_start_s: float | None = None
     predicted_end_s: float | None = None

@@ -14,12 +14,17 @@ MOST_CONSIDERED = 256
 
 def offers(snapshot: Snapshot) -> dict[str, list[RunningTask]]:
     """Return the running executors that have room for guests, by backbone."""
-    ready = {node.node_id for node in snapshot.nodes if node.state is NodeState.READY}
+    hosts = [
+        task
+        for task in snapshot.running
+        if task.free_memory_bytes > 0 and task.sharing is not None and task.backbone and not task.guest_of
+    ]
     found: dict[str, list[RunningTask]] = {}
-    for task in snapshot.running:
-        usable = task.sharing is not None and task.backbone and task.free_memory_bytes > 0 and not task.guest_of
-        if usable and all(part.node_id in ready for part in task.parts):
-            found.setdefault(task.backbone, []).append(task)
+    if hosts:
+        ready = {node.node_id for node in snapshot.nodes if node.state is NodeState.READY}
+        for host in hosts:
+            if all(part.node_id in ready for part in host.parts):
+                found.setdefault(host.backbone, []).append(host)
     return found
 
 

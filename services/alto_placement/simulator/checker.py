@@ -14,6 +14,7 @@ def violations(snapshot: Snapshot, plan: Plan) -> list[str]:
     found: list[str] = []
     nodes = {node.node_id: node for node in snapshot.nodes}
     tasks = {task.task_id: task for task in snapshot.waiting}
+    hosts = {task.task_id: task for task in snapshot.running if task.sharing and not task.guest_of}
     busy: dict[tuple[str, int], list[tuple[float, float, str]]] = {}
     for running in snapshot.running:
         for part in running.parts if not running.guest_of else ():
@@ -38,6 +39,11 @@ def violations(snapshot: Snapshot, plan: Plan) -> list[str]:
         if place.start_s < max(snapshot.now_s, task.not_before_s) - TOLERANCE_S:
             found.append(f"{place.task_id} starts too early")
         if place.host_task_id:
+            host = hosts.get(place.host_task_id)
+            if host is None or (host.backbone, host.parts) != (task.backbone, place.parts) or not task.sharing:
+                found.append(f"{place.task_id} joins {place.host_task_id}, which is no host for it")
+            elif task.sharing.memory_bytes > host.free_memory_bytes:
+                found.append(f"{place.task_id} has no memory left in the executor of {place.host_task_id}")
             continue
         if abs(place.end_s - place.start_s - choice.duration.expected_s) > TOLERANCE_S:
             found.append(f"{place.task_id} does not last as long as its choice says")

@@ -11,6 +11,7 @@ from alto_placement.planner import (
     Duration,
     GpuConflictError,
     InvalidRowError,
+    Memory,
     Node,
     NodeState,
     Objective,
@@ -153,6 +154,30 @@ def test_a_wait_is_bounded() -> None:
     assert not violations(Snapshot(10_000.0, [NODE], [*narrow, task("wide", 8, 200.0)], [half]), answer)
 
 
+def test_a_task_that_lost_its_node_keeps_its_turn() -> None:
+    # Newer, smaller tasks of the same priority would overtake it; with GPUs kept for it they cannot.
+    newer = [task(f"t{i:02}", 1, 100.0, arrived_s=900.0) for i in range(40)]
+    lost = task("lost", 8, 400.0, arrived_s=100.0)
+    busy = [running("r", "n0", range(4), 1050.0), running("s", "n1", range(8), 5000.0)]
+
+    def start_s(row: WaitingTask) -> float:
+        answer = plan(Snapshot(1000.0, [NODE, OTHER], [*newer, row], busy, objective=Objective(patience=100.0)))
+        assert not violations(Snapshot(1000.0, [NODE, OTHER], [*newer, row], busy), answer)
+        return {place.task_id: place.start_s for place in answer.placements}["lost"]
+
+    assert start_s(lost) > 1100.0
+    assert start_s(dataclasses.replace(lost, begun=True)) == 1050.0
+    # A higher priority still goes first.
+    urgent = task("urgent", 8, 10.0, arrived_s=999.0, priority=1)
+    both = Snapshot(1000.0, [NODE], [dataclasses.replace(lost, begun=True), urgent])
+    assert plan(both).starting[0].task_id == "urgent"
+
+
+def test_what_remains_of_a_task_counts_not_what_it_was() -> None:
+    queue = [task("fresh", 8, 300.0), task("resumed", 8, 100.0)]
+    assert plan(Snapshot(0.0, [NODE], queue)).starting[0].task_id == "resumed"
+
+
 def test_a_reservation_is_kept_and_short_tasks_use_the_time_before() -> None:
     kept = Reservation("service", Part("n0", tuple(range(8))), 100.0, 200.0)
     answer = plan(Snapshot(0.0, [NODE], [task("short", 8, 90.0), task("long", 8, 150.0)], [], [kept]))
@@ -167,6 +192,7 @@ def test_a_task_joins_an_executor_over_the_same_backbone_when_that_pays() -> Non
     assert answer.starting[0].host_task_id == "host"
     assert answer.starting[0].end_s == 300.0
     assert answer.explanations["guest"].reason is WaitReason.JOINS_EXECUTOR
+    assert answer.explanations["guest"].shares_with == ("host",)
     assert not violations(Snapshot(0.0, [NODE], [guest], [host]), answer)
     for refused in (
         dataclasses.replace(guest, sharing=Sharing(200, 0.4)),
@@ -174,6 +200,30 @@ def test_a_task_joins_an_executor_over_the_same_backbone_when_that_pays() -> Non
         dataclasses.replace(guest, sharing=None),
     ):
         assert not plan(Snapshot(0.0, [NODE], [refused], [host])).starting
+
+
+def test_guests_that_would_slow_each_other_too_much_stay_alone() -> None:
+    def host(share: float) -> RunningTask:
+        sharing = Sharing(10, share)
+        return running("host", "n0", range(8), 5000.0, backbone="llama", sharing=sharing, free_memory_bytes=100)
+
+    guest = task("guest", 8, 3000.0, backbone="llama", sharing=Sharing(20, 0.9))
+    free = Snapshot(0.0, [NODE, OTHER], [guest], [host(0.5)])
+    assert plan(free).starting[0].host_task_id == ""
+    saturated = Snapshot(0.0, [NODE], [dataclasses.replace(guest, sharing=Sharing(20, 1.0))], [host(1.0)])
+    assert not plan(saturated).starting
+
+
+def test_others_are_explained_and_a_search_repeated_beside_a_task_that_joins() -> None:
+    host = running("host", "n0", range(8), 900.0, backbone="llama", sharing=Sharing(10, 0.4), free_memory_bytes=100)
+    here = running("guest0", "n0", range(8), 900.0, sharing=Sharing(10, 0.1), guest_of="host")
+    guest = task("guest", 8, 300.0, backbone="llama", sharing=Sharing(20, 0.4))
+    others = [task(f"t{i}", 4, 200.0 + i) for i in range(12)]
+    snapshot = Snapshot(0.0, [NODE, OTHER], [guest, *others], [host, here])
+    answer = plan(snapshot, budget_s=0.02)
+    assert answer.explanations["guest"].shares_with == ("host", "guest0")
+    assert {answer.explanations[row.task_id].reason for row in others} >= {WaitReason.STARTS_NOW}
+    assert tuple(plan(snapshot, effort=answer.effort).placements) == tuple(answer.placements)
 
 
 def test_an_explanation_says_what_would_help() -> None:
@@ -239,3 +289,44 @@ def test_a_snapshot_that_contradicts_itself_is_refused(
     with pytest.raises(error) as caught:
         plan(snapshot)
     assert getattr(caught.value, "subject", None) == subject
+
+
+def test_a_kind_of_gpu_that_no_node_has_is_told_from_a_busy_one() -> None:
+    unknown = WaitingTask("a", "ada", (Choice(1, Duration.certain(10.0), gpu_kind="tpu"),), 0.0)
+    answer = plan(Snapshot(0.0, [NODE], [unknown]))
+    assert answer.unplaced == ("a",)
+    assert answer.explanations["a"].reason is WaitReason.NEVER_FITS
+    with pytest.raises(TaskNeverFitsError) as caught:
+        check_can_ever_fit(unknown, [NODE])
+    assert caught.value.largest_fit_gpus == 0
+
+
+@pytest.mark.parametrize("jump_s", [-86_400.0, 86_400.0 * 365])
+def test_a_clock_that_jumps_changes_what_is_late_but_breaks_nothing(jump_s: float) -> None:
+    memory = Memory()
+    queue = [task(f"t{i}", 4, 50.0, arrived_s=1000.0) for i in range(6)]
+    busy = [running("r", "n0", range(4), 1500.0)]
+    for now_s in (1000.0, 1000.0 + jump_s, 1001.0):
+        snapshot = Snapshot(now_s, [NODE], queue, busy)
+        answer = plan(snapshot, memory=memory)
+        assert not violations(snapshot, answer)
+        assert len(answer.placements) == 6
+
+
+def test_after_a_refused_snapshot_the_next_good_one_is_planned_as_if_nothing_had_been() -> None:
+    memory = Memory()
+    queue = [task(f"t{i}", 4, 50.0) for i in range(6)]
+    busy = [running("r", "n0", range(4), 100.0)]
+    good = Snapshot(0.0, [NODE], queue, busy, epoch=1)
+    before = plan(good, memory=memory)
+    for bad in (
+        dataclasses.replace(good, waiting=[*queue, queue[0]]),  # an event that was applied twice
+        dataclasses.replace(good, running=[*busy, busy[0]]),
+        dataclasses.replace(good, waiting=[*queue, task("r")]),  # a start whose event came late
+        dataclasses.replace(good, waiting=[*queue, task("t3", 2, 10.0)]),
+    ):
+        with pytest.raises(DuplicateRowError):
+            plan(bad, memory=memory)
+        # The plan made before is whole and stays readable, and the same snapshot gives it again.
+        assert len(before.placements) == 6
+        assert tuple(plan(good, memory=memory).placements) == tuple(before.placements)
