@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig, TuningJob
-from alto_placement.durations import Measured
+from alto_placement.durations import Hardware, Measured
 from alto_placement.forecasts import Forecasts
 from alto_placement.state import AssignmentRow, Moment, Outcome, Progress, TaskRow, WorkSize
 
@@ -224,7 +224,8 @@ class Follower:
     def whole_s(self, task: TaskRow) -> tuple[float, float, float]:
         """Return expectation and interval of the work alone: these runs have no start."""
         predicted = self.forecasts.whole(task, "cpu")
-        return predicted.expected_s, predicted.low_s, predicted.high_s
+        start_s = self.forecasts.model.model(Hardware(task.base_model, "cpu", 1)).start_s
+        return predicted.expected_s - start_s, predicted.low_s - start_s, predicted.high_s - start_s
 
 
 def errors(searches: list[Search]) -> dict[str, Any]:

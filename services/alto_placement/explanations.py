@@ -14,7 +14,6 @@ _SENTENCES = {
     WaitReason.FRAGMENTED: "Enough GPUs are free, but not together on one node.",
     WaitReason.TURN_OF_OTHERS: "What is free is for tasks ahead of it.",
     WaitReason.RESERVED: "What is free is reserved.",
-    WaitReason.QUOTA: "Its tenant already holds all the GPUs that it may hold.",
 }
 _STATES = {
     NodeState.CORDONED: "takes no more work",
@@ -32,12 +31,28 @@ def queue_words(task: TaskRow, explanation: Explanation | None, view: PlanView) 
     reason = explanation.reason
     if reason in (WaitReason.NO_NODE_READY, WaitReason.NEVER_FITS):
         return _without_node(task, view)
-    sentence = _SENTENCES[reason]
+    sentence = _quota_words(task, view) if reason is WaitReason.QUOTA else _SENTENCES[reason]
     if reason is WaitReason.HELD_BACK and task.failure is not None:
         sentence = f"Attempt {task.attempts} failed ({task.failure.message}); it is tried again in a moment."
     if explanation.ahead and reason is not WaitReason.STARTS_NOW:
         sentence += f" {explanation.ahead} {'task is' if explanation.ahead == 1 else 'tasks are'} ahead of it."
     return reason.value.upper(), sentence
+
+
+def _quota_words(task: TaskRow, view: PlanView) -> str:
+    """Say how much the task's tenant holds of what it may hold."""
+    state = view.state
+    held = sum(
+        len(row.gpu_indices) for row in state.assignments.values() if state.tasks[row.task_id].tenant == task.tenant
+    )
+    row = next((row for row in view.facts.tenants if row.tenant == task.tenant), None)
+    if row is None or row.quota_gpus is None:
+        return f"{task.tenant} holds all the GPUs that it may hold."
+    sentence = f"{task.tenant} holds {held} {'GPU' if held == 1 else 'GPUs'} and may hold {row.quota_gpus}"
+    if row.cohort:
+        borrowed = "as many as others" if row.borrow_gpus is None else f"{row.borrow_gpus} more where others"
+        sentence += f", and borrow {borrowed} of {row.cohort} leave free"
+    return f"{sentence}."
 
 
 def _without_node(task: TaskRow, view: PlanView) -> tuple[str, str]:

@@ -37,24 +37,24 @@ class _Run:
 
 
 class Forecasts:
-    """Predicts for tasks, and learns from their runs."""
+    """Predicts for tasks, and learns from their runs; `model` is what was learned."""
 
     def __init__(self) -> None:
-        self._model = DurationModel()
+        self.model = DurationModel()
         self._runs: dict[str, _Run] = {}
         self._changed: set[Hardware | tuple[str, str]] = set()
 
     def whole(self, task: TaskRow, gpu_kind: str) -> Duration:
         """Return how long a task takes from its beginning."""
         prior = task.size.expected_share
-        return self._model.predict(_hardware(task, gpu_kind), _work(task.size), task.tenant, task.size.shape, prior)
+        return self.model.predict(_hardware(task, gpu_kind), _work(task.size), task.tenant, task.size.shape, prior)
 
     def rest(self, task: TaskRow, gpu_kind: str, can_resume: bool) -> Duration:
         """Return how long a waiting task will hold its GPUs: all of it, or what is left of it after its checkpoint."""
         if not can_resume or task.fraction_done <= 0.0:
             return self.whole(task, gpu_kind)
         hardware, size = _hardware(task, gpu_kind), task.size
-        left = self._model.remaining(
+        left = self.model.remaining(
             hardware,
             _work(size),
             _work(size, 1.0 - task.fraction_done),
@@ -64,7 +64,7 @@ class Forecasts:
             size.shape,
             size.expected_share,
         )
-        start_s = self._model.model(hardware).start_s
+        start_s = self.model.model(hardware).start_s
         return Duration(left.expected_s + start_s, left.upper_s + start_s, left.low_s + start_s, left.high_s + start_s)
 
     def remaining(
@@ -72,14 +72,15 @@ class Forecasts:
     ) -> Duration:
         """Return how long a task that has a place will still hold it."""
         if progress is None or progress.measured.ticks <= 0:
-            whole, gone_s = self.rest(task, gpu_kind, True), max(0.0, now.wall_s - row.started_s)
+            whole = self.rest(task, gpu_kind, can_resume=row.node_id == task.ran_on)
+            gone_s = max(0.0, now.wall_s - row.started_s)
             least_s = 0.05 * whole.expected_s
             return Duration(
                 *(max(least_s, s - gone_s) for s in (whole.expected_s, whole.upper_s, whole.low_s, whole.high_s))
             )
         size = task.size
         steps_left = progress.longest_steps_left / max(1, size.longest_steps)
-        left = self._model.remaining(
+        left = self.model.remaining(
             _hardware(task, gpu_kind),
             _work(size),
             _work(size, max(0.0, 1.0 - progress.fraction_done), steps_left),
@@ -97,15 +98,15 @@ class Forecasts:
         """Return in words what an estimate rests on."""
         hardware = Hardware(base_model, gpu_kind, gpus)
         place = f"{gpus} x {gpu_kind or 'a place here'}"
-        if not self._model.is_measured(hardware):
+        if not self.model.is_measured(hardware):
             return f"the number of weights and the kind of device: {base_model} was never measured on {place}"
-        model = self._model.model(hardware)
+        model = self.model.model(hardware)
         tokens_per_s = model.fullest / model.training.seconds((1.0, model.fullest, 0.0))
         return f"{tokens_per_s:,.0f} training tokens a second, measured for {base_model} on {place}"
 
     def begun(self, task: TaskRow, row: AssignmentRow, gpu_kind: str) -> None:
         """Note that an assignment was made: what is known now is what its prediction rests on."""
-        self._runs[row.assignment_id] = _Run(copy.deepcopy(self._model.model(_hardware(task, gpu_kind))))
+        self._runs[row.assignment_id] = _Run(copy.deepcopy(self.model.model(_hardware(task, gpu_kind))))
 
     def heard(self, task: TaskRow, row: AssignmentRow, gpu_kind: str, progress: Progress, now: Moment) -> None:
         """Learn from what a node says of a run."""
@@ -116,7 +117,7 @@ class Forecasts:
         if done.ticks <= 0 and done.evaluation_tokens <= 0:
             return
         hardware = _hardware(task, gpu_kind)
-        self._model.observe(hardware, done)
+        self.model.observe(hardware, done)
         run.heard, run.share_trained = progress.measured, progress.share_trained
         # Words travel for seconds: the earliest that came gives the best idea of when training began.
         run.start_s = min(run.start_s, now.wall_s - row.started_s - progress.measured.seconds)
@@ -128,18 +129,18 @@ class Forecasts:
         if run is None or run.heard.ticks < LEAST_RUN_TICKS:
             return
         hardware, done = _hardware(task, gpu_kind), run.heard
-        self._model.observe_start(hardware, run.start_s)
+        self.model.observe_start(hardware, run.start_s)
         if run.model_then.training.ticks > 0:
             then_s = run.model_then.seconds(done.training, done.evaluation_tokens)
-            self._model.observe_run(hardware, then_s, done.seconds)
+            self.model.observe_run(hardware, then_s, done.seconds)
         self._changed.add(hardware)
         if row.outcome is Outcome.COMPLETED and not task.stopped_trial_ids and task.size.train_tokens:
             key = (task.tenant, task.size.shape)
             if task.attempts == 1:
-                self._model.observe_share(hardware, _work(task.size), done, *key)
+                self.model.observe_share(hardware, _work(task.size), done, *key)
             else:
                 # This attempt did a part only; the node knows how many of the planned samples were trained in all.
-                self._model.shares.observe(*key, run.share_trained)
+                self.model.shares.observe(*key, run.share_trained)
             self._changed.add(key)
 
     def changed(self) -> Records:
@@ -148,9 +149,9 @@ class Forecasts:
         for key in self._changed:
             if isinstance(key, Hardware):
                 name = ["hardware", key.backbone, key.gpu_kind, key.gpus, key.parameters]
-                records[json.dumps(name)] = self._model.hardware[key].state()
+                records[json.dumps(name)] = self.model.hardware[key].state()
             else:
-                records[json.dumps(["share", *key])] = self._model.shares.state(*key)
+                records[json.dumps(["share", *key])] = self.model.shares.state(*key)
         self._changed.clear()
         return records
 
@@ -159,9 +160,9 @@ class Forecasts:
         for name, content in records.items():
             kind, *key = json.loads(name)
             if kind == "hardware":
-                self._model.hardware[Hardware(*key)] = HardwareModel.from_state(content)
+                self.model.hardware[Hardware(*key)] = HardwareModel.from_state(content)
             elif kind == "share":
-                self._model.shares.load(key[0], key[1], content)
+                self.model.shares.load(key[0], key[1], content)
 
 
 def _hardware(task: TaskRow, gpu_kind: str) -> Hardware:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from alto_placement.planner import Duration, Explanation, Plan, Snapshot
+from alto_placement.planner import Duration, Explanation, Plan, Snapshot, Tenant
 from alto_placement.state import ClusterState, Moment, TaskRow
 
 
@@ -20,6 +20,7 @@ class PlanFacts:
     explanations: Mapping[str, Explanation] = field(default_factory=dict)
     places: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     ends: Mapping[str, Duration] = field(default_factory=dict)
+    tenants: Sequence[Tenant] = ()
     makespan_s: float = 0.0
     lower_bound_s: float = 0.0
 
@@ -35,6 +36,7 @@ def facts_of(plan: Plan, snapshot: Snapshot, left: Mapping[str, Duration]) -> Pl
         explanations=plan.explanations,
         places={p.task_id: (p.parts[0].node_id, p.parts[0].gpu_indices) for p in plan.placements},
         ends=ends,
+        tenants=snapshot.tenants,
         makespan_s=plan.makespan_s,
         lower_bound_s=plan.lower_bound_s,
     )

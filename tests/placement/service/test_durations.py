@@ -62,6 +62,22 @@ def test_the_upper_bound_is_above_the_expectation_and_the_interval_around_it():
         assert found.expected_s <= found.upper_s
 
 
+def test_a_million_ticks_of_every_kind_do_not_unsettle_it():
+    """What was forgotten and what is never seen apart must not make the sums meaningless."""
+    draw = random.Random(7)
+    model = DurationModel()
+    for number in range(5000):
+        ticks = draw.choice((1, 10, 200, 5000))
+        same = number % 1000 < 900
+        tokens, ranks = (1000.0, 64.0) if same else (draw.uniform(10, 8000), draw.choice((0.0, 8.0, 1024.0)))
+        seconds = draw.choice((1.0, 1.0, 1.0, 1e-3, 50.0)) * tick_s(draw, 1.0, tokens, ranks, 0.3)
+        model.observe(GPU, measured(ticks, tokens, ranks, seconds))
+        assert 0 < model.model(GPU).training.uncertainty((1.0, tokens, ranks)) < 1
+    for _ in range(300):
+        model.observe(GPU, measured(10, 1000.0, 64.0, tick_s(draw, 1.0, 1000.0, 64.0, 0.05)))
+    assert model.model(GPU).training.seconds((1.0, 1000.0, 64.0)) == pytest.approx(0.141, rel=0.1)
+
+
 def test_an_outlier_moves_the_estimate_little():
     model, work = DurationModel(), Work(400_000, 100, 6400)
     for _ in range(50):

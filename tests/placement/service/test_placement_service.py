@@ -4,10 +4,12 @@ import asyncio
 
 import grpc
 import pytest
-from alto.v1 import placement_pb2, placement_service_pb2, placement_service_pb2_grpc, tuning_pb2
+from alto.v1 import event_pb2, placement_pb2, placement_service_pb2, placement_service_pb2_grpc, tuning_pb2
 from alto_common.rpc.authentication import Scope
 from alto_common.rpc.channel import bearer_metadata, service_channel
 from alto_common.rpc.status import reason_in
+from alto_placement import engine
+from alto_placement.policy import TenantShare
 from alto_placement.server import PlacementServer
 from alto_placement.servicer import SCOPES
 from alto_placement.settings import PlacementSettings
@@ -336,3 +338,142 @@ async def test_a_placement_that_lost_its_database_gives_out_no_old_epoch(setting
             node.call.cancel()
     finally:
         await again.stop()
+
+
+def heard(node, assignment, ticks, seconds_a_tick, fraction_done, steps_left):
+    measured = event_pb2.MeasuredWork(
+        ticks=ticks,
+        train_tokens=1000 * ticks,
+        lora_rank_ticks=8 * ticks,
+        training_seconds=seconds_a_tick * ticks,
+        share_trained=fraction_done,
+        longest_steps_left=steps_left,
+    )
+    status = wire.AssignmentStatus(
+        assignment_id=assignment.assignment_id,
+        task_id=assignment.work.task_id,
+        epoch=assignment.epoch,
+        fraction_done=fraction_done,
+        measured=measured,
+    )
+    heartbeat = wire.NodeHeartbeat(assignments=[status])
+    node.up.put_nowait(wire.NodeSessionRequest(node_id=node.node_id, incarnation=node.incarnation, heartbeat=heartbeat))
+
+
+SIZE = wire.WorkSize(
+    train_tokens=1_000_000, steps=1000, longest_steps=1000, trials=1, total_lora_rank=8, expected_share=1, shape="none"
+)
+
+
+def left_s(plan, task_id="task"):
+    task = next(task for task in plan.tasks if task.task_id == task_id)
+    return (task.forecast.end_time.ToDatetime() - plan.time.ToDatetime()).total_seconds()
+
+
+@pytest.fixture
+def settings_without_refresh(settings):
+    """So that only events make plans."""
+    return settings.model_copy(update={"refresh_s": 3600.0, "lease_s": 60.0})
+
+
+async def test_a_new_estimate_and_an_early_exit_make_new_plans(settings_without_refresh):
+    placement = PlacementServer(settings_without_refresh)
+    await placement.start()
+    try:
+        async with service_channel(f"127.0.0.1:{placement.server.port}") as channel:
+            stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
+            node = await TestNode(stub).connect()
+            await enqueue(stub, size=SIZE)
+            assignment = await node.hears("assignment")
+            await enqueue(stub, "next", size=SIZE)
+            # A second a tick, 900 ticks left.
+            heard(node, assignment, 100, 1.0, 0.1, 900)
+            plan = await watched(stub, lambda plan: 700 < left_s(plan) < 1100 and state_of(plan, "next"))
+            queue = next(task for task in plan.tasks if task.task_id == "next").queue
+            assert queue.predicted_start_time.ToDatetime() >= plan.tasks[0].forecast.end_time.ToDatetime()
+            # Its trials have exited but for a tenth of the work: the end is near, and the next one's start.
+            heard(node, assignment, 150, 1.0, 0.9, 100)
+            await watched(stub, lambda plan: left_s(plan) < 200 and left_s(plan, "next") < 1500)
+            node.call.cancel()
+    finally:
+        await placement.stop()
+
+
+async def test_what_was_learned_survives_a_restart(settings, stub, placement):
+    node = await TestNode(stub).connect()
+    await enqueue(stub, size=SIZE)
+    assignment = await node.hears("assignment")
+    request = wire.EstimateTaskRequest(tenant="acme", base_model="tiny", size=SIZE)
+    assert "never measured" in (await stub.EstimateTask(request, metadata=METADATA, timeout=10)).basis
+    for ticks in (50, 100, 200):
+        heard(node, assignment, ticks, 0.5, ticks / 1000, 1000 - ticks)
+        await node.hears("lease_renewed")
+    before = await stub.EstimateTask(request, metadata=METADATA, timeout=10)
+    assert "measured for tiny" in before.basis
+    assert 400 < before.duration.expected.ToSeconds() < 600
+    await placement.stop()
+    again = PlacementServer(settings)
+    await again.start()
+    try:
+        async with service_channel(f"127.0.0.1:{again.server.port}") as channel:
+            stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
+            assert await stub.EstimateTask(request, metadata=METADATA, timeout=10) == before
+    finally:
+        await again.stop()
+
+
+async def test_a_quota_is_told_and_kept(settings):
+    limited = settings.model_copy(update={"tenants": {"acme": TenantShare(quota_gpus=1)}})
+    placement = PlacementServer(limited)
+    await placement.start()
+    try:
+        async with service_channel(f"127.0.0.1:{placement.server.port}") as channel:
+            stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
+            node = await TestNode(stub, gpus=2).connect()
+            await enqueue(stub)
+            node.heartbeat(await node.hears("assignment"))
+            await enqueue(stub, "second")
+            plan = await watched(stub, lambda plan: queue_of(plan, "second").reason == "QUOTA")
+            second = next(task for task in plan.tasks if task.task_id == "second")
+            assert second.queue.explanation.startswith("acme holds 1 GPU and may hold 1.")
+            assert tuning_pb2.FORECAST_CHANGE_KIND_MORE_QUOTA in [change.kind for change in second.forecast.changes]
+            node.call.cancel()
+    finally:
+        await placement.stop()
+
+
+def queue_of(plan, task_id):
+    return next((task.queue for task in plan.tasks if task.task_id == task_id), tuning_pb2.QueueStatus())
+
+
+async def test_a_lost_kind_of_gpu_is_told_by_its_node(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    await node.hears("assignment")
+    plan = await watched(stub, lambda plan: queue_of(plan, "task").reason == "NO_NODE_READY")
+    assert "node-a has not been heard of lately" in queue_of(plan, "task").explanation
+    node.call.cancel()
+
+
+async def test_the_last_good_plan_stays_when_none_can_be_made(placement, stub, monkeypatch):
+    node = await TestNode(stub).connect()
+    await enqueue(stub)
+    node.heartbeat(await node.hears("assignment"))
+    good = await watched(stub, lambda plan: plan.tasks and plan.tasks[0].HasField("forecast"))
+
+    def broken(*arguments, **options):
+        raise engine.planner.SnapshotError("task", "contradicts itself")
+
+    monkeypatch.setattr(engine.planner, "plan", broken)
+    node.heartbeat()
+    await enqueue(stub, "another")
+    async with asyncio.timeout(10):
+        while placement.engine.is_alive:
+            await asyncio.sleep(0.02)
+    plan = await plan_of(stub)
+    assert plan.tasks[0].forecast == good.tasks[0].forecast
+    assert queue_of(plan, "another").reason == "PLANNING"
+    monkeypatch.undo()
+    await watched(stub, lambda plan: queue_of(plan, "another").reason == "GPUS_BUSY")
+    assert placement.engine.is_alive
+    node.call.cancel()

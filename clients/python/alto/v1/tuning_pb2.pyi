@@ -1276,7 +1276,7 @@ class TuningTask(_message.Message):
 
     @_builtins.property
     def forecast(self) -> Global___TaskForecast:
-        """Until it has ended: what the latest plan expects. Absent while placement cannot be reached."""
+        """Until it has ended: what the latest plan expects. Only in GetTuningTask, and while placement can be reached."""
 
     def __init__(
         self,
