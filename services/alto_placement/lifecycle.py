@@ -317,7 +317,8 @@ def _end(draft: Draft, row: AssignmentRow, outcome: Outcome, now: Moment) -> Non
     task = draft.task(row.task_id)
     assert task is not None, "an assignment has a task"
     done = progress.fraction_done if progress else task.fraction_done
-    task = replace(task, assignment_id="", fraction_done=done, ran_on=row.node_id)
+    keeps_turn = outcome is Outcome.LOST or (outcome is Outcome.STOPPED and row.stop is StopReason.DRAINED)
+    task = replace(task, assignment_id="", fraction_done=done, ran_on=row.node_id, keeps_turn=keeps_turn)
     draft.put(task)
     if task.dequeued:
         draft.put(_ended(task, TaskState.FINISHED, now, None))

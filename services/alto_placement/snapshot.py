@@ -93,6 +93,7 @@ def waiting_task(
         priority=task.priority,
         backbone=task.base_model,
         not_before_s=now_s + delay_s,
+        begun=task.keeps_turn,
     )
 
 

@@ -136,7 +136,9 @@ class TaskRow:
 
     `epoch` is that of its latest assignment (0 before the first) and only grows. `attempts` counts assignments,
     `failures` those that failed in a way that another attempt may not. `assignment_id` is the live assignment, if any.
-    `fraction_done` is that of its latest checkpoint, which lies on `ran_on`. `ended` is set once: FINISHED or GIVEN_UP.
+    `fraction_done` is that of its latest checkpoint, which lies on `ran_on`. `keeps_turn` says that it
+    lost its place through no doing of its own, nor for another task: its node died or was drained. `ended` is set once:
+    FINISHED or GIVEN_UP.
     """
 
     task_id: str
@@ -157,6 +159,7 @@ class TaskRow:
     assignment_id: str = ""
     fraction_done: float = 0.0
     ran_on: str = ""
+    keeps_turn: bool = False
     ended: TaskState | None = None
     ended_s: float | None = None
     failure: FailureCause | None = None

@@ -73,6 +73,7 @@ tasks = sa.Table(
     sa.Column("assignment_id", sa.String(64), nullable=False),
     sa.Column("fraction_done", sa.Double, nullable=False),
     sa.Column("ran_on", sa.String(128), nullable=False),
+    sa.Column("keeps_turn", sa.Boolean, nullable=False),
     sa.Column("ended", sa.String(16)),
     sa.Column("ended_s", sa.Double),
     sa.Column("failure", sa.JSON(none_as_null=True)),

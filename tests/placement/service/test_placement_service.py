@@ -455,6 +455,19 @@ async def test_a_lost_kind_of_gpu_is_told_by_its_node(stub):
     node.call.cancel()
 
 
+async def test_a_task_whose_node_died_goes_before_newer_and_smaller_ones(stub):
+    node = await TestNode(stub).connect()
+    await enqueue(stub, "long", size=SIZE)
+    assert (await node.hears("assignment")).work.task_id == "long"
+    for name in ("small", "smaller"):
+        await enqueue(stub, name, size=wire.WorkSize(train_tokens=1000, steps=10, longest_steps=10, trials=1))
+    await watched(stub, lambda plan: plan.nodes[0].state == placement_pb2.NODE_STATE_LOST)
+    other = await TestNode(stub, "node-b").connect()
+    assert (await other.hears("assignment")).work.task_id == "long"
+    node.call.cancel()
+    other.call.cancel()
+
+
 async def test_the_last_good_plan_stays_when_none_can_be_made(placement, stub, monkeypatch):
     node = await TestNode(stub).connect()
     await enqueue(stub)

@@ -14,3 +14,4 @@ def upgrade() -> None:
         sa.Column("content", sa.JSON, nullable=False),
     )
     op.add_column("tasks", sa.Column("ran_on", sa.String(128), nullable=False, server_default=""))
+    op.add_column("tasks", sa.Column("keeps_turn", sa.Boolean, nullable=False, server_default=sa.false()))
