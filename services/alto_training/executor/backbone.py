@@ -21,6 +21,7 @@ from alto_training.executor.errors import ContextLengthError, TargetModulesError
 from alto_training.executor.frozen_linear import frozen_linear
 from alto_training.executor.lora_linear import LoraBackend, MultiLoraLinear, ReferenceBackend
 from alto_training.executor.nf4 import quantise_layers
+from alto_training.executor.shared_input import shared_inputs_found
 from alto_training.executor.tick import CurrentTick, Item, PackedSequence, Share, Tick, build_tick
 
 _PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -73,6 +74,9 @@ class Backbone:
     def end_tick(self) -> None:
         """Forget the tick: after its backward pass, which may run layers again (recomputation)."""
         self.current.tick = None
+        for layer in self.layers:
+            if layer.shared_input is not None:
+                layer.shared_input.forget()
 
     def recompute_activations(self) -> None:
         """Keep only the input of each decoder layer; compute the rest again in the backward pass."""
@@ -172,7 +176,8 @@ def prepare_backbone(
     expected_SV = _own_logits(model, backbone, probe_ids)
     backbone.fan_in_fan_out = any(type(module).__name__ == "Conv1D" for module in decoder.modules())
     backbone.layers = _install_layers(decoder, backbone.module_prefix, ReferenceBackend(), current)
-    _verify_packing(backbone, probe_ids, expected_SV)
+    with shared_inputs_found(backbone.layers):
+        _verify_packing(backbone, probe_ids, expected_SV)
     return backbone
 
 

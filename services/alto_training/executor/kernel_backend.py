@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from alto_kernels import AdapterTable, CudaKernels, TickPlan, lora_linear, low_rank_backward, low_rank_forward
+from alto_kernels import (
+    AdapterTable,
+    CudaKernels,
+    TickPlan,
+    lora_linear,
+    lora_linears,
+    low_rank_backward,
+    low_rank_forward,
+)
 
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.frozen_linear import DenseLinear
@@ -49,6 +57,18 @@ class KernelBackend:
         if self._table.kernels == CudaKernels.HOPPER and isinstance(frozen, DenseLinear):
             return lora_linear(x_TK, frozen.weight_NK, frozen.bias_N, self._plan(tick), module_index)
         return frozen_plus_low_rank(x_TK, frozen, self, module_index, tick)
+
+    def shares_input(self, frozen: Sequence[FrozenLinear]) -> bool:
+        """See `InputSharing`: the kernels for Hopper add up the gradient of a shared input by themselves."""
+        return self._table.kernels == CudaKernels.HOPPER and all(isinstance(one, DenseLinear) for one in frozen)
+
+    def linears(
+        self, x_TK: torch.Tensor, frozen: Sequence[FrozenLinear], module_indices: Sequence[int], tick: Tick
+    ) -> list[torch.Tensor]:
+        """See `InputSharing.linears`."""
+        dense = [one for one in frozen if isinstance(one, DenseLinear)]
+        weights_NK, biases_N = [one.weight_NK for one in dense], [one.bias_N for one in dense]
+        return lora_linears(x_TK, weights_NK, self._plan(tick), module_indices, biases_N)
 
     def forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor, module_index: int, tick: Tick) -> torch.Tensor:
         """See `LowRankProducts.forward`."""

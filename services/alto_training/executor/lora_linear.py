@@ -16,6 +16,7 @@ from alto_kernels.reference import keep_mask
 from torch import nn
 
 from alto_training.executor.adapter import ModuleViews
+from alto_training.executor.shared_input import SharedInput
 from alto_training.executor.tick import CurrentTick, Segment, Tick
 
 
@@ -162,14 +163,20 @@ class MultiLoraLinear(nn.Module):
         self.path = path
         self.backend = backend
         self.current = current
+        self.shared_input: SharedInput | None = None
+
+    def adapted_in(self, tick: Tick) -> bool:
+        """Return whether an adapter of the tick adapts this layer."""
+        return any(segment.adapter is not None and self.index in segment.adapter.views for segment in tick.segments)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., K] to [..., N]; the leading dimensions hold the tick's T tokens in order."""
         tick = self.current.require()
         x_TK = x.reshape(-1, self.frozen.in_features)
         y_TN: torch.Tensor
-        if any(segment.adapter is not None and self.index in segment.adapter.views for segment in tick.segments):
-            y_TN = self.backend.linear(x_TK, self.frozen, self.index, tick)
+        if self.adapted_in(tick):
+            shared_TN = None if self.shared_input is None else self.shared_input.output(self, x, tick)
+            y_TN = self.backend.linear(x_TK, self.frozen, self.index, tick) if shared_TN is None else shared_TN
         else:
             y_TN = _FrozenProduct.apply(x_TK, self.frozen)  # type: ignore[no-untyped-call]
         return y_TN.view(*x.shape[:-1], self.frozen.out_features)
