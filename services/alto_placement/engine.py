@@ -195,9 +195,17 @@ class PlacementEngine:
         link.tell_pending(self.state)
 
     async def assignment_ended(
-        self, link: NodeLink, assignment_id: str, epoch: int, outcome: Outcome, failure: FailureCause | None
+        self,
+        link: NodeLink,
+        assignment_id: str,
+        epoch: int,
+        outcome: Outcome,
+        failure: FailureCause | None,
+        last: Reported | None = None,
     ) -> None:
-        """Take a node's word on how an assignment ended."""
+        """Take a node's word on how an assignment ended, and where it stood then."""
+        if last is not None:
+            self._learning.heard(self.state, self._facts, link.node_id, [last])
         await self._commit(
             lambda draft, now: lifecycle.assignment_ended(
                 draft, link.node_id, link.incarnation, assignment_id, epoch, outcome, failure, now, self._rules

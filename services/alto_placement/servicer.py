@@ -157,7 +157,10 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
         outcome = OUTCOMES.get(ended.outcome)
         if outcome is None:
             raise invalid_fields([Violation("assignment_ended.outcome", ended.outcome, "name one of the outcomes")])
-        await self._engine.assignment_ended(link, ended.assignment_id, ended.epoch, outcome, failure_from_wire(ended))
+        heard_s = self._engine.now().monotonic_s
+        last = reported_from_wire(ended.status, heard_s) if ended.HasField("status") else None
+        failure = failure_from_wire(ended)
+        await self._engine.assignment_ended(link, ended.assignment_id, ended.epoch, outcome, failure, last)
 
     async def ListNodes(self, request: wire.ListNodesRequest, context: Any) -> wire.ListNodesResponse:
         """List the nodes."""

@@ -122,8 +122,14 @@ class PlacementSession:
         heartbeat = placement_service_pb2.NodeHeartbeat(assignments=[_status(held) for held in turn.listed])
         wire = placement_service_pb2.NodeSessionRequest
         node_id, incarnation = self._described.node_id, self._incarnation
+        held = {one.assignment_id: one for one in turn.listed}
         ends = [
-            wire(node_id=node_id, incarnation=incarnation, assignment_ended=_ended(notice)) for notice in turn.notices
+            wire(
+                node_id=node_id,
+                incarnation=incarnation,
+                assignment_ended=_ended(notice, held[notice.assignment_id]),
+            )
+            for notice in turn.notices
         ]
         return [*ends, wire(node_id=node_id, incarnation=incarnation, heartbeat=heartbeat)]
 
@@ -143,9 +149,13 @@ def _status(held: Held) -> placement_service_pb2.AssignmentStatus:
     return status
 
 
-def _ended(notice: EndedNotice) -> placement_service_pb2.AssignmentEnded:
+def _ended(notice: EndedNotice, held: Held) -> placement_service_pb2.AssignmentEnded:
     ending = notice.ending
     cause = tuning_pb2.Failure(reason=ending.reason, message=ending.message) if ending.reason else None
     return placement_service_pb2.AssignmentEnded(
-        assignment_id=notice.assignment_id, epoch=notice.epoch, outcome=_OUTCOMES[ending.kind], failure=cause
+        assignment_id=notice.assignment_id,
+        epoch=notice.epoch,
+        outcome=_OUTCOMES[ending.kind],
+        failure=cause,
+        status=_status(held),
     )

@@ -54,6 +54,7 @@ class Supervisor:
         self.held = held
         self.process_id = 0
         self.events_written = 0
+        self._offset = 0
         self.reporter = make_reporter(folders.assignment, held.task_id, held.epoch)
         self.folder = folders.assignment
         self._work = work
@@ -116,6 +117,8 @@ class Supervisor:
             last = await asyncio.to_thread(self._conclude, crash)
             self.reporter.complete()
             await self._reported_or_superseded(reporting)
+            # What the last words say of progress goes to placement with the end.
+            await asyncio.to_thread(self._read_on)
             return None if self._is_superseded() else await asyncio.to_thread(self._ending, last, crash)
         except StaleEpochError:
             log.warning("a newer assignment has taken over", task_id=self.held.task_id, epoch=self.held.epoch)
@@ -248,14 +251,17 @@ class Supervisor:
 
     async def _follow(self) -> None:
         """Keep up with the journal, whether or not admission can be reached."""
-        offset = 0
         while True:
-            records = read_journal(self.folder / JOURNAL_FILE, offset, self.events_written)
-            for record in islice(records, FOLLOWED_AT_ONCE):
-                offset, self.events_written = record.end_offset, record.sequence
-                if record.event.HasField("task_progressed"):
-                    self.held.progress = _progress(record.event.task_progressed)
+            self._read_on()
             await asyncio.sleep(FOLLOW_S)
+
+    def _read_on(self) -> None:
+        """Read some of what is new in the journal."""
+        records = read_journal(self.folder / JOURNAL_FILE, self._offset, self.events_written)
+        for record in islice(records, FOLLOWED_AT_ONCE):
+            self._offset, self.events_written = record.end_offset, record.sequence
+            if record.event.HasField("task_progressed"):
+                self.held.progress = _progress(record.event.task_progressed)
 
     def _log_tail(self) -> str:
         with (self.folder / LOG_FILE).open("rb") as file:

@@ -340,7 +340,7 @@ async def test_a_placement_that_lost_its_database_gives_out_no_old_epoch(setting
         await again.stop()
 
 
-def heard(node, assignment, ticks, seconds_a_tick, fraction_done, steps_left):
+def status_of(assignment, ticks, seconds_a_tick, fraction_done, steps_left):
     measured = event_pb2.MeasuredWork(
         ticks=ticks,
         train_tokens=1000 * ticks,
@@ -349,14 +349,17 @@ def heard(node, assignment, ticks, seconds_a_tick, fraction_done, steps_left):
         share_trained=fraction_done,
         longest_steps_left=steps_left,
     )
-    status = wire.AssignmentStatus(
+    return wire.AssignmentStatus(
         assignment_id=assignment.assignment_id,
         task_id=assignment.work.task_id,
         epoch=assignment.epoch,
         fraction_done=fraction_done,
         measured=measured,
     )
-    heartbeat = wire.NodeHeartbeat(assignments=[status])
+
+
+def heard(node, assignment, *figures):
+    heartbeat = wire.NodeHeartbeat(assignments=[status_of(assignment, *figures)])
     node.up.put_nowait(wire.NodeSessionRequest(node_id=node.node_id, incarnation=node.incarnation, heartbeat=heartbeat))
 
 
@@ -420,6 +423,35 @@ async def test_what_was_learned_survives_a_restart(settings, stub, placement):
             assert await stub.EstimateTask(request, metadata=METADATA, timeout=10) == before
     finally:
         await again.stop()
+
+
+async def test_early_exits_are_learned_from_where_a_task_stood_at_its_end(stub):
+    node = await TestNode(stub).connect()
+    size = wire.WorkSize()
+    size.MergeFrom(SIZE)
+    size.shape, size.expected_share = "grid", 0.9
+    request = wire.EstimateTaskRequest(tenant="acme", base_model="tiny", size=size)
+    for number in range(4):
+        await enqueue(stub, f"task-{number}", size=size)
+        assignment = await node.hears("assignment")
+        # One heartbeat early on; the end says that 0.6 of the work was done when all trials had exited.
+        heard(node, assignment, 50, 0.5, 0.05, 950)
+        await node.hears("lease_renewed")
+        notice = wire.AssignmentEnded(
+            assignment_id=assignment.assignment_id,
+            epoch=assignment.epoch,
+            outcome=placement_pb2.ASSIGNMENT_OUTCOME_COMPLETED,
+            status=status_of(assignment, 600, 0.5, 1.0, 0),
+        )
+        node.up.put_nowait(
+            wire.NodeSessionRequest(node_id=node.node_id, incarnation=node.incarnation, assignment_ended=notice)
+        )
+        node.heartbeat()
+        await node.hears("lease_renewed")
+    expected = (await stub.EstimateTask(request, metadata=METADATA, timeout=10)).duration.expected.ToSeconds()
+    # 500 s in full: 0.9 of them before anything was known, and 0.6 is what was seen, as often as the prior counts.
+    assert 0.7 * 500 < expected < 0.85 * 500
+    node.call.cancel()
 
 
 async def test_a_quota_is_told_and_kept(settings):

@@ -544,6 +544,7 @@ class AssignmentEnded(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """The assignment."""
     epoch: _builtins.int
@@ -554,6 +555,10 @@ class AssignmentEnded(_message.Message):
     def failure(self) -> _tuning_pb2.Failure:
         """When failed: why."""
 
+    @_builtins.property
+    def status(self) -> Global___AssignmentStatus:
+        """Where it stood at its end."""
+
     def __init__(
         self,
         *,
@@ -561,10 +566,11 @@ class AssignmentEnded(_message.Message):
         epoch: _builtins.int = ...,
         outcome: _placement_pb2.AssignmentOutcome.ValueType = ...,
         failure: _tuning_pb2.Failure | None = ...,
+        status: Global___AssignmentStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "epoch", b"epoch", "failure", b"failure", "outcome", b"outcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "epoch", b"epoch", "failure", b"failure", "outcome", b"outcome", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
