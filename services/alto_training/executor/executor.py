@@ -305,6 +305,8 @@ class Executor:
                 self._roster.apply(task, task.policy.observe(run.trial_id, observation))
             elif not observation.finite:
                 self._roster.end(run, TrialState.STOPPED, f"its validation loss is not finite at step {run.step}")
+        for run in due:
+            self._roster.rotate(run)
 
     def _validation_losses(self, due: Sequence[TrialRun]) -> dict[str, list[float]]:
         """Return the losses of each trial's validation items, by its place."""

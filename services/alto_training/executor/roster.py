@@ -85,6 +85,22 @@ class Roster:
                 task.parked.discard(run.trial_id)
                 self.slots.enqueue(run)
 
+    def rotate(self, run: TrialRun) -> None:
+        """Let a trial whose warm-up is over give its slot to one that waits for its own warm-up, and queue up again.
+
+        Nobody is judged by rank before all have come as far, whatever the policy and however few the slots are.
+        """
+        task = self._task_of[run]
+        if run not in list(self.slots) or not task.rotates or not task.is_warm(run):
+            return
+        if all(self._task_of[other] is not task or task.is_warm(other) for other in self.slots.waiting):
+            return
+        reason = f"Paused after warm-up, at step {run.step}: others of its task wait for a slot to warm up in."
+        self.decided(task, run, Verdict.PAUSE, "rotation", reason)
+        self.slots.leave(run)
+        run.adapter.move(torch.device("cpu"))
+        self.slots.enqueue(run)
+
     def decided(
         self,
         task: TaskRun,

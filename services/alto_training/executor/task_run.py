@@ -83,6 +83,16 @@ class TaskRun:
         """Whether every trial has ended."""
         return len(self.finished) == len(self.job.trials)
 
+    @property
+    def rotates(self) -> bool:
+        """Whether trials are compared, so that all of them are to warm up before any goes on."""
+        return self.job.early_exit.policy != "none"
+
+    def is_warm(self, run: TrialRun) -> bool:
+        """Whether a trial has been measured at the end of its warm-up, or past it."""
+        boundary = self.job.early_exit.warmup_fraction * run.total_steps
+        return run.last_evaluated_step >= boundary - 1e-9
+
     def prepare(self, trial: Trial) -> TrialRun:
         """Make a trial ready to train from its first step. Raises an `ExecutorError` when it cannot be trained."""
         self._backbone.check_length(trial.config)
@@ -122,6 +132,7 @@ class TaskRun:
 
     def note_evaluation(self, run: TrialRun, losses: Sequence[float]) -> Observation:
         """Take note of the validation items' losses; tell of it, and return what the policy is to see."""
+        run.last_evaluated_step = run.step
         items = self._validation()
         loss = self._mean_validation_loss(losses)
         best = math.isfinite(loss) and run.note_validation(loss)

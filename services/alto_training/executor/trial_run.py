@@ -68,6 +68,7 @@ class TrialRun:
         self.train_loss_smoothed = math.nan
         self.tokens_trained = 0
         self.samples_trained = 0
+        self.last_evaluated_step = -1
         self.best_step: int | None = None
         self.best_validation_loss: float | None = None
         self.best_param: torch.Tensor | None = None
@@ -169,6 +170,7 @@ class TrialRun:
             "train_loss_smoothed": self.train_loss_smoothed,
             "tokens_trained": self.tokens_trained,
             "samples_trained": self.samples_trained,
+            "last_evaluated_step": self.last_evaluated_step,
             "best_step": self.best_step,
             "best_validation_loss": self.best_validation_loss,
             "version": self.version,
@@ -182,6 +184,7 @@ class TrialRun:
         self.train_loss_smoothed = state["train_loss_smoothed"]
         self.tokens_trained = state["tokens_trained"]
         self.samples_trained = state["samples_trained"]
+        self.last_evaluated_step = state["last_evaluated_step"]
         self.best_step = state["best_step"]
         self.best_validation_loss = state["best_validation_loss"]
         self.version = state["version"]
