@@ -155,7 +155,7 @@ def one_after_another(connection: Connection, job: TuningJob, arguments: argpars
         data, _ = open_data(job, Path(cache), arguments.synthetic)
         model = load_model(arguments.synthetic)
         tokens, seconds, peak = 0, 0.0, 0
-        for trial in job.trials[: arguments.peft_trials]:
+        for trial in job.trials:
             started = now()
             tokens += train_alone(model, data, trial.config).tokens
             seconds += now() - started
@@ -193,7 +193,6 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--tokens-per-tick", type=int, default=None)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--peft-trials", type=int, default=len(RANKS), help="measure PEFT on the first few alone")
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds: for a machine that is busy")
     arguments = parser.parse_args()

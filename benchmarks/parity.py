@@ -231,7 +231,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--scenario", default="mix", help=f"mix, all, or one of {', '.join(SCENARIOS)}")
     parser.add_argument("--adam-epsilon", type=float, help="instead of the mix's own; see parity_scenarios.trial_mix")
-    parser.add_argument("--backend", default="reference", help="reference or cpu; auto may choose otherwise each time")
+    parser.add_argument("--backend", default="reference", help="reference or cpu; or auto, which goes by rule")
     parser.add_argument("--floor", action="store_true", help="also measure how far PEFT is from itself")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

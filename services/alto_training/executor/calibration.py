@@ -95,7 +95,7 @@ def calibrate(
 def _measure(
     backbone: Backbone, facts: ModelFacts, probe: _Probe, most_tokens: int, clock: Callable[[], float]
 ) -> Measurement:
-    """Run a tick twice: the time is that of the better, the peak that of both."""
+    """Run a tick twice: the time is their mean, for a run meets fresh memory too; the peak is that of both."""
     tokens = max(2, int(probe.part * most_tokens / len(probe.adapters)))
     adapters, shares = [], []
     for seed, config in enumerate(probe.adapters):
@@ -120,7 +120,7 @@ def _measure(
                 buffer.add_(0.0)
     _reset_peak(backbone.device)
     run = evaluate if probe.is_evaluation else train
-    seconds = min(_seconds(run, backbone.device, clock) for _ in range(2))
+    seconds = sum(_seconds(run, backbone.device, clock) for _ in range(2)) / 2
     pairs = [(config, float(tokens)) for config in probe.adapters]
     load = Load.of(facts, pairs, float(min(probe.length, tokens)), probe.target_share)
     parameters = sum(adapter_parameters(facts, config) for config in probe.adapters)

@@ -16,7 +16,7 @@ class BackboneDtype(enum.StrEnum):
 
 
 class Backend(enum.StrEnum):
-    """Who multiplies the low-rank part: plain torch by segments, or a build of `alto_kernels`; `auto` measures."""
+    """Who multiplies the low-rank part: plain torch by segments, or a build of `alto_kernels`; `auto` goes by rule."""
 
     AUTO = "auto"
     REFERENCE = "reference"
