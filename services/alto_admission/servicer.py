@@ -138,7 +138,9 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
             duration_upper=estimate.duration.upper,
             duration_expected=estimate.duration.expected,
             gpu_hours_expected=gpus * estimate.duration.expected.ToMilliseconds() / 3_600_000,
-            peak_memory_bytes=await self._tuning_tasks.peak_memory_bytes(checked, resources.gpu_kind),
+            peak_memory_bytes=await self._tuning_tasks.peak_memory_bytes(
+                checked, estimate.gpu_kind or resources.gpu_kind
+            ),
             basis=estimate.basis,
         )
 

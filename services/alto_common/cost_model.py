@@ -28,11 +28,13 @@ from alto_common.tuning import TrialConfig
 # fp32 weight, gradient, two moments of AdamW, and the copy of the best weights.
 ADAPTER_BYTES_PER_PARAMETER = 20.0
 # Activations kept for the backward pass, as a multiple of the inputs and outputs of all linear layers: 1.2 measured for
-# an 8B Llama in bf16 on an H100, 1.33 for SmolLM2-135M in fp32 on a CPU. Of them, inputs of adapted layers are a part.
-ACTIVATION_FACTOR = 1.3
+# an 8B Llama in bf16 on an H100, 1.15 for SmolLM2-135M in fp32 on a CPU. Of them, inputs of adapted layers are a part.
+ACTIVATION_FACTOR = 1.2
 ADAPTED_INPUT_FACTOR = 0.6
-# What torch, its libraries and the chunk of logits take beside the weights (measured with SmolLM2 on a CPU).
-RUNTIME_BYTES = 4.3e8
+# What torch, its libraries, the chunk of logits and the gaps of the heap take beside the weights, and how many layers'
+# activations a pass without gradients has at a time (measured with SmolLM2 on a CPU).
+RUNTIME_BYTES = 6.5e8
+EVALUATION_LAYERS = 6.0
 # A forward pass without gradients, of the time of a whole training tick, when nothing was measured.
 EVALUATION_SHARE = 0.5
 # To move a coefficient by its whole prior value costs as much as a relative error of this size in one measurement.
@@ -246,7 +248,7 @@ def prior(facts: ModelFacts, bytes_per_value: int, flops_per_s: float) -> CostMo
         bytes_per_token_input=kept_inputs,
         bytes_per_token_rank=2.0 * bytes_per_value * len(facts.linear_modules),
         bytes_per_parameter=ADAPTER_BYTES_PER_PARAMETER,
-        bytes_per_evaluation_token=2.0 * activations / max(1, facts.layers),
+        bytes_per_evaluation_token=EVALUATION_LAYERS * activations / max(1, facts.layers),
         start_seconds=10.0,
         base_seconds=1e-3,
         seconds_per_token=4.0 * weights / flops_per_s,

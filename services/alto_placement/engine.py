@@ -135,15 +135,15 @@ class PlacementEngine:
             )
         )
 
-    def estimate(self, task: TaskRow) -> tuple[planner.Duration, str]:
-        """Return how long such a task would take here, and what that rests on. Raises TASK_UNPLACEABLE."""
+    def estimate(self, task: TaskRow) -> tuple[planner.Duration, str, str]:
+        """Return how long such a task would take, what that rests on, and on which kind. Raises TASK_UNPLACEABLE."""
         self.check_placeable(task)
         forecasts = self._learning.forecasts
         predicted, kind = min(
             ((forecasts.whole(task, kind), kind) for kind in kinds_for(task, self.state)),
             key=lambda one: one[0].expected_s,
         )
-        return predicted, forecasts.basis(task.base_model, kind, task.gpus)
+        return predicted, forecasts.basis(task.base_model, kind, task.gpus), kind
 
     def check_placeable(self, task: TaskRow) -> None:
         """Raise TASK_UNPLACEABLE when no node that is known could ever hold the task; before any is known, wait."""

@@ -82,8 +82,8 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
 
     async def EstimateTask(self, request: wire.EstimateTaskRequest, context: Any) -> wire.EstimateTaskResponse:
         """Predict a duration."""
-        predicted, basis = self._engine.estimate(asked_from_wire(request, self._engine.now().wall_s))
-        return wire.EstimateTaskResponse(duration=estimate_to_wire(predicted), basis=basis)
+        predicted, basis, gpu_kind = self._engine.estimate(asked_from_wire(request, self._engine.now().wall_s))
+        return wire.EstimateTaskResponse(duration=estimate_to_wire(predicted), basis=basis, gpu_kind=gpu_kind)
 
     async def GetPlan(self, request: wire.GetPlanRequest, context: Any) -> wire.GetPlanResponse:
         """Return the plan."""

@@ -79,6 +79,7 @@ class FakePlacement(placement_service_pb2_grpc.PlacementServiceServicer):
         self.answer = placement_pb2.PLACEMENT_STATE_WAITING
         self.failure = None
         self.watchers = []
+        self.gpu_kind = "h100"
 
     async def EnqueueTask(self, request, context):
         await self._maybe_refuse(context)
@@ -104,7 +105,7 @@ class FakePlacement(placement_service_pb2_grpc.PlacementServiceServicer):
 
     async def EstimateTask(self, request, context):
         await self._maybe_refuse(context)
-        response = placement_service_pb2.EstimateTaskResponse(basis="prior, never measured")
+        response = placement_service_pb2.EstimateTaskResponse(basis="prior, never measured", gpu_kind=self.gpu_kind)
         response.duration.expected.FromSeconds(1800)
         response.duration.upper.FromSeconds(3600)
         return response

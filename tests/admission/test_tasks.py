@@ -247,6 +247,10 @@ async def test_an_estimate_before_anything_is_spent(admission, placement):
     assert (estimate.duration_upper.seconds, estimate.duration_expected.seconds) == (3600, 1800)
     assert (estimate.gpu_hours_expected, estimate.basis) == (1.0, "prior, never measured")
     assert estimate.peak_memory_bytes > FACTS.bytes
+    # The memory is that of the device that placement would take.
+    placement.gpu_kind = "cpu"
+    on_cpu = await client.call("EstimateTuningTask", request)
+    assert on_cpu.peak_memory_bytes != estimate.peak_memory_bytes
     placement.refuse = (grpc.StatusCode.UNAVAILABLE, "away")
     error = await failure(client.call("EstimateTuningTask", request))
     assert (error.code(), reason_in(error)) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")

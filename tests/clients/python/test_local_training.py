@@ -86,3 +86,55 @@ def test_what_cannot_be_trained_is_said_before_training(task_file):
     result = train(task_file)
     assert result.exit_code == 1
     assert "nothing_proj" in result.stdout + result.stderr
+
+
+def test_a_model_in_four_bits_and_a_number_format_that_there_is_not(task_file):
+    result = train(task_file, "--dtype", "nf4")
+    assert result.exit_code == 0, result.stderr
+    assert (task_file.parent / "out" / "adapter_model.safetensors").exists()
+    result = train(task_file, "--dtype", "int3")
+    assert result.exit_code == 2 or result.exit_code == 1
+    assert "float32, bfloat16, nf4" in result.stderr
+
+
+def test_an_estimate_for_this_machine_measures_once_and_says_what_it_rests_on(task_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALTO_CALIBRATIONS", str(tmp_path / "calibrations"))
+    monkeypatch.setenv("ALTO_MODELS", str(tmp_path / "models"))
+
+    def estimate(*options):
+        return CliRunner().invoke(app, ["estimate", str(task_file), "--local", "--device", "cpu", *options])
+
+    first = estimate("--json")
+    assert first.exit_code == 0, first.stderr
+    assert "measuring" in first.stderr
+    (kept,) = (tmp_path / "calibrations").glob("*.json")
+    told = json.loads(first.stdout)
+    # Two trials of 4 steps by 2 rows of 4 or 5 tokens, of which 18 rows are there to train on.
+    assert told["trials"] == told["slots"] == 2
+    assert 2 * 8 * 4 <= told["tokens"] <= 2 * 8 * 5
+    assert told["expected_seconds"] == told["upper_seconds"] > 0
+    assert told["peak_memory_bytes"] > 50 * 2**20
+
+    second = estimate()
+    assert "measuring" not in second.stderr
+    assert re.search(r"^memory +\d", second.stdout, re.MULTILINE)
+    assert "measured on this machine" in second.stdout
+    # More trials take longer and more memory; what was measured is believed as it stands.
+    costs = json.loads(kept.read_text())
+    costs["model"]["fixed_bytes"] = 5e9
+    kept.write_text(json.dumps(costs))
+    assert json.loads(estimate("--json").stdout)["peak_memory_bytes"] > 5e9
+
+
+def test_dataset_check_with_a_model_shows_three_rows_with_their_loss_mask(task_file, model):
+    rows = task_file.parent / "rows.jsonl"
+    command = ["dataset", "check", str(rows), "--model", str(model), "--max-length", "4"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stdout.count("the loss is taken over") == 3
+    assert re.findall(r"^line (\d+): ", shown.stdout, re.MULTILINE) == ["1", "13", "24"]
+    assert shown.stdout.count("⟦") == shown.stdout.count("⟧") >= 6
+    assert "100.0% of the rows lose some" in shown.stdout
+    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert (told["rows"], told["duplicates"], len(told["examples"])) == (24, 0, 3)
+    assert sum(count for _, _, count in told["histogram"]) == 24

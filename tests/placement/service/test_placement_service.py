@@ -178,6 +178,16 @@ async def test_an_estimate_says_what_it_rests_on(stub):
     )
     assert 0 < answer.duration.expected.ToSeconds() < answer.duration.upper.ToSeconds()
     assert "measured" in answer.basis
+    assert answer.gpu_kind == ""  # no node is known yet
+
+
+async def test_an_estimate_says_which_kind_it_is_for(stub):
+    await TestNode(stub).register()
+    size = wire.WorkSize(train_tokens=1_000_000, base_parameters=135_000_000, expected_share=0.5)
+    request = wire.EstimateTaskRequest(base_model="tiny", size=size)
+    answer = await stub.EstimateTask(request, metadata=METADATA, timeout=10)
+    plan = await plan_of(stub)
+    assert answer.gpu_kind == plan.nodes[0].gpu_kind != ""
 
 
 async def test_an_assignment_is_repeated_until_it_is_listed_and_over_when_told_so(stub):

@@ -282,3 +282,38 @@ def test_a_repetition_gives_the_same_bits(tmp_path: Path) -> None:
     first, _ = run(task, tmp_path / "first", settings=SETTINGS)
     second, _ = run(task, tmp_path / "second", settings=SETTINGS)
     assert_same_bits(first, second)
+
+
+def test_what_evaluation_costs_is_counted_apart(tmp_path: Path) -> None:
+    task = job(config(), config(seed=1, max_length=16))
+    _, events = run(task, tmp_path, settings=SETTINGS)
+    last = of(events, TaskProgress)[-1]
+    assert last.measured is not None
+    validation = open_memory(task, tmp_path)[1]
+    # Three evaluations of each trial, and one of the base model, over all validation rows at one length.
+    tokens = sum(len(validation.example(row, 32).input_ids) for row in range(len(validation)))
+    assert last.measured.evaluation_tokens == (2 * 3 + 1) * tokens
+    assert last.evaluation_seconds > 0
+    assert last.training_seconds > 0
+
+
+def test_the_state_of_the_last_stopped_trials_is_kept_and_that_of_earlier_ones_let_go(tmp_path: Path) -> None:
+    trials = [config(seed=seed, max_steps=10) for seed in range(8)]
+    task = job(*trials, early_exit=PAPER, evaluation=Evaluation(count=10))
+    control, events = ControlQueue(), list[Event]()
+    stopped: list[str] = []
+
+    def sink(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, TrialFinished) and event.state == "stopped":
+            stopped.append(event.trial_id)
+            if len(stopped) == 6:
+                control.put(ReviveTrial(stopped[0]))  # the first of six: let go
+                control.put(ReviveTrial(stopped[-1]))  # the last: kept
+
+    settings = replace(SETTINGS, revivable_trials=2)
+    outcome, _ = run(task, tmp_path, settings=settings, control=control, events=sink)
+    ended = {trial.trial_id: trial for trial in outcome.trials}
+    assert ended[stopped[0]].state == "stopped"
+    assert ended[stopped[-1]].state == "succeeded"
+    assert all(trial.adapter_path for trial in outcome.trials), "adapters stay, whatever becomes of the state"

@@ -110,6 +110,18 @@ def test_an_adapter_of_another_base_model_or_a_damaged_one_is_refused(tmp_path: 
     assert "damaged" in outcome.trials[0].reason
 
 
+def test_an_adapter_with_dora_is_refused_by_name(tmp_path: Path) -> None:
+    first, _ = run(job(CONFIG), tmp_path / "first")
+    assert first.best is not None
+    assert first.best.adapter_path is not None
+    described = Path(first.best.adapter_path) / "adapter_config.json"
+    described.write_text(described.read_text().replace('"use_dora": false', '"use_dora": true'))
+    warm = Trial("warm", CONFIG, initial_adapter_path=first.best.adapter_path)
+    outcome, _ = run(replace(job(CONFIG), trials=(warm,)), tmp_path / "second")
+    assert outcome.trials[0].state == "failed"
+    assert "without DoRA" in outcome.trials[0].reason
+
+
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     with replace_folder(folder) as aside:

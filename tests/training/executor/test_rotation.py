@@ -1,4 +1,4 @@
-"""More trials than slots: all of them warm up before any goes on, under every policy, and become what they become alone."""
+"""More trials than slots: all warm up before any goes on, under every policy, and become what they become alone."""
 
 from __future__ import annotations
 

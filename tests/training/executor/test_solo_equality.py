@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,17 @@ WELL_CONDITIONED_EPSILON = 3e-4
 BOUND = 1e-5
 
 
-def assert_equal_to_solo(job: TuningJob, **options: Any) -> None:
+def assert_equal_to_solo(job: TuningJob, but: str | None = None, **options: Any) -> None:
     job = replace(job, evaluation=Evaluation(count=1))  # the best weights are then the last
     with tempfile.TemporaryDirectory() as workdir:
         outcome, events = run(job, Path(workdir), **options)
-        weights = {trial.trial_id: adapter_weights(trial.adapter_path) for trial in outcome.trials}
+        weights = {
+            trial.trial_id: adapter_weights(trial.adapter_path) for trial in outcome.trials if trial.trial_id != but
+        }
     data = MemoryDataset(23, seed=1)
     for trial in job.trials:
+        if trial.trial_id == but:
+            continue
         alone = train_alone(tiny_llama(), data, trial.config, job.objective)
         losses = [
             event.train_loss
@@ -135,8 +141,48 @@ def test_epochs_read_the_dataset_as_often_as_asked_and_the_last_batch_may_be_sho
     assert outcome.trials[0].samples_trained == 35
 
 
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Make memory that nobody has written not a number: who reads another's padding is found out."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    mix=st.lists(configs, min_size=2, max_size=3),
+    place=st.integers(0, 2),
+    rate=st.sampled_from([1e30, 1e12]),
+    slots=st.integers(2, 4),
+    tokens_per_tick=st.sampled_from([16, 60, 200]),
+    backend=st.sampled_from([Backend.REFERENCE, Backend.CPU]),
+)
+def test_any_mix_around_a_neighbour_that_becomes_infinite_equals_each_alone(
+    mix: list[TrialConfig], place: int, rate: float, slots: int, tokens_per_tick: int, backend: Backend
+) -> None:
+    place = min(place, len(mix))
+    mix = [*mix[:place], config(learning_rate=rate, max_steps=6, batch_size=1, max_grad_norm=0.0), *mix[place:]]
+    machine = ExecutorSettings(slots=slots, tokens_per_tick=tokens_per_tick, backend=backend)
+    with poisoned_memory():
+        assert_equal_to_solo(job(*mix), but=f"trial-{place}", settings=machine)
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU])
 @pytest.mark.parametrize("objective", [Objective(), Objective(ObjectiveKind.DPO)])
-def test_a_poisoned_neighbour_changes_no_bit_of_the_others(tmp_path: Path, objective: Objective) -> None:
+def test_a_poisoned_neighbour_changes_no_bit_of_the_others(
+    tmp_path: Path, objective: Objective, backend: Backend
+) -> None:
     # The neighbour's weights are unusable after its first step; it ends at its second, poisoned or stopped there.
     from alto_training.executor.control import ControlQueue, StopTrial
     from alto_training.executor.events import Event
@@ -150,13 +196,12 @@ def test_a_poisoned_neighbour_changes_no_bit_of_the_others(tmp_path: Path, objec
         if isinstance(event, TrialProgress) and event.trial_id == "trial-1" and event.step == 2:
             control.put(StopTrial("trial-1"))
 
-    # Memory that nobody has written is not a number: who reads another's padding is found out.
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, _ = run(job(*poisoned, **once), tmp_path / "poisoned")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    second, _ = run(job(*healthy, **once), tmp_path / "healthy", events=stop_neighbour, control=control)
+    machine = ExecutorSettings(tokens_per_tick=96, backend=backend)
+    with poisoned_memory():
+        first, _ = run(job(*poisoned, **once), tmp_path / "poisoned", settings=machine)
+    second, _ = run(
+        job(*healthy, **once), tmp_path / "healthy", settings=machine, events=stop_neighbour, control=control
+    )
     ended = {trial.trial_id: trial for trial in first.trials}["trial-1"]
     assert (ended.state, ended.step) == ("stopped", 1)
     assert "lower learning rate" in ended.reason

@@ -300,8 +300,11 @@ class EstimateTaskResponse(_message.Message):
 
     DURATION_FIELD_NUMBER: _builtins.int
     BASIS_FIELD_NUMBER: _builtins.int
+    GPU_KIND_FIELD_NUMBER: _builtins.int
     basis: _builtins.str
     """What the estimate rests on."""
+    gpu_kind: _builtins.str
+    """The kind of GPUs that it is for: the one that was asked for, else the fastest that would take the task."""
     @_builtins.property
     def duration(self) -> _placement_pb2.DurationEstimate:
         """Predicted duration."""
@@ -311,10 +314,11 @@ class EstimateTaskResponse(_message.Message):
         *,
         duration: _placement_pb2.DurationEstimate | None = ...,
         basis: _builtins.str = ...,
+        gpu_kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "duration", b"duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "duration", b"duration", "gpu_kind", b"gpu_kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
