@@ -37,8 +37,12 @@ RUNTIME_BYTES = 6.5e8
 EVALUATION_LAYERS = 6.0
 # A forward pass without gradients, of the time of a whole training tick, when nothing was measured.
 EVALUATION_SHARE = 0.5
-# To move a coefficient by its whole prior value costs as much as a relative error of this size in one measurement.
+# To move a coefficient by its whole prior value costs as much as a relative error of this size in one measurement. What
+# an adapter's buffers and its low-rank activations take follows from their shapes; gaps of the heap must not be taken
+# for them.
 PRIOR_PULL = 1e-3
+PULL_OF_THE_KNOWN = 0.3
+KNOWN = frozenset({"bytes_per_parameter", "bytes_per_token_rank"})
 
 
 @dataclass(frozen=True)
@@ -281,10 +285,14 @@ def fit(start: CostModel, measurements: Sequence[Measurement]) -> CostModel:
         "seconds_per_stepped_parameter",
     )
     memory = _least_squares(
-        [(_memory_row(one), one.peak_bytes) for one in measurements], [getattr(start, name) for name in memory_names]
+        [(_memory_row(one), one.peak_bytes) for one in measurements],
+        [getattr(start, name) for name in memory_names],
+        [PULL_OF_THE_KNOWN if name in KNOWN else PRIOR_PULL for name in memory_names],
     )
     seconds = _least_squares(
-        [(_seconds_row(one.load), one.seconds) for one in training], [getattr(start, name) for name in seconds_names]
+        [(_seconds_row(one.load), one.seconds) for one in training],
+        [getattr(start, name) for name in seconds_names],
+        [PRIOR_PULL] * len(seconds_names),
     )
     found = dict(zip((*memory_names, *seconds_names), (*memory, *seconds), strict=True))
     model = dataclasses.replace(start, **found)
@@ -319,8 +327,8 @@ def _seconds_row(load: Load) -> list[float]:
     ]
 
 
-def _least_squares(rows: Sequence[tuple[list[float], float]], start: list[float]) -> list[float]:
-    """Minimise relative errors plus the weak pull to `start`, with no coefficient below 0.
+def _least_squares(rows: Sequence[tuple[list[float], float]], start: list[float], pulls: list[float]) -> list[float]:
+    """Minimise relative errors plus the pull of each coefficient to `start`, with none below 0.
 
     A coefficient that would be negative is held at 0 and the others are fitted again, until none is.
     """
@@ -328,9 +336,7 @@ def _least_squares(rows: Sequence[tuple[list[float], float]], start: list[float]
     while True:
         # In units of the prior (x = coefficient / start) the numbers are of one size, and the pull is to 1.
         scaled = [([row[index] * start[index] / target for index in free], 1.0) for row, target in rows]
-        scaled += [
-            ([PRIOR_PULL * (index == other) for other in range(len(free))], PRIOR_PULL) for index in range(len(free))
-        ]
+        scaled += [([pulls[index] * (index == other) for other in free], pulls[index]) for index in free]
         solution = _solve_normal_equations(scaled, len(free))
         negative = [index for index, value in zip(free, solution, strict=True) if value < 0]
         if not negative:

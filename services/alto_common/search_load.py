@@ -13,8 +13,6 @@ from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig
 
 # An adapter that waits for its first slot has weights alone; see cost_model.ADAPTER_BYTES_PER_PARAMETER.
 WAITING_SHARE = 0.2
-# How many standard deviations above its mean the largest of many ticks lies.
-LARGEST_OF_MANY = 2.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def search_load(
     return SearchLoad(
         training=training + Load(ticks=training_ticks),
         evaluation=evaluating + Load(ticks=evaluation_ticks),
-        largest_tick=_largest_tick(batches, slots, machine.tokens_per_tick),
+        largest_tick=_largest_tick(batches, slots, machine.tokens_per_tick, training_ticks),
         # All trials that are due are evaluated together.
         largest_evaluation_tokens=min(machine.evaluation_tokens_per_tick, slots * validated.tokens),
         held_parameters=_held([shape.parameters for shape in shapes], slots, early_exit, machine.parked_beside),
@@ -150,11 +148,13 @@ def _batch(config: TrialConfig, shape: AdapterShape, rows: Sequence[Row], sequen
     return _Batch(shape, size * statistics.fmean(lengths), deviation, sequences_per_row * max(lengths))
 
 
-def _largest_tick(batches: Sequence[_Batch], slots: int, tokens_per_tick: int) -> Load:
-    """Return the largest tick: the slots hold whoever has most to put on it, up to its budget."""
+def _largest_tick(batches: Sequence[_Batch], slots: int, tokens_per_tick: int, ticks: float) -> Load:
+    """Return the largest of so many ticks: the slots hold whoever has most to put on it, up to its budget."""
     largest = sorted(batches, key=lambda one: one.mean, reverse=True)[:slots]
     mean = sum(one.mean for one in largest)
-    spread = LARGEST_OF_MANY * math.sqrt(sum(one.deviation**2 for one in largest))
+    # Where the largest of n draws from a normal distribution lies (Blom 1958).
+    above = statistics.NormalDist().inv_cdf(max(0.5, (ticks - 0.375) / (ticks + 0.25)))
+    spread = above * math.sqrt(sum(one.deviation**2 for one in largest))
     longest_row = max(one.longest_row for one in batches)
     tokens = max(min(mean + spread, tokens_per_tick), longest_row)
     return Load(

@@ -46,8 +46,9 @@ def test_trials_that_wait_their_turn_and_small_ticks_make_more_ticks() -> None:
 
 def test_the_largest_tick_is_what_the_slots_have_or_the_budget_or_one_long_row() -> None:
     config = TrialConfig(batch_size=4, lora_rank=8)
-    # Two batches of 4 rows with 20 +- 10 tokens.
-    assert of(config, config, config).largest_tick.tokens == pytest.approx(2 * 80 + 2 * (2 * 400) ** 0.5)
+    # Two batches of 4 rows with 20 +- 10 tokens; of 4.5 ticks the largest is 1.12 deviations above the mean.
+    largest = of(config, config, config).largest_tick.tokens
+    assert largest == pytest.approx(2 * 80 + 1.119 * (2 * 400) ** 0.5, rel=1e-3)
     budget = dataclasses.replace(MACHINE, tokens_per_tick=100)
     assert of(config, config, machine=budget).largest_tick.tokens == 100
     assert of(config, machine=dataclasses.replace(budget, tokens_per_tick=5)).largest_tick.tokens == 30
