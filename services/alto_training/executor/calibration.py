@@ -20,7 +20,14 @@ from alto_common.tuning import TrialConfig
 from alto_training.executor import passes
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone
-from alto_training.executor.budget import backbone_facts, calibration_key, prior_costs
+from alto_training.executor.backends import choose_backend
+from alto_training.executor.budget import (
+    backbone_facts,
+    calibration_key,
+    enough_tokens,
+    known_costs,
+    prior_costs,
+)
 from alto_training.executor.optimizer import adamw_step, gradient_norm
 from alto_training.executor.progress import peak_memory_bytes
 from alto_training.executor.settings import ExecutorSettings
@@ -60,6 +67,22 @@ def profile(facts: ModelFacts) -> list[_Probe]:
         _Probe((_SMALL,), 1.0, is_evaluation=True),
         _Probe((_WIDE, _SMALL), 2.0, is_evaluation=True),
     ]
+
+
+def costs_of(settings: ExecutorSettings, backbone: Backbone, may_measure: bool) -> CostModel:
+    """Return what ticks cost: as measured before, or now if the settings ask for it, else as the model's shape says."""
+    facts = backbone_facts(backbone)
+    known = known_costs(settings, facts)
+    if known is not None:
+        return known
+    folder = settings.calibrations or settings.cache_dir
+    asked = backbone.device.type == "cuda" if settings.calibrate is None else settings.calibrate
+    if folder is None or not asked or not may_measure:
+        return prior_costs(settings, facts)
+    backbone.use_backend(
+        choose_backend(settings.backend, backbone.layers, PROFILE_SEATS, backbone.device, backbone.dtype)
+    )
+    return calibrate(settings, backbone, enough_tokens(backbone.device), folder)
 
 
 def calibrate(

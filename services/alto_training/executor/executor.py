@@ -8,30 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alto_common.cost_model import CostModel
 from alto_common.tuning import TuningJob
 
 from alto_training.early_exit import make_policy
-from alto_training.executor import passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.backends import choose_backend
-from alto_training.executor.budget import (
-    Budget,
-    backbone_facts,
-    choose_budget,
-    enough_tokens,
-    known_costs,
-    prior_costs,
-)
-from alto_training.executor.calibration import PROFILE_SEATS, calibrate
+from alto_training.executor.budget import Budget, backbone_facts, choose_budget
+from alto_training.executor.calibration import costs_of
 from alto_training.executor.checkpoint import Checkpoint, CheckpointStore
 from alto_training.executor.control import Command, Control, Pause
-from alto_training.executor.errors import (
-    JobChangedError,
-    OutOfMemoryError,
-    TickOutOfMemoryError,
-    WrongBaseModelError,
-)
+from alto_training.executor.errors import JobChangedError, WrongBaseModelError
 from alto_training.executor.events import (
     CheckpointWritten,
     Event,
@@ -43,6 +29,7 @@ from alto_training.executor.events import (
     TrialState,
     Verdict,
 )
+from alto_training.executor.fitting_passes import FittingPasses
 from alto_training.executor.loading import OpenData, load_job_backbone, open_job_data
 from alto_training.executor.lora_linear import LoraBackend
 from alto_training.executor.packer import choose_items
@@ -51,7 +38,6 @@ from alto_training.executor.ranks import OneRank, Ownership, Ranks
 from alto_training.executor.roster import Roster
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.task_run import TaskRun
-from alto_training.executor.tick import Share
 from alto_training.executor.trial_run import TrialRun
 
 
@@ -127,17 +113,30 @@ class Executor:
             backbone.recompute_activations()
         self._backbone = backbone
         configs = [trial.config for job in self._jobs for trial in job.trials]
-        costs = self._costs(backbone)
+        # Alone, for ranks would have to measure in step.
+        costs = costs_of(self._settings, backbone, may_measure=self._ranks.size == 1)
         budget = self._agreed(choose_budget(self._settings, backbone_facts(backbone), costs, configs), len(configs))
-        self._tokens_per_tick = budget.tokens_per_tick
-        self._evaluation_tokens = self._settings.evaluation_tokens_per_tick or 2 * self._tokens_per_tick
+        evaluation_tokens = self._settings.evaluation_tokens_per_tick or 2 * budget.tokens_per_tick
+        self._passes = FittingPasses(
+            backbone,
+            budget.tokens_per_tick,
+            evaluation_tokens,
+            self._ranks,
+            self._ownership,
+            self._meter,
+            self._tell_halved,
+            self._clock,
+        )
         tasks = []
         for number, job in enumerate(self._jobs):
             folder = self._workdir if number == 0 else self._workdir / "tasks" / job.task_id
             policy = make_policy(job.early_exit, [trial.trial_id for trial in job.trials])
             train, validation = self._open_data(job, self._settings.cache_dir or self._workdir / "cache")
-            tokens = self._evaluation_tokens
-            tasks.append(TaskRun(job, train, validation, backbone, policy, folder, self._emit, tokens, self._ownership))
+            tasks.append(
+                TaskRun(
+                    job, train, validation, backbone, policy, folder, self._emit, evaluation_tokens, self._ownership
+                )
+            )
         revivable = self._settings.revivable_trials
         self._roster = Roster(tasks, budget.slots, backbone.device, self._emit, revivable, self._ownership)
         checkpoint = self._store.read()
@@ -152,7 +151,7 @@ class Executor:
         backbone.use_backend(self._backend)
         for task in self._roster.tasks:
             if task.base_validation_loss is None:
-                task.note_base_losses(self._losses([task.evaluation_share(None)])[0])
+                task.note_base_losses(self._passes.losses([task.evaluation_share(None)])[0])
         self._tell_started(None if checkpoint is None else checkpoint.tick)
         self._meter.begin()
         self._checkpointed_at, self._checkpointed_tick = self._clock(), self._tick
@@ -190,7 +189,7 @@ class Executor:
                     backbone_dtype=self._settings.backbone_dtype,
                     backend=self._backend.name,
                     slots=len(self._roster.slots.places),
-                    tokens_per_tick=self._tokens_per_tick,
+                    tokens_per_tick=self._passes.tokens_per_tick,
                     trials=len(task.job.trials),
                     train_examples=len(task.train),
                     validation_examples=len(task.validation),
@@ -200,71 +199,25 @@ class Executor:
                 )
             )
 
+    def _tell_halved(self, before: int, after: int) -> None:
+        for task in self._roster.tasks:
+            self._emit(TickHalved(task.task_id, before, after))
+
     # One tick
 
     def _train_one_tick(self) -> None:
         """Train a tick's worth of every active trial, then do all that follows from it."""
         started = self._clock()
-        active = list(self._roster)
-        trained = self._forward_backward(active)
+        trained = self._passes.train(list(self._roster), turn=self._tick)
         self._tick += 1
-        stepped: list[TrialRun] = []
-        tokens = lora_ranks = 0
-        for place, run in enumerate(active):
-            if str(place) not in trained:
-                continue
-            items, loss, norm = trained[str(place)]
-            tokens += sum(run.waiting_tokens[:items])
-            lora_ranks += run.config.lora_rank
-            if run.count(items, loss) and self._finish_batch(run, norm):
-                stepped.append(run)
-        self._meter.trained(tokens, lora_ranks, self._clock() - started)
+        complete = [run for run, part in trained.items() if run.count(part.items, part.loss)]
+        stepped = [run for run in complete if self._finish_batch(run, trained[run].gradient_norm)]
+        tokens = sum(part.tokens for part in trained.values())
+        self._meter.trained(tokens, sum(run.config.lora_rank for run in trained), self._clock() - started)
         self._evaluate([run for run in stepped if run.evaluation_due])
         for run in stepped:
             if run.finished and run.trial_id not in self._roster.task_of(run).finished:
                 self._roster.end(run, TrialState.SUCCEEDED, "all its steps are done")
-
-    def _forward_backward(self, active: Sequence[TrialRun]) -> dict[str, tuple[int, float, float]]:
-        """Train a tick's worth; halve the tick if it must be.
-
-        Returns, by the place of each trial that was on the tick, how many items it trained, their part of its loss, and
-        the gradient's norm if they complete its effective batch (else 0).
-        """
-        while True:
-            waiting = [run.waiting_tokens for run in active]
-            mine = [place for place, run in enumerate(active) if self._ownership.owns(run)]
-            taken = choose_items([waiting[place] for place in mine], self._tokens_per_tick, self._tick)
-            on_tick = [(place, items) for place, items in zip(mine, taken, strict=True) if items]
-            try:
-                losses = passes.train_tick(self._backbone, [active[place].share(items) for place, items in on_tick])
-            except passes.TickTooLargeError as error:
-                self._halve([active[place] for place, _ in on_tick], sum(taken), error)
-                continue
-            return self._ranks.united(
-                {
-                    str(place): (items, loss, active[place].gradient_norm_after(items))
-                    for (place, items), loss in zip(on_tick, losses, strict=True)
-                }
-            )
-
-    def _halve(self, on_tick: Sequence[TrialRun], items: int, error: Exception) -> None:
-        """Halve the tick after memory ran out; effective batches whose gradients were being added start again."""
-        for run in on_tick:
-            run.restart_batch()
-        if items == 1:
-            raise _out_of_memory(error) from error
-        self._refuse_if_others_wait(error)
-        before, self._tokens_per_tick = self._tokens_per_tick, max(1, self._tokens_per_tick // 2)
-        for task in self._roster.tasks:
-            self._emit(TickHalved(task.task_id, before, self._tokens_per_tick))
-
-    def _refuse_if_others_wait(self, error: Exception) -> None:
-        """Give up where a smaller tick cannot be tried: the other ranks are in the middle of this pass."""
-        if self._ranks.size > 1:
-            raise TickOutOfMemoryError(
-                f"memory ran out on worker rank {self._ranks.rank} at {self._tokens_per_tick} tokens a tick ({error})",
-                "start all ranks again with half as many",
-            ) from error
 
     def _finish_batch(self, run: TrialRun, norm: float) -> bool:
         """Take the optimiser step of a complete effective batch; a trial that is not finite ends instead."""
@@ -297,42 +250,18 @@ class Executor:
         """Measure the validation loss of all trials that are due, together, and act on what the policies say."""
         if not due:
             return
-        losses = self._validation_losses(due)
-        for place, run in enumerate(due):
+        losses = self._passes.validation_losses(
+            due, lambda run: self._roster.task_of(run).evaluation_share(run.adapter)
+        )
+        for run in due:
             task = self._roster.task_of(run)
-            observation = task.note_evaluation(run, losses[str(place)])
+            observation = task.note_evaluation(run, losses[run])
             if run.trial_id not in task.unjudged:
                 self._roster.apply(task, task.policy.observe(run.trial_id, observation))
             elif not observation.finite:
                 self._roster.end(run, TrialState.STOPPED, f"its validation loss is not finite at step {run.step}")
         for run in due:
             self._roster.rotate(run)
-
-    def _validation_losses(self, due: Sequence[TrialRun]) -> dict[str, list[float]]:
-        """Return the losses of each trial's validation items, by its place."""
-        mine = [place for place, run in enumerate(due) if self._ownership.owns(run)]
-        losses = self._losses([self._roster.task_of(due[place]).evaluation_share(due[place].adapter) for place in mine])
-        return self._ranks.united({str(place): each for place, each in zip(mine, losses, strict=True)})
-
-    def _losses(self, shares: Sequence[Share]) -> list[list[float]]:
-        """Return the losses of each share's items, without gradients; in smaller ticks if memory runs out."""
-        started = self._clock()
-        while True:
-            try:
-                losses = passes.item_losses(self._backbone, shares, self._evaluation_tokens, self._most)
-                tokens = sum(item.tokens for share in shares for item in share.items)
-                self._meter.evaluated(tokens, self._clock() - started)
-                return losses
-            except passes.TickTooLargeError as error:
-                if self._evaluation_tokens == 1:
-                    raise _out_of_memory(error) from error
-                self._refuse_if_others_wait(error)
-                self._evaluation_tokens = max(1, self._evaluation_tokens // 2)
-
-    def _most(self, count: int) -> int:
-        """Return the largest of the numbers that the ranks have."""
-        counts: list[int] = list(self._ranks.united({str(self._ranks.rank): count}).values())
-        return max(counts)
 
     # Commands, checkpoints, progress, the end
 
@@ -362,8 +291,8 @@ class Executor:
             "backbone_fingerprint": self._backbone.fingerprint,
             "backbone_dtype": self._settings.backbone_dtype,
             "backend": self._backend.name,
-            "tokens_per_tick": self._tokens_per_tick,
-            "evaluation_tokens": self._evaluation_tokens,
+            "tokens_per_tick": self._passes.tokens_per_tick,
+            "evaluation_tokens": self._passes.evaluation_tokens,
             "roster": self._roster.state(),
             "tasks": [task.state() for task in self._roster.tasks],
         }
@@ -400,8 +329,9 @@ class Executor:
             )
         self._tick = checkpoint.tick
         # Never more than before: that may have run out of memory. Less, if less is asked for now.
-        self._tokens_per_tick = min(self._tokens_per_tick, state["tokens_per_tick"])
-        self._evaluation_tokens = min(self._evaluation_tokens, state["evaluation_tokens"])
+        fitting = self._passes
+        fitting.tokens_per_tick = min(fitting.tokens_per_tick, state["tokens_per_tick"])
+        fitting.evaluation_tokens = min(fitting.evaluation_tokens, state["evaluation_tokens"])
         for number, (task, saved) in enumerate(zip(self._roster.tasks, state["tasks"], strict=True)):
             task.load_state(saved, checkpoint.groups, f"task{number}")
         self._roster.load_state(state["roster"])
@@ -422,10 +352,3 @@ class Executor:
         else:
             state = TaskState.SUCCEEDED
         return Outcome(task.task_id, state, tuple(task.finished.values()), task.best_trial_id)
-
-
-def _out_of_memory(error: Exception) -> OutOfMemoryError:
-    return OutOfMemoryError(
-        f"memory ran out with a single item on the tick ({error})",
-        "use recomputation, a smaller max_length, or a device with more memory",
-    )
