@@ -31,8 +31,6 @@ from alto_training.executor.events import (
 )
 from alto_training.executor.fitting_passes import FittingPasses
 from alto_training.executor.loading import OpenData, load_job_backbone, open_job_data
-from alto_training.executor.lora_linear import LoraBackend
-from alto_training.executor.packer import choose_items
 from alto_training.executor.progress import ProgressMeter
 from alto_training.executor.ranks import OneRank, Ownership, Ranks
 from alto_training.executor.roster import Roster
@@ -147,7 +145,9 @@ class Executor:
         # A resumed run goes on with the back end it had: another rounds otherwise.
         before = checkpoint.state["backend"] if checkpoint and self._settings.backend is Backend.AUTO else None
         name = before or self._settings.backend
-        self._backend = self._choose_backend(name, len(self._roster.slots.places))
+        self._backend = choose_backend(
+            name, backbone.layers, len(self._roster.slots.places), backbone.device, backbone.dtype
+        )
         backbone.use_backend(self._backend)
         for task in self._roster.tasks:
             if task.base_validation_loss is None:
@@ -161,24 +161,6 @@ class Executor:
         each = self._ranks.united({str(self._ranks.rank): (budget.tokens_per_tick, budget.slots)}).values()
         slots = self._settings.slots or sum(slots for _, slots in each)
         return Budget(min(tokens for tokens, _ in each), min(slots, trials))
-
-    def _costs(self, backbone: Backbone) -> CostModel:
-        """Return what ticks cost: as measured before, or now if it is asked for, else as the model's shape says."""
-        settings, facts = self._settings, backbone_facts(backbone)
-        known = known_costs(settings, facts)
-        if known is not None:
-            return known
-        folder = settings.calibrations or settings.cache_dir
-        asked = backbone.device.type == "cuda" if settings.calibrate is None else settings.calibrate
-        # Alone, for ranks would have to do it in step.
-        if folder is None or not asked or self._ranks.size > 1:
-            return prior_costs(settings, facts)
-        backbone.use_backend(self._choose_backend(settings.backend, PROFILE_SEATS))
-        return calibrate(settings, backbone, enough_tokens(backbone.device), folder)
-
-    def _choose_backend(self, name: str, seats: int) -> LoraBackend:
-        backbone = self._backbone
-        return choose_backend(name, backbone.layers, seats, backbone.device, backbone.dtype)
 
     def _tell_started(self, resumed_from_tick: int | None) -> None:
         for task in self._roster.tasks:
