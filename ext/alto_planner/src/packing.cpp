@@ -12,6 +12,7 @@ namespace {
 constexpr long kMovesPerRound = 4000;
 constexpr long kLeastRounds = 5, kMostRounds = 400;  // of one annealing
 constexpr std::size_t kFewTasks = 120;               // so few that a move may look at all of them
+constexpr int kPatience = 10;                        // annealings of the largest tasks without a better packing
 
 bool power_of_two(int value) { return value > 0 && std::has_single_bit(static_cast<unsigned>(value)); }
 
@@ -49,11 +50,11 @@ std::optional<Packing> Packing::make(const Problem& problem, const Allotment& al
                 packing.candidates_[group].push_back(static_cast<int>(u));
         if (packing.candidates_[group].empty()) return std::nullopt;
     }
-    packing.same_width_.resize(32);
-    for (std::size_t p = 0; p < packing.tasks_.size(); ++p) {
-        const int width = packing.units_[packing.candidates_[packing.group_[p]][0]].width;
-        packing.same_width_[std::countr_zero(static_cast<unsigned>(width))].push_back(static_cast<int>(p));
-    }
+    packing.by_area_.resize(packing.tasks_.size());
+    std::iota(packing.by_area_.begin(), packing.by_area_.end(), 0);
+    const auto area = [&](int p) { return packing.width(p) * packing.seconds_[p]; };
+    std::stable_sort(packing.by_area_.begin(), packing.by_area_.end(), [&](int a, int b) { return area(a) > area(b); });
+    packing.activate(packing.tasks_.size());
     return packing;
 }
 
@@ -113,34 +114,81 @@ double Packing::change(int unit, double seconds, double target) const {
     return sum;
 }
 
+void Packing::activate(std::size_t largest) {
+    active_.assign(by_area_.begin(), by_area_.begin() + static_cast<std::ptrdiff_t>(largest));
+    same_width_.assign(32, {});
+    for (int p : active_) same_width_[std::countr_zero(static_cast<unsigned>(width(p)))].push_back(p);
+}
+
+// Exact loads: sums drift by rounding while tasks move.
+void Packing::reload() {
+    load_ = offset_;
+    for (int p : active_) add(unit_of_[p], seconds_[p]);
+}
+
+void Packing::place_least_loaded(int position) {
+    int best = -1;
+    double best_load = kNever;
+    for (int unit : candidates_[group_[position]]) {
+        const double* load = &load_[units_[unit].first_leaf];
+        const double highest = *std::max_element(load, load + units_[unit].width);
+        if (highest < best_load) {
+            best_load = highest;
+            best = unit;
+        }
+    }
+    unit_of_[position] = best;
+    add(best, seconds_[position]);
+}
+
 void Packing::fill() {
     load_ = offset_;
     unit_of_.assign(tasks_.size(), -1);
     std::vector<int> order(tasks_.size());
     std::iota(order.begin(), order.end(), 0);
-    const auto width = [&](int p) { return units_[candidates_[group_[p]][0]].width; };
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
         return width(a) != width(b) ? width(a) > width(b) : seconds_[a] > seconds_[b];
     });
-    for (int p : order) {
-        int best = -1;
-        double best_load = kNever;
-        for (int unit : candidates_[group_[p]]) {
-            const double* load = &load_[units_[unit].first_leaf];
-            const double highest = *std::max_element(load, load + units_[unit].width);
-            if (highest < best_load) {
-                best_load = highest;
-                best = unit;
-            }
-        }
-        unit_of_[p] = best;
-        add(best, seconds_[p]);
-    }
+    for (int p : order) place_least_loaded(p);
 }
 
 double Packing::largest_load() const { return *std::max_element(load_.begin(), load_.end()); }
 
+// Where many tasks are small and few are large, the large ones decide: pack them alone, and let the small ones fill what
+// is left, largest first.
+bool Packing::improve_largest(double lower, Effort& effort, Random& random) {
+    std::vector<int> best_units = unit_of_;
+    double best = largest_load();
+    double share = 0.5;
+    long rounds = kLeastRounds;
+    bool more = true;
+    activate(kFewTasks);
+    for (int failed = 0; more && failed < kPatience && best > lower * (1 + 1e-4);) {
+        reload();
+        const double target = best - std::max(1e-4 * lower, share * (best - lower));
+        more = anneal(target, 0.05 * std::pow(2e-3, random.unit()), rounds, effort, random);
+        for (std::size_t i = kFewTasks; i < by_area_.size(); ++i) place_least_loaded(by_area_[i]);
+        const double reached = largest_load();
+        if (reached < best) {
+            best = reached;
+            best_units = unit_of_;
+            share = std::min(1.0, share * 1.5);
+            failed = 0;
+        } else {
+            share = std::max(0.1, share * 0.8);
+            rounds = std::min(kMostRounds, rounds + rounds / 2);
+            ++failed;
+            if (random.below(2)) unit_of_ = best_units;
+        }
+    }
+    activate(tasks_.size());
+    unit_of_ = best_units;
+    reload();
+    return more;
+}
+
 void Packing::improve(double lower, Effort& effort, Random& random) {
+    if (tasks_.size() > kFewTasks && !improve_largest(lower, effort, random)) return;
     std::vector<int> best_units = unit_of_;
     std::vector<double> best_load = load_;
     double best = largest_load();
@@ -172,15 +220,14 @@ void Packing::improve(double lower, Effort& effort, Random& random) {
 }
 
 bool Packing::anneal(double target, double hot_share, long rounds, Effort& effort, Random& random) {
-    const int count = static_cast<int>(tasks_.size());
     double mean = 0;
-    for (double seconds : seconds_) mean += seconds / count;
+    for (int p : active_) mean += seconds_[p] / static_cast<double>(active_.size());
     const double hot = hot_share * mean * mean, cold = 1e-6 * mean * mean;
     const double cooling = std::pow(cold / hot, 1.0 / static_cast<double>(rounds * kMovesPerRound));
     double temperature = hot;
     double energy = 0;
     for (double load : load_) energy += excess(load, target);
-    const bool few = tasks_.size() <= kFewTasks;
+    const bool few = active_.size() <= kFewTasks;
     bool more = true;
     for (long round = 0; round < rounds && energy > 1e-9 * mean * mean && (more = effort.another()); ++round) {
         for (long move = 0; move < kMovesPerRound && energy > 1e-9 * mean * mean; ++move, temperature *= cooling)
@@ -197,15 +244,13 @@ bool Packing::anneal(double target, double hot_share, long rounds, Effort& effor
                     energy += exchange(target, temperature, random);
             }
     }
-    // Sums drift by rounding: start the next annealing from exact loads.
-    load_ = offset_;
-    for (int p = 0; p < count; ++p) add(unit_of_[p], seconds_[p]);
+    reload();
     return more;
 }
 
 // One task to another unit. Returns the change of the energy, 0 when refused.
 double Packing::relocate(double target, double temperature, Random& random) {
-    const int a = random.below(static_cast<int>(tasks_.size()));
+    const int a = active_[random.below(static_cast<int>(active_.size()))];
     const int from = unit_of_[a];
     const std::vector<int>& units = candidates_[group_[a]];
     const int to = units[random.below(static_cast<int>(units.size()))];
@@ -224,7 +269,7 @@ double Packing::relocate(double target, double temperature, Random& random) {
 
 // Two tasks of the same width change places. Returns the change of the energy, 0 when refused.
 double Packing::exchange(double target, double temperature, Random& random) {
-    const int a = random.below(static_cast<int>(tasks_.size()));
+    const int a = active_[random.below(static_cast<int>(active_.size()))];
     const int from = unit_of_[a];
     const std::vector<int>& peers = same_width_[std::countr_zero(static_cast<unsigned>(units_[from].width))];
     const int b = peers[random.below(static_cast<int>(peers.size()))];
@@ -242,14 +287,14 @@ double Packing::exchange(double target, double temperature, Random& random) {
 
 // All that lies inside two units of one width, narrower tasks included, changes places.
 double Packing::exchange_contents(double target, double temperature, Random& random) {
-    const int a = random.below(static_cast<int>(tasks_.size()));
+    const int a = active_[random.below(static_cast<int>(active_.size()))];
     const std::vector<int>& units = candidates_[group_[a]];
     const Unit& u = units_[unit_of_[a]];
     const Unit& v = units_[units[random.below(static_cast<int>(units.size()))]];
     if (u.first_leaf == v.first_leaf || u.node_class != v.node_class) return 0;
     double above_u = 0, above_v = 0;
     inside_.clear();
-    for (std::size_t p = 0; p < tasks_.size(); ++p) {
+    for (int p : active_) {
         const Unit& unit = units_[unit_of_[p]];
         const bool wider = unit.width > u.width;
         const int end = unit.first_leaf + unit.width;
@@ -257,9 +302,9 @@ double Packing::exchange_contents(double target, double temperature, Random& ran
         if (unit.first_leaf <= v.first_leaf && end > v.first_leaf) above_v += wider ? seconds_[p] : 0;
         if (wider) continue;
         if (unit.first_leaf >= u.first_leaf && unit.first_leaf < u.first_leaf + u.width)
-            inside_.push_back(static_cast<int>(p));
+            inside_.push_back(p);
         if (unit.first_leaf >= v.first_leaf && unit.first_leaf < v.first_leaf + v.width)
-            inside_.push_back(static_cast<int>(p));
+            inside_.push_back(p);
     }
     double delta = 0;
     double* load_u = &load_[u.first_leaf];

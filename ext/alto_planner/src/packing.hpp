@@ -50,7 +50,13 @@ class Packing {
     };
     bool build_units(const Problem& problem, int widest);
     [[nodiscard]] double change(int unit, double seconds, double target) const;
+    [[nodiscard]] int width(int position) const { return units_[candidates_[group_[position]][0]].width; }
     void add(int unit, double seconds);
+    // Restrict what moves to the largest tasks, or let all move; loads then count what moves alone.
+    void activate(std::size_t largest);
+    void place_least_loaded(int position);
+    void reload();
+    bool improve_largest(double lower, Effort& effort, Random& random);
     bool anneal(double target, double hot_share, long rounds, Effort& effort, Random& random);
     double relocate(double target, double temperature, Random& random);
     double exchange_contents(double target, double temperature, Random& random);
@@ -66,7 +72,9 @@ class Packing {
     std::vector<double> seconds_;
     std::vector<int> group_;                    // per task position: index into candidates_
     std::vector<std::vector<int>> candidates_;  // units that may hold a shape
-    std::vector<std::vector<int>> same_width_;  // per log2 width: task positions
+    std::vector<int> by_area_;                  // task positions, largest first
+    std::vector<int> active_;                   // positions of the tasks that move
+    std::vector<std::vector<int>> same_width_;  // per log2 width: active positions
     std::vector<int> unit_of_;
     std::vector<int> unit_at_;                 // per leaf and log2 width: the unit that begins there
     std::vector<int> inside_;                  // scratch

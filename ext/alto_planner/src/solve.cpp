@@ -20,6 +20,8 @@ namespace {
 constexpr std::size_t kManyTasks = 4000;
 // Packing and searching pay off while a schedule takes microseconds.
 constexpr std::size_t kSearchTasks = 6000;
+// So few that ordering them takes little of the budget.
+constexpr std::size_t kFewTasks = 120;
 // How much longer than the packing the schedule may be, if mean completion gains by it.
 constexpr double kSlacks[] = {0, 0.002, 0.005, 0.01};
 
@@ -119,7 +121,7 @@ class Solver {
         std::optional<Packing> packing = Packing::make(problem_, allotments_[0]);
         if (!packing || problem_.objective.makespan <= 0) return;
         packing->fill();
-        Effort moves(left(0.5), request_.effort[0]);
+        Effort moves(left(packing->tasks().size() <= kFewTasks ? 0.75 : 0.5), request_.effort[0]);
         packing->improve(bounds_.makespan_s, moves, random_);
         effort[0] = moves.used();
         std::vector<double> weights;
