@@ -10,7 +10,7 @@ namespace alto {
 namespace {
 
 constexpr long kMovesPerRound = 4000;
-constexpr long kLeastRounds = 5, kMostRounds = 400;  // of one annealing
+constexpr long kLeastRounds = 5, kMostRounds = 60;  // of one annealing
 constexpr std::size_t kFewTasks = 120;               // so few that a move may look at all of them
 constexpr int kPatience = 10;                        // annealings of the largest tasks without a better packing
 
@@ -198,7 +198,7 @@ void Packing::improve(double lower, Effort& effort, Random& random) {
     while (more && best > lower * (1 + 1e-4)) {
         const double target = best - std::max(1e-4 * lower, share * (best - lower));
         // How hot is best depends on tasks per GPU; trying all scales costs little.
-        const double hot = 0.05 * std::pow(2e-3, random.unit());
+        const double hot = (active_.size() <= kFewTasks ? 1.0 : 0.05) * std::pow(2e-3, random.unit());
         more = anneal(target, hot, rounds, effort, random);
         const double reached = largest_load();
         if (reached < best) {
