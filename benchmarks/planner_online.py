@@ -28,6 +28,8 @@ from planner_trace import add_trace_argument, trace_of
 # An operator of a busy shared cluster: completion counts, the makespan of an open queue means nothing.
 OBJECTIVE = Objective(makespan=0.0, completion=1.0, lateness=1.0, patience=4.0, min_patience_s=4 * 3600.0, fairness=0.0)
 
+FRONT = (1.0, 2.0, 3.0, 4.0, 6.0, 10.0)
+
 
 def fluid_bound_s(jobs: list[Job], gpus: int) -> float:
     """Return a lower bound on the mean completion: the cluster as one machine, preemptive, smallest area first.
@@ -107,6 +109,26 @@ def scenario(jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objecti
     }
 
 
+def front(jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objective) -> list[dict[str, float]]:
+    """Return what each patience costs in completion and gives in the longest wait: the operator's one setting."""
+    oracle = simulate(jobs, Cluster(nodes, gpus_per_node), preemptive_oracle()).mean_completion_s()
+    easy = simulate(jobs, Cluster(nodes, gpus_per_node), Easy()).longest_wait_s()
+    rows = []
+    for patience in FRONT:
+        outcome = simulate(
+            jobs, Cluster(nodes, gpus_per_node), Planned(dataclasses.replace(objective, patience=patience))
+        )
+        rows.append(
+            {
+                "patience": patience,
+                "completion_over_oracle": round(outcome.mean_completion_s() / oracle, 4),
+                "longest_wait_over_easy": round(outcome.longest_wait_s() / easy, 4),
+            }
+        )
+        print(f"  front {rows[-1]}", file=sys.stderr)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_trace_argument(parser)
@@ -125,9 +147,9 @@ def main() -> None:
     result: dict[str, object] = {"benchmark": "planner_online"}
     for name, drawn in (("exact", jobs), ("ending_early", ending_early(jobs, options.seed))):
         print(f"{name}: {len(drawn)} jobs, load {options.load} on {gpus} GPUs", file=sys.stderr)
-        result[name] = scenario(
-            scaled_to_load(drawn, gpus, options.load), options.nodes, options.gpus_per_node, objective
-        )
+        arrivals = scaled_to_load(drawn, gpus, options.load)
+        size = options.nodes, options.gpus_per_node
+        result[name] = scenario(arrivals, *size, objective) | {"front": front(arrivals, *size, objective)}
     print("a queue emptied, tasks ending early", file=sys.stderr)
     result["early_exits"] = with_early_exits(jobs, options.per_class)
     result |= {

@@ -31,7 +31,7 @@ AheadOfList::AheadOfList(const Problem& problem, const Allotment& allotment, con
     std::stable_sort(due.begin(), due.end(), [](const Due& a, const Due& b) {
         return a.priority != b.priority ? a.priority > b.priority : a.due_s < b.due_s;
     });
-    for (const Due& one : due) row_.push_back(one.task);
+    for (const Due& one : due) row_.push_back({one.task, one.priority == lowest && !problem.tasks[one.task].begun});
     if (row_.empty()) return;
     free_s_.assign(problem.nodes.size() * kMaxGpus, problem.now_s);
     for (const Pinned& pinned : problem.pinned) taken({pinned.node, pinned.gpus}, pinned.end_s);
@@ -43,9 +43,14 @@ void AheadOfList::taken(const PartOut& part, double end_s) {
 
 const std::vector<int>& AheadOfList::served(const std::vector<char>& started) {
     std::erase_if(served_, [&](int task) { return started[task] != 0; });
+    if (overdue_served_ >= 0 && started[overdue_served_]) overdue_served_ = -1;
     while (served_.size() < kMostServed && next_ < row_.size()) {
-        const int task = row_[next_++];
-        if (!started[task]) served_.push_back(task);
+        const auto [task, overdue] = row_[next_];
+        if (overdue && overdue_served_ >= 0 && !started[task]) break;
+        ++next_;
+        if (started[task]) continue;
+        served_.push_back(task);
+        if (overdue) overdue_served_ = task;
     }
     return served_;
 }

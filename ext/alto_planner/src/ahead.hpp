@@ -18,8 +18,9 @@ class AheadOfList {
     // GPUs are taken until `end_s`.
     void taken(const PartOut& part, double end_s);
 
-    // Who is served now: higher priority first, then longest overdue, then by the list; so many at a time. `started`
-    // is per task.
+    // Who is served now: higher priority first, then longest overdue, then by the list; 16 at a time, and one of those
+    // that are merely overdue: keeping GPUs for more shortens the longest wait little and costs the others much.
+    // `started` is per task.
     const std::vector<int>& served(const std::vector<char>& started);
 
     // Keep for `task` the GPUs that become free for it first.
@@ -28,9 +29,14 @@ class AheadOfList {
   private:
     const Problem& problem_;
     std::vector<double> free_s_;  // per node and GPU
-    std::vector<int> row_;        // all who go ahead, first in line first
+    struct Member {
+        int task;
+        bool overdue;  // and neither of raised priority nor begun
+    };
+    std::vector<Member> row_;  // all who go ahead, first in line first
     std::size_t next_ = 0;
     std::vector<int> served_;
+    int overdue_served_ = -1;
 };
 
 }  // namespace alto

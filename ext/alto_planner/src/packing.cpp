@@ -11,8 +11,8 @@ namespace {
 
 constexpr long kMovesPerRound = 4000;
 constexpr long kLeastRounds = 5, kMostRounds = 60;  // of one annealing
-constexpr std::size_t kFewTasks = 120;               // so few that a move may look at all of them
-constexpr int kPatience = 10;                        // annealings of the largest tasks without a better packing
+constexpr std::size_t kFewTasks = 120;              // so few that a move may look at all of them
+constexpr int kPatience = 10;                       // annealings of the largest tasks without a better packing
 
 bool power_of_two(int value) { return value > 0 && std::has_single_bit(static_cast<unsigned>(value)); }
 
@@ -154,8 +154,8 @@ void Packing::fill() {
 
 double Packing::largest_load() const { return *std::max_element(load_.begin(), load_.end()); }
 
-// Where many tasks are small and few are large, the large ones decide: pack them alone, and let the small ones fill what
-// is left, largest first.
+// Where many tasks are small and few are large, the large ones decide: pack them alone, and let the small ones fill
+// what is left, largest first.
 bool Packing::improve_largest(double lower, Effort& effort, Random& random) {
     std::vector<int> best_units = unit_of_;
     double best = largest_load();
@@ -301,10 +301,8 @@ double Packing::exchange_contents(double target, double temperature, Random& ran
         if (unit.first_leaf <= u.first_leaf && end > u.first_leaf) above_u += wider ? seconds_[p] : 0;
         if (unit.first_leaf <= v.first_leaf && end > v.first_leaf) above_v += wider ? seconds_[p] : 0;
         if (wider) continue;
-        if (unit.first_leaf >= u.first_leaf && unit.first_leaf < u.first_leaf + u.width)
-            inside_.push_back(p);
-        if (unit.first_leaf >= v.first_leaf && unit.first_leaf < v.first_leaf + v.width)
-            inside_.push_back(p);
+        if (unit.first_leaf >= u.first_leaf && unit.first_leaf < u.first_leaf + u.width) inside_.push_back(p);
+        if (unit.first_leaf >= v.first_leaf && unit.first_leaf < v.first_leaf + v.width) inside_.push_back(p);
     }
     double delta = 0;
     double* load_u = &load_[u.first_leaf];
