@@ -107,7 +107,7 @@ class _EagerLinears(torch.autograd.Function):
         biases: tuple[Tensor | None, ...],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        results = _linears_forward(x, weights, biases, plan, modules)
+        results = linears_forward(x, weights, biases, plan, modules)
         ctx.save_for_backward(x, *weights, *results[len(weights) :])
         ctx.plan, ctx.modules = plan, modules
         return tuple(results[: len(weights)])
@@ -118,14 +118,14 @@ class _EagerLinears(torch.autograd.Function):
         count = len(ctx.modules)
         ctx.plan.check_current()
         dys = [gradient.contiguous() for gradient in gradients]
-        dx = _linears_backward(dys, x, rest[:count], rest[count:], ctx.plan, ctx.modules, ctx.needs_input_grad[0])
+        dx = linears_backward(dys, x, rest[:count], rest[count:], ctx.plan, ctx.modules, ctx.needs_input_grad[0])
         return dx, None, None, None, None, *([None] * count)
 
 
 _EAGER_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def _linears_forward(
+def linears_forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], plan: TickPlan, modules: Sequence[int]
 ) -> list[Tensor]:
     """Return the outputs and then what each module keeps for backward."""
@@ -142,7 +142,7 @@ def _linears_forward(
     return outputs + saved
 
 
-def _linears_backward(
+def linears_backward(
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
@@ -176,7 +176,7 @@ def _forward(
     saved_rows: int,
     saved_columns: int,
 ) -> list[Tensor]:
-    return _linears_forward(x, weights, biases, plan_of(handle), modules)
+    return linears_forward(x, weights, biases, plan_of(handle), modules)
 
 
 @_forward.register_fake
@@ -205,7 +205,7 @@ def _backward(
     modules: Sequence[int],
     needs_dx: bool,
 ) -> list[Tensor]:
-    total_TK = _linears_backward(dys, x, weights, saved, plan_of(handle), modules, needs_dx)
+    total_TK = linears_backward(dys, x, weights, saved, plan_of(handle), modules, needs_dx)
     return [x.new_empty(0) if total_TK is None else total_TK, x.new_zeros((), dtype=torch.float32)]
 
 

@@ -3,6 +3,7 @@
 tasks/<task_id>/executor/              checkpoints and adapters, shared by all attempts on this host
 tasks/<task_id>/assignments/<epoch>/   what one attempt was told (order.json, work.pb, control) and said (journal, log)
 datasets/                              rows by content, and their tokens
+strategies.json                        how fast backbones were trained on several places, by strategy
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+STRATEGIES_FILE = "strategies.json"
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 

@@ -20,9 +20,10 @@ from alto_common.rpc.channel import bearer_metadata
 
 from alto_training.assignments import Assignments, Ending, EndKind, Held, StopReason
 from alto_training.devices import Devices
-from alto_training.folders import AssignmentFolders
+from alto_training.folders import STRATEGIES_FILE, AssignmentFolders
 from alto_training.reporter import Reporter
 from alto_training.settings import NodeSettings
+from alto_training.sharding.places import Places
 from alto_training.supervisor import Supervisor
 from alto_training.worker_order import WorkerOrder
 
@@ -178,16 +179,22 @@ class TrainingNode:
         # OpenMP's threads spin while they wait and take the core from whoever else wants it; an operator may want that.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if self._devices.has_gpus:
-            chosen = (self._devices.indices[index] for index in held.gpu_indices)
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._places(held).devices)
+            # CUDA counts the fastest first unless it is told to count as the driver does.
+            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         return environment
+
+    def _places(self, held: Held) -> Places:
+        devices = self._devices
+        chosen = tuple(devices.indices[index] for index in held.gpu_indices) if devices.has_gpus else ()
+        return Places(len(held.gpu_indices), devices.kind, devices.memory_bytes_per_place, chosen)
 
     def _order(self, held: Held, folders: AssignmentFolders, stopped_trial_ids: tuple[str, ...]) -> WorkerOrder:
         settings = self._settings
         device = settings.device
         if device == "auto":
             device = "cuda" if self._devices.has_gpus else "cpu"
-        share = max(1, (os.cpu_count() or 1) * len(held.gpu_indices) // self._devices.places)
+        threads_of_a_place = max(1, (os.cpu_count() or 1) // self._devices.places)
         return WorkerOrder(
             node_id=settings.node_id,
             node_process_id=os.getpid(),
@@ -199,11 +206,14 @@ class TrainingNode:
             model_folders=tuple(str(folder) for folder in settings.allowed_folders),
             allow_hub=settings.allow_hub,
             device=device,
+            places=self._places(held),
+            strategy="" if settings.strategy == "auto" else settings.strategy,
+            strategy_records=str(settings.work_root / STRATEGIES_FILE),
             backbone_dtype=settings.backbone_dtype,
             kernel_backend=settings.kernel_backend,
             slots=settings.slots,
             tokens_per_tick=settings.tokens_per_tick,
-            threads=settings.threads or share,
+            threads=settings.threads or threads_of_a_place,
             checkpoint_interval_s=settings.checkpoint_interval_s,
             stopped_trial_ids=stopped_trial_ids,
         )

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from alto_common.base_models import default_models_root
 from alto_common.configuration import ServiceSettings, home_folder
@@ -16,12 +16,13 @@ from pydantic import Field
 class NodeSettings(ServiceSettings):
     """What the operator may choose. Durations are in seconds.
 
-    `gpus` and `gpu_kind` left out are found out: the GPUs that the driver lists, else one place of kind "cpu". `device`
-    "auto" is "cuda" where there are GPUs. `slots`, `tokens_per_tick` and `threads` left out are chosen by the executor
-    (threads: the CPUs shared out evenly among the places). `model_folders` (separated by commas or the system's path
-    separator) are further roots of which tasks may name folders by absolute path. A worker that is asked to stop has
-    `stop_grace_s` to write its checkpoint before it is ended. What nobody touched for `keep_s` in the work folder is
-    deleted when the node starts.
+    `gpus` and `gpu_kind` left out are found out: the GPUs that the driver lists, else one place of kind "cpu"; more
+    places of a CPU are as many worker ranks. `device` "auto" is "cuda" where there are GPUs. `strategy` says how a
+    backbone lies on several places of one task; "auto" takes the fastest measured here of those that fit. `slots`,
+    `tokens_per_tick` and `threads` left out are chosen by the executor (`threads` of a place: the CPUs shared out
+    evenly). `model_folders` (separated by commas or the system's path separator) are further roots of which tasks may
+    name folders by absolute path. A worker that is asked to stop has `stop_grace_s` to write its checkpoint before it
+    is ended. What nobody touched for `keep_s` in the work folder is deleted when the node starts.
     """
 
     prefix: ClassVar[str] = "ALTO_NODE_"
@@ -40,6 +41,7 @@ class NodeSettings(ServiceSettings):
     device: str = "auto"
     backbone_dtype: str = ""
     kernel_backend: str = "auto"
+    strategy: Literal["auto", "replicated", "sharded"] = "auto"
     slots: int | None = Field(default=None, ge=1)
     tokens_per_tick: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)

@@ -6,17 +6,13 @@ worth another attempt. It never outlives its node: the kernel ends it with its p
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import os
 import re
 import secrets
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -39,13 +35,14 @@ from alto_training.executor.errors import CheckpointError, ExecutorError
 from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 from alto_training.executor.settings import Backend as KernelBackend
 from alto_training.journal import JOURNAL_FILE, JournalWriter
+from alto_training.parent_process import die_with
+from alto_training.sharding.errors import RankFailedError
 from alto_training.wire import EventTranslator, failure, is_important, job_from_wire, task_state_changed
 from alto_training.worker_order import WORK_FILE, WorkerOrder
 
 EXECUTOR_FOLDER = "executor"
 LOCK_FILE = "lock"
 LOCK_WAIT_S = 30.0
-PR_SET_PDEATHSIG = 1
 _ABSOLUTE_PATH = re.compile(r"(?<![\w./:-])/(?:[^\s/'\":;,()]+/)+([^\s/'\":;,()]*)")
 
 log = structlog.get_logger("alto.worker")
@@ -55,34 +52,36 @@ def main() -> None:
     """Run the assignment in the folder that the command line names."""
     folder = Path(sys.argv[1])
     order = WorkerOrder.read(folder)
-    _die_with_parent(order.node_process_id)
+    die_with(order.node_process_id)
     configure_logs()
-    # Held until the process ends: two workers never touch the same task's folder.
+    # Held until this process and its ranks have ended: no two workers ever touch the same task's folder.
     lock = _lock(Path(order.task_folder) / LOCK_FILE)
     work = placement_pb2.TuningWork.FromString((folder / WORK_FILE).read_bytes())
     with JournalWriter(folder / JOURNAL_FILE) as journal:
-        last = _train(folder, order, work, journal)
+        last = _train(folder, order, work, journal, lock)
         journal.append(last, durable=True)
     lock.close()
 
 
 def _train(
-    folder: Path, order: WorkerOrder, work: placement_pb2.TuningWork, journal: JournalWriter
+    folder: Path, order: WorkerOrder, work: placement_pb2.TuningWork, journal: JournalWriter, lock: TextIO
 ) -> event_pb2.TaskEvent:
     """Train, and return the event that tells how the task stands. What is not listed here crashes the worker."""
     try:
         store = ArtifactStore(order.artifact_root)
         job = _prepare_job(order, work, store)
-        settings = _executor_settings(order)
         control = NodeControl(CommandReader(folder), list(order.stopped_trial_ids))
         sink = EventSink(EventTranslator(job, order.node_id), journal, store, work.artifact_folder, order.epoch)
-        outcome = _run_executor(job, Path(order.task_folder) / EXECUTOR_FOLDER, sink, settings, control)
+        outcome = _run(job, order, sink, control, lock)
         sink.tell_rest(outcome)
         return _last_event(outcome, control.stop_reason)
     except DomainError as error:
         cause = tuning_pb2.Failure(reason=reason_name(error.reason), message=error.message)
     except BaseModelError as error:
         cause = failure(error_pb2.ERROR_REASON_UNKNOWN_BASE_MODEL, str(error))
+    except RankFailedError:
+        # As when a worker dies: another attempt, perhaps elsewhere, may go better.
+        raise
     except ExecutorError as error:
         log.exception("the task cannot be trained")
         cause = failure(error_pb2.ERROR_REASON_EXECUTION_FAILED, str(error))
@@ -121,23 +120,27 @@ def _executor_settings(order: WorkerOrder) -> ExecutorSettings:
     )
 
 
-def _run_executor(
-    job: TuningJob,
-    workdir: Path,
-    sink: Callable[[events.Event], None],
-    settings: ExecutorSettings,
-    control: NodeControl,
+def _run(
+    job: TuningJob, order: WorkerOrder, sink: Callable[[events.Event], None], control: NodeControl, lock: TextIO
 ) -> events.Outcome:
     # Imported here: a command that comes while torch is being loaded is not lost, and a bad order costs nothing.
-    from alto_training.executor.executor import Executor
+    from alto_training.sharding.automatic import train
+    from alto_training.sharding.strategy import Strategy, StrategyRecords
+
+    workdir = Path(order.task_folder) / EXECUTOR_FOLDER
+    settings, records = _executor_settings(order), StrategyRecords(Path(order.strategy_records))
+    strategy = Strategy(order.strategy) if order.strategy else None
+
+    def attempt() -> events.Outcome:
+        return train(job, workdir, sink, settings, control, order.places, records, strategy, [lock.fileno()])
 
     try:
-        return Executor(job, workdir, sink, settings, control).run()
+        return attempt()
     except CheckpointError:
         # Every generation is damaged. Nothing can carry on from it, so begin again; what is damaged is kept to look at.
         log.exception("the checkpoints are damaged; starting over")
         shutil.move(workdir, workdir.with_name(f"{workdir.name}.damaged-{secrets.token_hex(4)}"))
-        return Executor(job, workdir, sink, settings, control).run()
+        return attempt()
 
 
 @dataclass
@@ -204,14 +207,6 @@ def _last_event(outcome: events.Outcome, stop_reason: StopReason | None) -> even
     reasons = "; ".join(dict.fromkeys(trial.reason for trial in outcome.trials))
     cause = failure(error_pb2.ERROR_REASON_EXECUTION_FAILED, f"no trial left an adapter: {reasons}")
     return task_state_changed(outcome.task_id, tuning_pb2.TASK_STATE_FAILED, cause)
-
-
-def _die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its node dies, and end now if that has already happened."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the node that started this worker is gone")
 
 
 def _lock(path: Path) -> TextIO:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from alto_training.sharding.places import Places
+
 ORDER_FILE = "order.json"
 WORK_FILE = "work.pb"
 LOG_FILE = "worker.log"
@@ -14,7 +16,11 @@ LOG_FILE = "worker.log"
 
 @dataclass(frozen=True)
 class WorkerOrder:
-    """Where things are and how to train. `work` itself (TuningWork) lies beside it as protobuf."""
+    """Where things are and how to train. `work` itself (TuningWork) lies beside it as protobuf.
+
+    `threads` are those of each place. `strategy` is how the backbone lies on several places, empty when that is chosen
+    by what was measured; `strategy_records` is the file of it.
+    """
 
     node_id: str
     node_process_id: int
@@ -26,6 +32,9 @@ class WorkerOrder:
     model_folders: tuple[str, ...]
     allow_hub: bool
     device: str
+    places: Places
+    strategy: str
+    strategy_records: str
     backbone_dtype: str
     kernel_backend: str
     slots: int | None
@@ -44,4 +53,6 @@ class WorkerOrder:
         fields = json.loads((folder / ORDER_FILE).read_text())
         for name in ("model_folders", "stopped_trial_ids"):
             fields[name] = tuple(fields[name])
+        places = fields["places"]
+        fields["places"] = Places(**places | {"devices": tuple(places["devices"])})
         return cls(**fields)

@@ -45,7 +45,8 @@ class Executor:
     `workdir` receives adapters/ (PEFT format, best validation loss) and checkpoints/; running again over the same
     folder carries on from the last good checkpoint. `events` is called on the executor's thread, in order. `backbone`
     saves loading one that is at hand; `open_data` replaces how datasets are opened. `ranks` says that other processes
-    run the same over the same folder, and shares the trials out among all.
+    run the same over the same folder, and shares the trials out among all. `before_checkpoint` returns when whatever
+    `events` was told is safe: a run that carries on from the checkpoint does not tell it again.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Executor:
         open_data: OpenData = open_job_data,
         clock: Callable[[], float] = time.monotonic,
         ranks: Ranks | None = None,
+        before_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self._jobs = (job, *companions)
         self._workdir = workdir
@@ -71,6 +73,7 @@ class Executor:
         self._open_data = open_data
         self._clock = clock
         self._ranks = ranks or OneRank()
+        self._before_checkpoint = before_checkpoint
         self._store = CheckpointStore(workdir / "checkpoints")
         self._ownership = Ownership(self._ranks, self._store)
         self._tick = 0
@@ -282,6 +285,7 @@ class Executor:
         groups = [group for run in runs for group in self._roster.tensor_groups(run)]
         files = self._ranks.united(self._store.write_groups(groups))
         if self._ranks.rank == 0:
+            self._before_checkpoint()
             path, size = self._store.write_manifest(self._tick, state, files)
             seconds = self._clock() - started
             self._meter.checkpointed(seconds)

@@ -11,10 +11,13 @@ from alto_training.executor.nf4 import Nf4Linear
 
 
 class DenseLinear:
-    """A frozen dense layer; its weight is looked up at each use, for a sharded backbone's weights come and go.
+    """A frozen dense layer; its weight is looked up at each use.
 
-    `module` holds `weight` as [N, K], or as [K, N] where `transposed`, and `bias` [N] or None.
+    `module` holds `weight` as [N, K], or as [K, N] where `transposed`, and `bias` [N] or None. `comes_and_goes` says
+    that nobody may keep the weight from the forward to the backward pass: a sharded backbone lets go of it between.
     """
+
+    comes_and_goes = False
 
     def __init__(self, module: Any, in_features: int, out_features: int, transposed: bool = False) -> None:
         self.in_features, self.out_features = in_features, out_features

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from alto_kernels import (
     AdapterTable,
     CudaKernels,
     TickPlan,
-    lora_linear,
     lora_linears,
     low_rank_backward,
     low_rank_forward,
 )
+from alto_kernels.linear import linears_backward, linears_forward
 
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.frozen_linear import DenseLinear
@@ -55,7 +56,7 @@ class KernelBackend:
     def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
         """See `LoraBackend.linear`. On Hopper the frozen product and the low-rank part are one kernel."""
         if self._table.kernels == CudaKernels.HOPPER and isinstance(frozen, DenseLinear):
-            return lora_linear(x_TK, frozen.weight_NK, frozen.bias_N, self._plan(tick), module_index)
+            return self.linears(x_TK, [frozen], [module_index], tick)[0]
         return frozen_plus_low_rank(x_TK, frozen, self, module_index, tick)
 
     def shares_input(self, frozen: Sequence[FrozenLinear]) -> bool:
@@ -67,8 +68,10 @@ class KernelBackend:
     ) -> list[torch.Tensor]:
         """See `InputSharing.linears`."""
         dense = [one for one in frozen if isinstance(one, DenseLinear)]
-        weights_NK, biases_N = [one.weight_NK for one in dense], [one.bias_N for one in dense]
-        return lora_linears(x_TK, weights_NK, self._plan(tick), module_indices, biases_N)
+        plan = self._plan(tick)
+        if any(one.comes_and_goes for one in dense):
+            return list(_LentProducts.apply(x_TK, tick.anchor, dense, plan, module_indices))  # type: ignore[no-untyped-call]
+        return lora_linears(x_TK, [one.weight_NK for one in dense], plan, module_indices, [one.bias_N for one in dense])
 
     def forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor, module_index: int, tick: Tick) -> torch.Tensor:
         """See `LowRankProducts.forward`."""
@@ -137,3 +140,36 @@ class KernelBackend:
         }
         self._table.set_slot(seat, rank=adapter.lora_rank, scale=adapter.scaling, weights=weights, dropout=dropout)
         self._seated[seat] = _Seated(adapter, adapter.param, dropout)
+
+
+class _LentProducts(torch.autograd.Function):
+    """`lora_linears` on Hopper, with weights that are looked up again for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TK: torch.Tensor,
+        anchor: torch.Tensor,
+        frozen: Sequence[DenseLinear],
+        plan: TickPlan,
+        module_indices: Sequence[int],
+    ) -> tuple[torch.Tensor, ...]:
+        weights_NK, biases_N = [one.weight_NK for one in frozen], [one.bias_N for one in frozen]
+        results = linears_forward(x_TK, weights_NK, biases_N, plan, module_indices)
+        ctx.save_for_backward(x_TK, *results[len(frozen) :])
+        ctx.frozen, ctx.plan, ctx.module_indices = frozen, plan, module_indices
+        return tuple(results[: len(frozen)])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        x_TK, *saved = ctx.saved_tensors
+        dx_TK = linears_backward(
+            [dy_TN.contiguous() for dy_TN in grad_outputs],
+            x_TK,
+            [one.weight_NK for one in ctx.frozen],
+            saved,
+            ctx.plan,
+            ctx.module_indices,
+            ctx.needs_input_grad[0],
+        )
+        return dx_TK, None, None, None, None

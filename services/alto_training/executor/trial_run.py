@@ -134,7 +134,8 @@ class TrialRun:
         learning_rate = self.config.learning_rate * self.config.schedule.multiplier(self.step, self.total_steps)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return StepReport(loss, learning_rate, norm, finite=False)
-        adamw_step(self.adapter, self.config, self.step, learning_rate, norm)
+        if not self.adapter.elsewhere:
+            adamw_step(self.adapter, self.config, self.step, learning_rate, norm)
         first = math.isnan(self.train_loss_smoothed)
         keep = 0.0 if first else 1.0 - self._smoothing
         self.train_loss_smoothed = loss if first else keep * self.train_loss_smoothed + self._smoothing * loss

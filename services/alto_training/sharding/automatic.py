@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from alto_common.tuning import TuningJob
@@ -11,19 +10,16 @@ from alto_common.tuning import TuningJob
 from alto_training.executor.control import Control
 from alto_training.executor.events import Event, Outcome, TaskProgress
 from alto_training.executor.settings import BackboneDtype, ExecutorSettings
+from alto_training.sharding.places import Places
 from alto_training.sharding.run import RankedRun, RankSettings
-from alto_training.sharding.strategy import EngineName, Strategy, StrategyRecords, backbone_bytes, choose_strategy
+from alto_training.sharding.strategy import (
+    Strategy,
+    StrategyRecords,
+    backbone_bytes,
+    choose_strategy,
+)
 
 _BYTES_PER_WEIGHT = {BackboneDtype.FLOAT32: 4, BackboneDtype.BFLOAT16: 2}
-
-
-@dataclass(frozen=True)
-class Places:
-    """GPUs of one host (or shares of its CPUs) that an assignment has: their number, kind, and memory of each."""
-
-    count: int
-    kind: str
-    memory_bytes: int
 
 
 def train(
@@ -34,18 +30,20 @@ def train(
     control: Control | None,
     places: Places,
     records: StrategyRecords,
-    engine: EngineName = EngineName.DEEPSPEED,
+    strategy: Strategy | None = None,
+    keep_open: Sequence[int] = (),
 ) -> Outcome:
     """Do what `Executor(job, workdir, events, settings, control).run()` does, on all places; one rank on each.
 
-    The strategy is the fastest of those that fit, by `records`, to which this run's speed is added. A run that was
-    stopped carries on with any strategy and number of places.
+    Unless `strategy` says how, it is the fastest of those that fit, by `records`, to which this run's speed is added. A
+    run that was stopped carries on with any strategy and number of places. Every rank inherits the descriptors
+    `keep_open`: a lock on one of them lasts until the last rank is gone.
     """
     if places.count == 1:
         from alto_training.executor.executor import Executor
 
         return Executor(job, workdir, events, settings, control).run()
-    strategy = automatic_strategy(job, settings, places, records)
+    chosen = strategy or automatic_strategy(job, settings, places, records)
     speed = 0.0
 
     def listen(event: Event) -> None:
@@ -54,10 +52,11 @@ def train(
             speed = event.tokens_per_s
         events(event)
 
-    run = RankedRun(job, workdir, listen, settings, control, RankSettings(places.count, strategy, engine))
+    how = RankSettings(places.count, chosen, keep_open=tuple(keep_open))
+    run = RankedRun(job, workdir, listen, settings, control, how)
     outcome = run.run_all()[0]
     if speed > 0.0 and len(run.reports) == places.count:
-        records.note(job.base_model, places.kind, places.count, strategy, speed)
+        records.note(job.base_model, places.kind, places.count, chosen, speed)
     return outcome
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from alto_training.sharding.deepspeed_extension import load_extension
 from alto_training.sharding.units import ShardedUnit, tensor_bytes
 
 
@@ -26,6 +27,7 @@ class DeepSpeedEngine:
 
         self._zero = deepspeed.zero
         self._group = group
+        load_extension()
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 

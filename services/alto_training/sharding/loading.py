@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -23,21 +25,23 @@ _DTYPES = {BackboneDtype.FLOAT32: torch.float32, BackboneDtype.BFLOAT16: torch.b
 def load_shared_backbone(
     base_model: str,
     settings: ExecutorSettings,
-    engine: EngineName,
+    engine: EngineName | None,
     group: dist.ProcessGroup,
     device: torch.device,
     prefetch: int = 1,
     beat: Callable[[], None] = lambda: None,
 ) -> Backbone:
-    """Load a base model in shares on the ranks of `group`. Raises `UnsupportedBackboneError`, `ShardedLoadError`."""
+    """Load a base model in shares on the ranks of `group`; the best engine is taken where none is named.
+
+    Raises `UnsupportedBackboneError`, `ShardedLoadError`.
+    """
     dtype = _DTYPES.get(settings.backbone_dtype)
     if dtype is None:
         raise UnsupportedBackboneError(
             f"a backbone in {settings.backbone_dtype} cannot be shared out", "choose float32 or bfloat16"
         )
-    return load_sharded_backbone(
-        str(local_folder(base_model)), make_engine(engine, group, device), dtype, device, prefetch, beat
-    )
+    cutter = make_engine(engine or best_engine(device), group, device)
+    return load_sharded_backbone(str(local_folder(base_model)), cutter, dtype, device, prefetch, beat)
 
 
 def local_folder(base_model: str) -> Path:
@@ -50,12 +54,30 @@ def local_folder(base_model: str) -> Path:
     return Path(snapshot_download(location, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
 
 
+def best_engine(device: torch.device) -> EngineName:
+    """Return the fastest that there is: `peer` where all GPUs here reach each other's memory, else DeepSpeed or FSDP2.
+
+    The answer is the same on every rank of a host.
+    """
+    if device.type == "cuda":
+        pairs = permutations(range(torch.cuda.device_count()), 2)
+        if all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
+            return EngineName.PEER
+    return EngineName.DEEPSPEED if find_spec("deepspeed") else EngineName.FSDP2
+
+
 def make_engine(name: EngineName, group: dist.ProcessGroup, device: torch.device) -> ShardingEngine:
-    """Return who cuts and gathers. Raises `StrategyError` when DeepSpeed is not installed."""
+    """Return who cuts and gathers. Raises `StrategyError` when DeepSpeed is not installed, or there is no CUDA."""
     if name is EngineName.FSDP2:
         from alto_training.sharding.fsdp_units import FsdpEngine
 
         return FsdpEngine(group, device.type)
+    if name is EngineName.PEER:
+        from alto_training.sharding.peer_units import PeerEngine
+
+        if device.type != "cuda":
+            raise StrategyError(f"engine peer is for GPUs, not {device.type}", "choose engine deepspeed or fsdp2")
+        return PeerEngine(group, device)
     from alto_training.sharding.deepspeed_units import DeepSpeedEngine
 
     try:

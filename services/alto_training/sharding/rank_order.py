@@ -21,15 +21,16 @@ RENDEZVOUS_FILE = "rendezvous"
 class RankOrder:
     """The same for every rank. Rank 0 writes events to the descriptor `events_fd` and reads commands from its input.
 
-    `ranks_per_host` says how many share a host (or are to be treated so). A collective that takes longer than
-    `collective_timeout_s` ends its rank. `count_traffic` has every collective counted, for measurements.
+    Without an `engine` ranks take the best that there is. `ranks_per_host` says how many share a host (or are to be
+    treated so). A collective that takes longer than `collective_timeout_s` ends its rank. `count_traffic` has every
+    collective counted, for measurements.
     """
 
     jobs: tuple[TuningJob, ...]
     workdir: Path
     settings: ExecutorSettings
     strategy: Strategy
-    engine: EngineName
+    engine: EngineName | None
     ranks: int
     ranks_per_host: int
     parent_process_id: int
@@ -60,9 +61,10 @@ class RankFailure:
 class RankReport:
     """What a rank measured: `gather_bytes` of a training pass and of one without gradients, 0 without sharding.
 
-    Passes count those without work, which are `idle_passes`. `traffic_calls` and `traffic_bytes` are by collective,
-    empty when they were not counted. `memory_bytes` is the largest of the accelerator, or of the process on a CPU,
-    `idle_memory_bytes` its anonymous memory before the backbone was loaded.
+    Passes count those without work, which are `idle_passes`; `moves` are trials that changed their rank.
+    `traffic_calls` and `traffic_bytes` are by collective, empty when they were not counted. `memory_bytes` is the
+    largest of the accelerator, or of the process on a CPU, `idle_memory_bytes` its anonymous memory before the backbone
+    was loaded.
     """
 
     rank: int
@@ -75,6 +77,7 @@ class RankReport:
     training_passes: int
     inference_passes: int
     idle_passes: int
+    moves: int
     traffic_calls: dict[str, int]
     traffic_bytes: dict[str, int]
 

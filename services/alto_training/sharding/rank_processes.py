@@ -36,6 +36,8 @@ class RankTrouble:
 class RankProcesses:
     """One process for each rank of `order`, whose folder is `folder`; `places` are their device numbers.
 
+    All inherit the descriptors `keep_open`.
+
     A rank is taken to hang when no rank has shown a sign of life for `hang_timeout_s` (or has not begun within
     `start_timeout_s`): then it is the one that is behind all others.
     """
@@ -47,6 +49,7 @@ class RankProcesses:
         places: Sequence[int],
         hang_timeout_s: float,
         start_timeout_s: float,
+        keep_open: Sequence[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         order.write(folder)
@@ -54,6 +57,7 @@ class RankProcesses:
         self._beats = Heartbeats(folder / BEATS_FILE, order.ranks)
         self._hang_timeout_s = hang_timeout_s
         self._start_timeout_s = start_timeout_s
+        self._keep_open = tuple(keep_open)
         self._clock = clock
         self._seen = self._beats.read()
         self._alive_at = clock()
@@ -69,12 +73,12 @@ class RankProcesses:
 
     def _start(self, order: RankOrder, rank: int, place: int, events: int, log: BinaryIO) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "alto_training.sharding.worker", str(self._folder)],
+            [sys.executable, "-m", "alto_training.sharding.rank", str(self._folder)],
             stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=_environment(order, rank, place) | ({EVENTS_VARIABLE: str(events)} if rank == 0 else {}),
-            pass_fds=(events,) if rank == 0 else (),
+            pass_fds=(*self._keep_open, events) if rank == 0 else self._keep_open,
             # A Ctrl-C at the terminal is for whoever watches over them.
             start_new_session=True,
         )

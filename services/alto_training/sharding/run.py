@@ -35,14 +35,15 @@ log = structlog.get_logger("alto.ranks")
 class RankSettings:
     """How many worker ranks, how the backbone lies on them, and how patient to be.
 
-    `ranks_per_host` None means that all are on one host. A rank that dies or hangs ends the attempt; the next begins
-    from the last checkpoint. After `attempts_without_progress` in a row with no new checkpoint the run is given up;
-    when the same rank was at fault twice in a row and `may_shrink`, the next attempt goes without its device.
+    Without an `engine` ranks take the best that there is. `ranks_per_host` None means that all are on one host. A rank
+    that dies or hangs ends the attempt; the next begins from the last checkpoint. After `attempts_without_progress` in
+    a row with no new checkpoint the run is given up; when the same rank was at fault twice in a row and `may_shrink`,
+    the next attempt goes without its device. Every rank inherits the descriptors `keep_open`.
     """
 
     ranks: int
     strategy: Strategy
-    engine: EngineName = EngineName.DEEPSPEED
+    engine: EngineName | None = None
     ranks_per_host: int | None = None
     prefetch: int = 1
     hang_timeout_s: float = 300.0
@@ -50,6 +51,7 @@ class RankSettings:
     attempts_without_progress: int = 3
     may_shrink: bool = True
     count_traffic: bool = False
+    keep_open: tuple[int, ...] = ()
 
 
 @dataclass
@@ -116,7 +118,12 @@ class RankedRun:
 
     def _attempt(self, folder: Path) -> list[Outcome] | RankTrouble:
         processes = RankProcesses(
-            self._order(), folder, self._attempts.places, self._ranks.hang_timeout_s, self._ranks.start_timeout_s
+            self._order(),
+            folder,
+            self._attempts.places,
+            self._ranks.hang_timeout_s,
+            self._ranks.start_timeout_s,
+            self._ranks.keep_open,
         )
         outcomes: list[Outcome] | None = None
         try:
@@ -128,7 +135,7 @@ class RankedRun:
                 # Asked before the messages are read: what was told before the end is not lost.
                 over, trouble = processes.finished, processes.trouble()
                 for message in processes.messages():
-                    outcomes = self._take(message) or outcomes
+                    outcomes = self._take(message, processes) or outcomes
                 if over and outcomes is not None:
                     return outcomes
                 if trouble is not None:
@@ -139,9 +146,13 @@ class RankedRun:
         finally:
             processes.end()
 
-    def _take(self, message: dict[str, Any]) -> list[Outcome] | None:
+    def _take(self, message: dict[str, Any], processes: RankProcesses) -> list[Outcome] | None:
         if "outcomes" in message:
             return [decode(Outcome, outcome) for outcome in message["outcomes"]]
+        if "settle" in message:
+            # What was told before has gone on to whoever keeps it: it may be in a checkpoint now.
+            processes.send({"settled": message["settle"]})
+            return None
         event: Event = decode_named(Event, message["event"])
         if isinstance(event, TaskStarted):
             self._tokens_per_tick = event.tokens_per_tick

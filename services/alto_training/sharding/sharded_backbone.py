@@ -13,7 +13,7 @@ from torch import nn
 from alto_training.executor import attention
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backbone_weights import fingerprint, fingerprint_part, output_head
-from alto_training.executor.lora_linear import FrozenLinear
+from alto_training.executor.frozen_linear import DenseLinear
 from alto_training.executor.losses import OutputHead
 from alto_training.sharding.gather_order import GatherOrder
 from alto_training.sharding.units import ShardedUnit, ShardingEngine, plan_units
@@ -43,25 +43,6 @@ class ShardedWeights:
     def idle_pass(self, training: bool) -> None:
         """See `BackboneWeights.idle_pass`."""
         self.order.walk(training)
-
-
-class GatheredLinear:
-    """A `FrozenLinear` whose weight nobody may keep from the forward to the backward pass: it is let go of between.
-
-    Kernels that take a dense weight as such would keep it, and with it the whole backbone in the end.
-    """
-
-    def __init__(self, frozen: FrozenLinear) -> None:
-        self.in_features, self.out_features = frozen.in_features, frozen.out_features
-        self._frozen = frozen
-
-    def product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """See `FrozenLinear.product`."""
-        return self._frozen.product(x_TK)
-
-    def input_gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        """See `FrozenLinear.input_gradient`."""
-        return self._frozen.input_gradient(dy_TN)
 
 
 def load_sharded_backbone(
@@ -131,7 +112,8 @@ def shard_model(
     digest = fingerprint([parts[name] for name, _ in named])
     backbone = prepare_backbone(model, name_or_path, device, ShardedWeights(model, order, head, digest, parameters))
     for layer in backbone.layers:
-        layer.frozen = GatheredLinear(layer.frozen)
+        assert isinstance(layer.frozen, DenseLinear)
+        layer.frozen.comes_and_goes = True
     return backbone
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import fcntl
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ class Strategy(enum.StrEnum):
 
 
 class EngineName(enum.StrEnum):
-    """Who cuts and gathers a sharded backbone."""
+    """Who cuts and gathers a sharded backbone. `peer` needs CUDA, and ranks that share a host."""
 
     DEEPSPEED = "deepspeed"
     FSDP2 = "fsdp2"
+    PEER = "peer"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ def choose_strategy(
 
 
 class StrategyRecords:
-    """Tokens per second of strategies that were run, in a JSON file, by backbone, device and number of ranks."""
+    """Tokens per second of strategies that were run, in a JSON file, by backbone, device and number of ranks.
+
+    Several processes may note at once: a lock beside the file lets one after the other.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -106,10 +111,12 @@ class StrategyRecords:
 
     def note(self, base_model: str, device_kind: str, ranks: int, strategy: Strategy, tokens_per_s: float) -> None:
         """Note a measurement in place of an earlier one."""
-        records = self._read()
-        records.setdefault(_key(base_model, device_kind, ranks), {})[strategy.value] = tokens_per_s
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(self._path, json.dumps(records, indent=1, sort_keys=True).encode())
+        with self._path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            records = self._read()
+            records.setdefault(_key(base_model, device_kind, ranks), {})[strategy.value] = tokens_per_s
+            write_file(self._path, json.dumps(records, indent=1, sort_keys=True).encode())
 
     def _read(self) -> dict[str, dict[str, float]]:
         try:

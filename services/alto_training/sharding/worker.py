@@ -1,19 +1,18 @@
-"""The process of one worker rank: `python -m alto_training.sharding.worker FOLDER` with RANK and LOCAL_RANK set.
+"""What a worker rank does: the executor's loop, in lock step with the other ranks.
 
-Runs the executor's loop in lock step with the other ranks. It ends with status 0 when the run is over, with
-`REFUSED_STATUS` when the executor says why it cannot go on; any other end is a crash.
+The process ends with status 0 when the run is over, with `REFUSED_STATUS` when the executor says why it cannot go on;
+any other end is a crash.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
+import queue
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -55,15 +54,11 @@ from alto_training.sharding.strategy import Strategy, make_layout
 from alto_training.sharding.traffic import TrafficMeter
 from alto_training.sharding.worker_ranks import WorkerRanks
 
-_PR_SET_PDEATHSIG = 1
 
-
-def main() -> None:
-    """Run one rank of the order in the folder that the command line names."""
-    folder = Path(sys.argv[1])
+def run(folder: Path) -> None:
+    """Run the rank that the environment names, of the order in `folder`."""
     order = RankOrder.read(folder)
     rank = int(os.environ["RANK"])
-    _die_with_parent(order.parent_process_id)
     try:
         _run(folder, order, rank)
     except (ExecutorError, DatasetError, BaseModelError) as error:
@@ -94,6 +89,7 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
         rank=rank,
         world_size=order.ranks,
         timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
     )
     ranks = WorkerRanks(dist.new_group(backend="gloo", timeout=timeout), beat)
     settings = replace(order.settings, device=str(device), backend=_backend(order.settings, device))
@@ -106,23 +102,24 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
     backbone.weights = weights
     _check_checkpoint(order.workdir, ranks)
     with ExitStack() as stack:
-        tell = _teller(rank, stack)
+        parent = _Parent(rank, stack)
         meter = stack.enter_context(TrafficMeter()) if order.count_traffic else TrafficMeter()
         outcomes = Executor(
             order.jobs[0],
             order.workdir,
-            lambda event: tell("event", encode_named(event)),
+            lambda event: parent.tell("event", encode_named(event)),
             settings,
-            _control() if rank == 0 else None,
+            parent.commands if rank == 0 else None,
             companions=order.jobs[1:],
             backbone=backbone,
             open_data=_one_after_another(ranks),
             ranks=ranks,
+            before_checkpoint=parent.settle,
         ).run_all()
         report_file(folder, rank).write_text(
-            json.dumps(encode(_report(rank, backbone, weights, meter, idle_memory_bytes)))
+            json.dumps(encode(_report(ranks, backbone, weights, meter, idle_memory_bytes)))
         )
-        tell("outcomes", [encode(outcome) for outcome in outcomes])
+        parent.tell("outcomes", [encode(outcome) for outcome in outcomes])
     dist.destroy_process_group()
 
 
@@ -174,39 +171,52 @@ def _one_after_another(ranks: WorkerRanks) -> Callable[[TuningJob, Path], tuple[
     return open_data
 
 
-def _teller(rank: int, stack: ExitStack) -> Callable[[str, object], None]:
-    """Return what tells the parent of events and of the outcome; ranks other than 0 tell nothing."""
-    if rank != 0:
-        return lambda kind, value: None
-    stream: TextIO = stack.enter_context(os.fdopen(int(os.environ[EVENTS_VARIABLE]), "w"))
+class _Parent:
+    """Whoever watches over the ranks: rank 0 tells it of events and of the outcome, and hears commands.
 
-    def tell(kind: str, value: object) -> None:
-        stream.write(json.dumps({kind: value}) + "\n")
-        stream.flush()
+    The other ranks have nothing to say.
+    """
 
-    return tell
+    def __init__(self, rank: int, stack: ExitStack) -> None:
+        self.commands = ControlQueue()
+        self._stream: TextIO | None = None
+        self._settled: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._settling = 0
+        if rank == 0:
+            self._stream = stack.enter_context(os.fdopen(int(os.environ[EVENTS_VARIABLE]), "w"))
+            threading.Thread(target=self._listen, name="commands", daemon=True).start()
 
+    def tell(self, kind: str, value: object) -> None:
+        """Tell something; whether it was heard is not waited for."""
+        if self._stream is not None:
+            self._stream.write(json.dumps({kind: value}) + "\n")
+            self._stream.flush()
 
-def _control() -> ControlQueue:
-    """Return the commands that come in as lines on the standard input."""
-    commands = ControlQueue()
+    def settle(self) -> None:
+        """Wait until all that was told has been heard."""
+        if self._stream is not None:
+            self._settling += 1
+            self.tell("settle", self._settling)
+            while self._settled.get() != self._settling:
+                pass
 
-    def listen() -> None:
+    def _listen(self) -> None:
         for line in sys.stdin:
-            commands.put(decode_named(Command, json.loads(line)))
-
-    threading.Thread(target=listen, name="commands", daemon=True).start()
-    return commands
+            message = json.loads(line)
+            if "settled" in message:
+                self._settled.put(message["settled"])
+            else:
+                self.commands.put(decode_named(Command, message))
 
 
 def _report(
-    rank: int, backbone: Backbone, passes: CountedPasses, meter: TrafficMeter, idle_memory_bytes: int
+    ranks: WorkerRanks, backbone: Backbone, passes: CountedPasses, meter: TrafficMeter, idle_memory_bytes: int
 ) -> RankReport:
     kept = passes.weights
     whole = backbone.parameters * torch.empty(0, dtype=backbone.dtype).element_size()
     order = kept.order if isinstance(kept, ShardedWeights) else None
     return RankReport(
-        rank=rank,
+        rank=ranks.rank,
         training_gather_bytes=order.gathered_bytes(training=True) if order else 0,
         inference_gather_bytes=order.gathered_bytes(training=False) if order else 0,
         shard_bytes=order.shard_bytes if order else whole,
@@ -216,18 +226,7 @@ def _report(
         training_passes=passes.training + passes.idle_training,
         inference_passes=passes.inference + passes.idle_inference,
         idle_passes=passes.idle_training + passes.idle_inference,
+        moves=ranks.moves,
         traffic_calls=dict(meter.calls),
         traffic_bytes=dict(meter.bytes),
     )
-
-
-def _die_with_parent(parent: int) -> None:
-    """Have the kernel end this process with the one that watches over it."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("whoever started this rank is gone")
-
-
-if __name__ == "__main__":
-    main()

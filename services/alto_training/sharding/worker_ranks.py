@@ -20,6 +20,8 @@ _LENGTH_BYTES = 8
 class WorkerRanks:
     """`Ranks` over a gloo process group. `beat` is called before and after each exchange.
 
+    `moves` counts the times that a trial was dealt to another rank.
+
     Floats go through JSON, which gives back the same bits. What passes between ranks here are losses, norms, commands
     and file names; never a weight or a gradient.
     """
@@ -27,6 +29,7 @@ class WorkerRanks:
     def __init__(self, group: dist.ProcessGroup, beat: Callable[[], None] = lambda: None) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self.moves = 0
         self._group = group
         self._beat = beat
 
@@ -41,7 +44,9 @@ class WorkerRanks:
 
     def deal(self, loads: Sequence[float], owners: Sequence[int | None]) -> list[int]:
         """See `Ranks.deal`."""
-        return deal(loads, owners, self.size)
+        dealt = deal(loads, owners, self.size)
+        self.moves += sum(before not in (None, after) for before, after in zip(owners, dealt, strict=True))
+        return dealt
 
     def _exchange(self, mine: Any) -> list[Any]:
         """Return what each rank gives, by rank. Most fits into one small message; else a second one takes it all."""

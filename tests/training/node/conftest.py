@@ -196,7 +196,7 @@ class House:
     def logs(self):
         return "\n".join(f"--- {path}\n{path.read_text()[-6000:]}" for path in sorted(self.folder.rglob("*.log")))
 
-    def work(self, task_id="task", steps=12, trials=2, rows=24, **changes):
+    def work(self, task_id="task", steps=12, trials=2, rows=24, config=None, **changes):
         """A task over rows that go through the artifact store; its validation rows are split off by the node."""
         content = b"".join(
             json.dumps({"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}"}).encode() + b"\n" for i in range(rows)
@@ -204,7 +204,7 @@ class House:
         path = self.artifact_root / "datasets" / "rows.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        config = {"lora_rank": 4, "batch_size": 2, "max_steps": steps, "max_length": 32}
+        config = {"lora_rank": 4, "batch_size": 2, "max_steps": steps, "max_length": 32, **(config or {})}
         work = placement_pb2.TuningWork(
             task_id=task_id,
             base_model="tiny",
@@ -230,8 +230,9 @@ class House:
                 getattr(work, name).CopyFrom(value)
         return work
 
-    async def enqueue(self, work):
-        request = placement_service_pb2.EnqueueTaskRequest(tenant="acme", work=work)
+    async def enqueue(self, work, gpus=1):
+        resources = tuning_pb2.Resources(gpus=gpus)
+        request = placement_service_pb2.EnqueueTaskRequest(tenant="acme", work=work, resources=resources)
         return await self.stub.EnqueueTask(request, metadata=METADATA, timeout=20, wait_for_ready=True)
 
     async def plan(self):
@@ -249,9 +250,13 @@ class House:
 
     def worker_process(self, node_id="node-a"):
         """The process id of the worker that runs on a node, if one does."""
-        node = self.nodes[node_id].process.pid
-        children = Path(f"/proc/{node}/task/{node}/children").read_text().split()
-        return int(children[0]) if children else None
+        children = self.children(self.nodes[node_id].process.pid)
+        return children[0] if children else None
+
+    @staticmethod
+    def children(process_id):
+        """The process ids of a process's children, eldest first."""
+        return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
 
 
 async def until(condition, timeout_s=60.0, what="it"):

@@ -1,15 +1,28 @@
 """Whole searches on several real processes: every trial ends as it does in one process, whatever happens to ranks."""
 
+import json
 import os
 import random
 import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from alto_common.tuning import EarlyExit, Evaluation, TuningJob
-from alto_training.executor.events import CheckpointWritten, Event, Outcome, TaskStarted, TrialDecided, TrialState
+from alto_common.base_models import UnknownModelError, resolve
+from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig, TuningJob
+from alto_training.executor.events import (
+    CheckpointWritten,
+    Event,
+    Outcome,
+    TaskStarted,
+    TrialDecided,
+    TrialProgress,
+    TrialState,
+)
 from alto_training.executor.executor import Executor
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.sharding.errors import InputRefusedError, RankFailedError
@@ -17,7 +30,7 @@ from alto_training.sharding.rank_processes import RankProcesses
 from alto_training.sharding.run import RankedRun, RankSettings
 from alto_training.sharding.strategy import EngineName, Strategy
 from safetensors.torch import load_file
-from tiny_task import make_job, mixed_configs
+from tiny_task import make_job, mixed_configs, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -83,11 +96,14 @@ def test_a_rank_that_is_killed_at_any_moment_costs_nothing_but_time(
     attempts: list[RankProcesses] = []
     kill_after = random.randrange(1, 5)
 
+    def kill() -> None:
+        os.kill(attempts[0].process_ids[random.randrange(2)], signal.SIGKILL)
+
     def tell(event: Event) -> None:
         events.append(event)
         written = sum(isinstance(each, CheckpointWritten) for each in events)
-        if isinstance(event, CheckpointWritten) and written == kill_after:
-            os.kill(attempts[-1].process_ids[random.randrange(2)], signal.SIGKILL)
+        if isinstance(event, CheckpointWritten) and written == kill_after and len(attempts) == 1:
+            threading.Timer(random.uniform(0.0, 0.3), kill).start()
 
     ranks = RankSettings(2, Strategy.REPLICATED)
     (outcome,) = RankedRun(task, tmp_path, tell, SETTINGS, None, ranks, watch=attempts.append).run_all()
@@ -96,6 +112,28 @@ def test_a_rank_that_is_killed_at_any_moment_costs_nothing_but_time(
     resumed = [event.resumed_from_tick for event in events if isinstance(event, TaskStarted)]
     assert resumed[0] is None
     assert resumed[1] is not None
+
+
+def test_nothing_is_in_a_checkpoint_that_was_not_told_before(task: TuningJob, tmp_path: Path) -> None:
+    # Whoever listens may be killed at any moment: what it has not heard, a resumed run must tell again.
+    told: dict[str, int] = {}
+    checked = 0
+
+    def listen(event: Event) -> None:
+        nonlocal checked
+        if not isinstance(event, TrialProgress):
+            return
+        manifest = max((tmp_path / "checkpoints").glob("manifest-*.json"), default=None)
+        if manifest is not None:
+            (saved,) = json.loads(json.loads(manifest.read_text())["payload"])["state"]["tasks"]
+            for trial_id, run in saved["runs"].items():
+                assert run["step"] <= told.get(trial_id, 0)
+            checked += 1
+        told[event.trial_id] = event.step
+        time.sleep(0.03)
+
+    RankedRun(task, tmp_path, listen, SETTINGS, None, RankSettings(2, Strategy.REPLICATED)).run_all()
+    assert checked > 0
 
 
 def test_a_rank_that_hangs_is_named(task: TuningJob, tmp_path: Path) -> None:
@@ -130,3 +168,28 @@ def test_four_ranks_in_two_groups_equal_one_process(task: TuningJob, alone: Outc
     (outcome,) = run.run_all()
     assert_same(outcome, alone)
     assert all(report.shard_bytes * 2 == pytest.approx(report.backbone_bytes, rel=0.01) for report in run.reports)
+    assert run.reports[0].moves > 0, "exits leave ranks uneven: trials move, with their exact state"
+
+
+@pytest.mark.timeout(600)
+def test_a_pretrained_backbone_in_shares_equals_one_process(tmp_path: Path) -> None:
+    try:
+        model = resolve("smollm2-135m-instruct").location
+    except UnknownModelError:
+        pytest.skip("the model is not there; `alto models fetch` gets it")
+    for name, rows, seed in (("train", 6, 1), ("validation", 2, 2)):
+        write_rows(tmp_path / f"{name}.jsonl", rows, seed)
+    common: dict[str, Any] = {"learning_rate": 1e-3, "adam_epsilon": 1e-3, "max_length": 24, "max_steps": 1}
+    job = TuningJob(
+        task_id="task",
+        base_model=model,
+        train_path=str(tmp_path / "train.jsonl"),
+        validation_path=str(tmp_path / "validation.jsonl"),
+        trials=tuple(Trial(f"trial-{rank}", TrialConfig(lora_rank=rank, seed=rank, **common)) for rank in (4, 8)),
+        early_exit=EarlyExit("none"),
+        evaluation=Evaluation(count=1),
+    )
+    settings = ExecutorSettings(tokens_per_tick=96, backend=Backend.CPU, threads=1)
+    alone = Executor(job, tmp_path / "alone", lambda event: None, settings).run()
+    run = RankedRun(job, tmp_path / "ranks", lambda event: None, settings, None, RankSettings(2, Strategy.SHARDED))
+    assert_same(run.run_all()[0], alone)

@@ -73,14 +73,15 @@ def test_bytes_of_a_backbone_are_read_from_headers_alone(tiny_folder: Path) -> N
     assert backbone_bytes(tiny_folder / "model", 4) == 4 * sum(one.numel() for one in model.parameters())
 
 
-def test_an_order_survives_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [EngineName.FSDP2, None])
+def test_an_order_survives_json(tmp_path: Path, engine: EngineName | None) -> None:
     configs = [*mixed_configs(), TrialConfig(schedule=Schedule(ScheduleKind.COSINE, 0.1), target_modules=("q_proj",))]
     order = RankOrder(
         jobs=(make_job(tmp_path, *configs, early_exit=EarlyExit("asha")),),
         workdir=tmp_path,
         settings=ExecutorSettings(cache_dir=tmp_path),
         strategy=Strategy.HYBRID,
-        engine=EngineName.FSDP2,
+        engine=engine,
         ranks=4,
         ranks_per_host=2,
         parent_process_id=1,
