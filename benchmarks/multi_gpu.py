@@ -1,21 +1,28 @@
-"""Throughput on several GPUs of one host: our strategies against plain data-parallel PEFT under FSDP2 and ZeRO-3.
+"""Several GPUs of one host: our strategies against one GPU, and against data-parallel PEFT under FSDP2 and ZeRO-3.
 
-    make bench NAME=multi_gpu ARGS="--gpus 2 --shape 8b --trials 8 --batch 1,2,4,8 --length 256"
-    python benchmarks/multi_gpu.py --gpus 2 --shape tiny --device cpu --length 16      # a dry run without a GPU
+    make bench NAME=multi_gpu ARGS="--gpus 2 --shape 8b --cells 8x2x256,8x8x256"
+    python benchmarks/multi_gpu.py --gpus 2 --device cpu --shape tiny --cells 4x2x16     # a dry run without a GPU
 
-Weights are random, of the shape named: nothing is fetched. A round is one optimiser step of every trial (lora_rank 16,
-all seven projections). Ours share the trials out among the GPUs and pack them into ticks of `--tokens-per-tick`; the
-others train one adapter at a time, its batch of `--batch` sequences on each GPU, and so count N times as many tokens a
-step as the trial asked for: that favours them. Of each, warm-up rounds are not timed. `bytes_per_tick` is what the
-collectives of one pass deliver to a rank; `adapter_bytes` what of it is not the backbone's.
+Weights are random, of the shape named: nothing is fetched. First **parity**: one search (ragged rows, exits, backfill,
+dropout, a trial that becomes NaN) on one GPU and with each strategy, in fp32 (`max_rel_weight_err` of final weights)
+and in bf16 (`max_loss_difference`, beside the `spread` of one GPU under other tick sizes, which change the order of
+sums). Then **throughput** of cells TRIALSxBATCHxLENGTH (lora_rank 16, all seven projections, no early exit): ours is
+the executor itself, on every rank, with all that it does between ticks. Strategy `single` is one GPU while the others
+idle; it also runs each cell with its share of the trials, the load that a GPU has among N. The others train one adapter
+at a time, BATCH sequences on *each* GPU, and so count N times the tokens of a step: that favours them; `_split`
+compares with their BATCH / N on each GPU, which is the trial's own batch. Warm-up is not timed.
 
-Each result names its strategy; what cannot be run here is listed under "missing", with the reason. NVLink multicast
-stays as the environment sets it.
+`bytes_per_tick` are the gathers of a training pass on a rank, `adapter_bytes` what collectives sent beyond gathers and
+the fixed small messages, `exchange_shares` the part of its time that each rank spends on those messages (waiting for
+slower ranks included), `gather_s` how long all gathers of a pass take with nothing else to do. NVLink multicast stays
+as the environment sets it. One set of processes runs everything; a strategy that fails or hangs is named, and the rest
+goes on in a new set. `--output` is written after each result.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -23,408 +30,325 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-OURS = ("single", "replicated", "sharded", "hybrid")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import multi_gpu_others as others
+import multi_gpu_ours as ours
+from multi_gpu_ours import World
+from multi_gpu_shapes import SHAPES
+
 OTHERS = ("fsdp_peft", "zero3_peft")
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA_RANK = 16
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 256,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "32b": {
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-    },
-}
+ALL = "parity,whole,sharded:deepspeed,sharded:fsdp2,sharded:peer,hybrid:deepspeed,fsdp_peft,zero3_peft"
+PARITY_TICKS = (256, 160, 400)  # tokens; the strategies run with the first
+Cell = tuple[int, int, int]
+Results = Iterator[dict[str, Any]]
 
 
-def make_config(shape: str) -> Any:
-    from transformers import LlamaConfig
+class Run:
+    """What a rank knows of the whole run: the order, its world, and whether there is time left."""
 
-    return LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False)
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = torch.device(asked.device, rank) if asked.device == "cuda" else torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        place = f"file://{asked.rendezvous}"
+        bound = self.device if self.device.type == "cuda" else None
+        dist.init_process_group(backend, init_method=place, rank=rank, world_size=size, device_id=bound)
+        self.rank = rank
+        self.world = ours.together(self.device, dist.new_group(backend="gloo"))
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
+    def has_time(self) -> bool:
+        """Whether the budget is not spent, by rank 0's clock."""
+        left = {"left": self.asked.ends_at - time.time()} if self.rank == 0 else {}
+        return bool(self.world.ranks.united(left)["left"] > 0.0)
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    dist.barrier()
-
-
-def timed(rounds: int, device: torch.device, one_round: Callable[[], None]) -> float:
-    """Return the seconds of a round, after one that warms up."""
-    one_round()
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(rounds):
-        one_round()
-    synchronize(device)
-    return (time.perf_counter() - started) / rounds
-
-
-# Ours
-
-
-def load_ours(asked: argparse.Namespace, strategy: str, device: torch.device, dtype: torch.dtype) -> Any:
-    from alto_training.executor.backbone import prepare_backbone
-    from alto_training.sharding.loading import make_engine
-    from alto_training.sharding.sharded_backbone import empty_model, shard_model
-    from alto_training.sharding.strategy import EngineName, Strategy, make_layout
-    from alto_training.sharding.weight_files import RandomWeights, fill
-
-    model = empty_model(make_config(asked.shape), dtype)
-    layout = make_layout(Strategy(strategy), dist.get_world_size(), asked.ranks_per_host or dist.get_world_size())
-    if layout.shard_ranks == 1:
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        fill(model, names, RandomWeights(), device)
-        return prepare_backbone(model, asked.shape, device)
-    firsts = range(0, layout.ranks, layout.shard_ranks)
-    groups = {first: dist.new_group(list(layout.group_of(first))) for first in firsts}
-    engine = make_engine(EngineName(asked.engine), groups[layout.group_of(dist.get_rank()).start], device)
-    return shard_model(model, asked.shape, RandomWeights(), engine, device, asked.prefetch)
-
-
-class OurTrials:
-    """The trials of this rank, and rounds over them."""
-
-    def __init__(self, asked: argparse.Namespace, backbone: Any, trials: int, batch: int, length: int) -> None:
-        from alto_common.tuning import TrialConfig
-        from alto_training.executor.adapter import Adapter
-
-        self._backbone = backbone
-        self._config = TrialConfig(lora_rank=LORA_RANK, target_modules=tuple(TARGETS), batch_size=batch)
-        rank, world = dist.get_rank(), dist.get_world_size()
-        modules = backbone.adapted_modules(self._config)
-        self._adapters = []
-        for seed in range(rank, trials, world):
-            adapter = Adapter(modules, LORA_RANK, 2.0)
-            adapter.initialise(seed)
-            adapter.move(backbone.device)
-            self._adapters.append(adapter)
-        self._step = 0
-        pieces = [adapter for adapter in self._adapters for _ in range(batch)]
-        at_once = max(1, asked.tokens_per_tick // length)
-        # The fullest rank says how many ticks a round has; the others take empty ones.
-        most = -(-(-(-trials // world) * batch) // at_once)
-        self._ticks = [self._shares(pieces[start * at_once : (start + 1) * at_once], length) for start in range(most)]
-
-    def _shares(self, pieces: list[Any], length: int) -> list[Any]:
-        import numpy as np
-        from alto_training.executor.tick import Item, PackedSequence, Share
-
-        ids = np.arange(length, dtype=np.int32) % 251
-        item = Item((PackedSequence(ids, ids >= 0),), denominator=length - 1)
-        unique = list(dict.fromkeys(pieces))
-        denominator = float(self._config.batch_size * (length - 1))
-        return [Share(one, [item] * pieces.count(one), batch_denominator=denominator) for one in unique]
-
-    def one_pass(self) -> None:
-        from alto_training.executor import passes
-
-        passes.train_tick(self._backbone, self._ticks[0])
-
-    def one_round(self) -> None:
-        from alto_training.executor import passes
-        from alto_training.executor.optimizer import adamw_step, gradient_norm
-
-        for tick in self._ticks:
-            passes.train_tick(self._backbone, tick)
-        for adapter in self._adapters:
-            adamw_step(adapter, self._config, self._step, 1e-4, gradient_norm(adapter))
-        self._step += 1
-
-
-def run_ours(asked: argparse.Namespace, strategy: str, device: torch.device, dtype: torch.dtype) -> Any:
-    from alto_training.executor.backends import choose_backend
-    from alto_training.sharding.traffic import TrafficMeter
-
-    backbone = load_ours(asked, strategy, device, dtype)
-    name = asked.backend
-    if name == "auto":
+    def backend(self, dtype: torch.dtype) -> Any:
+        """Return whose kernels multiply the low-rank part."""
         import alto_kernels
+        from alto_training.executor.settings import Backend
 
-        wanted = "cpu" if device.type == "cpu" else "cutlass"
-        name = wanted if wanted in alto_kernels.backends(dtype) else "reference"
-    order = getattr(backbone.weights, "order", None)
-    for trials, batch, length in combinations(asked):
-        seats = -(-trials // dist.get_world_size())
-        backbone.use_backend(choose_backend(name, backbone.layers, seats, device, dtype))
-        ours = OurTrials(asked, backbone, trials, batch, length)
-        with TrafficMeter() as meter:
-            ours.one_pass()
-        seconds = timed(asked.rounds, device, ours.one_round)
-        backbone_bytes = order.gathered_bytes(training=True) if order else 0
-        yield {
-            "trials": trials,
-            "batch": batch,
-            "length": length,
-            "backend": name,
-            "tokens_per_s": round(trials * batch * length / seconds, 1),
-            "bytes_per_tick": sum(meter.bytes.values()),
-            "adapter_bytes": sum(meter.bytes.values()) - backbone_bytes,
-        }
-        del ours
+        if self.asked.backend != "auto":
+            return Backend(self.asked.backend)
+        wanted = Backend.CPU if self.device.type == "cpu" else Backend.CUTLASS
+        usable = wanted in alto_kernels.backends(dtype)
+        return wanted if usable else Backend.REFERENCE
+
+    def load(self, shape: str, strategy: str, engine: str, world: World, dtype: torch.dtype) -> Any:
+        return ours.load(shape, strategy, engine, world, dtype, self.asked.ranks_per_host or world.size)
 
 
-# The others: one adapter at a time, data-parallel
+def parity(run: Run, kinds: list[tuple[str, str]]) -> Results:
+    """Compare each strategy with one GPU."""
+    shape = "parity" if run.device.type == "cuda" else "tiny"
+    for dtype in dict.fromkeys((torch.float32, run.dtype)):
+        backend = run.backend(dtype)
+        named = {"dtype": str(dtype).removeprefix("torch."), "backend": str(backend)}
+        single: list[Any] = []
+        if run.rank == 0:
+            one = ours.alone(run.device)
+            backbone = run.load(shape, "single", "", one, dtype)
+            single = [ours.curves_and_weights(one, backbone, backend, tokens) for tokens in PARITY_TICKS]
+            spread = max(ours.largest_loss_difference(single[0][0], other[0]) for other in single[1:])
+            yield {"parity": "single", **named, "spread": spread, "steps": len(single[0][0])}
+        for strategy, engine in kinds:
+            run.world.ranks.united({})
+            backbone = run.load(shape, strategy, engine, run.world, dtype)
+            losses, weights, ends = ours.curves_and_weights(run.world, backbone, backend, PARITY_TICKS[0])
+            result: dict[str, Any] = {"parity": strategy, "engine": engine, **named}
+            if run.rank == 0:
+                result["max_rel_weight_err"] = ours.largest_weight_error(weights, single[0][1])
+                result["max_loss_difference"] = ours.largest_loss_difference(losses, single[0][0])
+                result["same_ends"] = sorted(ends) == sorted(single[0][2])
+            yield result
 
 
-def peft_model(model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=TARGETS))
-
-
-def fsdp_step(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Any], None]:
-    """Return a step of PEFT under FSDP2: each decoder layer and the whole sharded, base and adapter alike."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from transformers import AutoModelForCausalLM
-
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    with torch.device("meta"):
-        model = peft_model(AutoModelForCausalLM.from_config(make_config(asked.shape), dtype=dtype))
-    model.to(dtype)
-    base = model.get_base_model()
-    for layer in base.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model.to_empty(device=device)
-    for parameter in model.parameters():
-        local = parameter.to_local()
-        torch.nn.init.normal_(local, 0.0, 0.02)
-    # Not parameters: what `to_empty` left of the rotary embedding's buffers is computed anew.
-    fresh = type(base.model.rotary_emb)(config=base.config)
-    for name, buffer in fresh.named_buffers():
-        base.model.rotary_emb.get_buffer(name).copy_(buffer)
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-4)
-
-    def step(ids: Any) -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def throughput(run: Run, strategy: str, engine: str) -> Results:
+    """Measure our cells with one strategy; `whole` is single, then replicated, over the same backbones."""
+    whole = strategy == "whole"
+    named = {"strategy": "replicated" if whole else strategy, "engine": engine}
+    backbone = run.load(run.asked.shape, named["strategy"], engine, run.world, run.dtype)
+    traffic = ours.count_traffic(run.world, backbone, run.backend(run.dtype))
+    yield {**named, **traffic, "gather_s": ours.gather_seconds(run.world, backbone)}
+    alone = ours.alone(run.device) if run.rank == 0 else None
+    for cell in single_cells(run.asked.cells, run.world.size, run.asked.single_trials) if whole else []:
+        yield {"strategy": "single", "cell": cell, **speed_of(run, alone, backbone, cell)}
+    for cell in run.asked.cells:
+        yield {**named, "cell": cell, **speed_of(run, run.world, backbone, cell)}
 
 
-def zero3_step(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Callable[[Any], None]:
-    """Return a step of PEFT under DeepSpeed's ZeRO-3, by its own engine."""
-    import deepspeed
-    import torch._dynamo  # before zero.Init replaces the constructors of tensors, which its import uses
-    from transformers import AutoModelForCausalLM
-
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype is torch.bfloat16},
-        "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True},
-    }
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype):
-        model = AutoModelForCausalLM.from_config(make_config(asked.shape), dtype=dtype)
-    model = peft_model(model)
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-4)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-
-    def step(ids: Any) -> None:
-        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
-        engine.step()
-
-    return step
+def speed_of(run: Run, world: World | None, backbone: Any, cell: Cell) -> dict[str, Any]:
+    """Measure a cell, if there is time; without a world of its own a rank waits for those that have one."""
+    if not run.has_time():
+        return {"not_run": "no time left"}
+    found: dict[str, Any] = {}
+    if world is not None:
+        backend = run.backend(run.dtype)
+        found = peak(run, partial(ours.measure, world, backbone, cell, backend, run.asked.tokens_per_tick))
+        found["backend"] = str(backend)
+    run.world.ranks.united({})
+    return found
 
 
-def run_others(asked: argparse.Namespace, strategy: str, device: torch.device, dtype: torch.dtype) -> Any:
-    make = {"fsdp_peft": fsdp_step, "zero3_peft": zero3_step}[strategy]
-    step = make(asked, device, dtype)
-    done: dict[tuple[int, int], dict[str, Any]] = {}
-    for trials, batch, length in combinations(asked):
-        # One adapter after another: the number of trials changes nothing.
-        if (batch, length) not in done:
-            ids = (torch.arange(length, device=device) % 251).repeat(batch, 1)
-            seconds = timed(asked.rounds, device, lambda ids=ids: step(ids))  # type: ignore[misc]
-            tokens = dist.get_world_size() * batch * length
-            done[batch, length] = {"batch": batch, "length": length, "tokens_per_s": round(tokens / seconds, 1)}
-        yield {"trials": trials, **done[batch, length]}
+def single_cells(cells: list[Cell], gpus: int, most_trials: int) -> list[Cell]:
+    """Return what one GPU is measured on: each cell with its share of the trials, and whole where it has few."""
+    shares = [(trials // gpus, batch, length) for trials, batch, length in cells if trials % gpus == 0]
+    return list(dict.fromkeys(cell for cell in (*shares, *cells) if cell[0] <= most_trials))
+
+
+def plain(run: Run, strategy: str) -> Results:
+    """Measure PEFT under FSDP2 or ZeRO-3."""
+    step = others.make_step(strategy, run.asked.shape, run.device, run.dtype)
+    loads = {(1, batch, length) for _, batch, length in run.asked.cells}
+    for cell in sorted(loads, key=lambda one: one[1] * one[2]):
+        if cell[1] * cell[2] > run.asked.plain_tokens:
+            found: dict[str, Any] = {"not_run": "would not fit"}
+        elif not run.has_time():
+            found = {"not_run": "no time left"}
+        else:
+            found = peak(run, partial(others.measure, step, cell[1], cell[2], run.device))
+        yield {"strategy": strategy, "cell": cell, **found}
+
+
+def peak(run: Run, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `measure` does, with the most memory that was in use on this rank's device."""
+    if run.device.type != "cuda":
+        return measure()
+    torch.cuda.reset_peak_memory_stats(run.device)
+    return {**measure(), "peak_gb": round(torch.cuda.max_memory_allocated(run.device) / 1e9, 2)}
 
 
 # Processes
 
 
-def combinations(asked: argparse.Namespace) -> list[tuple[int, int, int]]:
-    """Return (trials, batch, length), those with fewer tokens first: memory runs out at the end, if it does."""
-    every = [(trials, batch, length) for trials in asked.trials for batch in asked.batch for length in asked.length]
-    return sorted(every, key=lambda one: (one[1] * one[2], one[0]))
-
-
 def run_rank(asked: argparse.Namespace) -> None:
-    """Be one rank: measure one strategy, and write results as JSON lines (rank 0)."""
-    rank = int(os.environ["RANK"])
-    device = torch.device(asked.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{asked.rendezvous}",
-        rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Be one rank: run the stages one after the other; rank 0 writes results as JSON lines."""
+    run = Run(asked)
     torch.manual_seed(0)
-    run = run_ours if asked.rank_of in OURS else run_others
     with Path(asked.results).open("a") as results:
-        for result in run(asked, asked.rank_of, device, dtype):
-            if device.type == "cuda":
-                result["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-                torch.cuda.reset_peak_memory_stats(device)
-            if rank == 0:
-                results.write(json.dumps({"strategy": asked.rank_of, **result}) + "\n")
+
+        def tell(result: dict[str, Any]) -> None:
+            if run.rank == 0:
+                results.write(json.dumps(result) + "\n")
                 results.flush()
-    sys.stdout.flush()
+
+        for stage in asked.stages.split(","):
+            tell({"begun": stage})
+            started = time.time()
+            name, _, engine = stage.partition(":")
+            if name == "parity":
+                kinds = [tuple(other.partition(":")[::2]) for other in asked.parity.split(",")]
+                found = parity(run, kinds)
+            else:
+                found = plain(run, name) if name in OTHERS else throughput(run, name, engine)
+            for result in found:
+                tell(result)
+            del found
+            gc.collect()
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+            tell({"finished": stage, "seconds": round(time.time() - started, 1)})
     # NCCL's own clean-up may wait for ranks that are gone.
     os._exit(0)
 
 
-def launch(asked: argparse.Namespace, strategy: str, gpus: int, folder: Path) -> list[dict[str, Any]]:
-    """Run one strategy on `gpus` processes; return its results, the last of which says how it failed if it did."""
-    results, log = folder / f"{strategy}-{gpus}.jsonl", folder / f"{strategy}-{gpus}.log"
-    results.touch()
-    rendezvous = folder / f"rendezvous-{strategy}-{gpus}"
-    command = [sys.executable, __file__, *sys.argv[1:], "--rank-of", strategy, "--results", str(results)]
-    command += ["--rendezvous", str(rendezvous)]
-    processes = []
-    for rank in range(gpus):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(gpus)}
-        if asked.device == "cpu":
-            environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        with log.open("ab") as output:
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-    deadline = time.monotonic() + asked.timeout_s
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if any(process.poll() for process in processes):
-            break
-        time.sleep(0.2)
-    failed = any(process.poll() != 0 for process in processes)
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-    found = [{"gpus": gpus, **json.loads(line)} for line in results.read_text().splitlines()]
-    if failed:
+def launch(asked: argparse.Namespace, stages: list[str], folder: Path, take: Callable[[dict[str, Any]], None]) -> None:
+    """Run the stages on one set of processes; start another for what is left when one fails."""
+    for number in range(len(stages)):
+        results, log = folder / f"results-{number}", folder / f"log-{number}"
+        results.touch()
+        command = [sys.executable, __file__, *sys.argv[1:], "--stages", ",".join(stages), "--results", str(results)]
+        command += ["--rendezvous", str(folder / f"rendezvous-{number}"), "--ends-at", str(asked.ends_at)]
+        processes = [start(command, rank, asked, log) for rank in range(asked.gpus)]
+        begun, seen, heard_at = stages[0], 0, time.monotonic()
+        while True:
+            running = [process.poll() is None for process in processes]
+            for line in results.read_text().splitlines(keepends=True)[seen:]:
+                if not line.endswith("\n"):
+                    break
+                seen, heard_at, result = seen + 1, time.monotonic(), json.loads(line)
+                begun = result.get("begun", begun)
+                if "finished" in result:
+                    stages = [stage for stage in stages if stage != result["finished"]]
+                take(result)
+            failed = any(process.poll() for process in processes) or time.monotonic() - heard_at > asked.silence_s
+            if failed or not any(running):
+                break
+            time.sleep(0.2)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        if not failed or not stages:
+            return
         text = log.read_text(errors="replace")
-        why = "out of memory" if "OutOfMemoryError" in text or "TickTooLarge" in text else text[-1500:]
-        found.append({"strategy": strategy, "gpus": gpus, "failed": why})
-    return found
+        take({"failed": begun, "why": "out of memory" if "OutOfMemoryError" in text else text[-3000:]})
+        stages = [stage for stage in stages if stage != begun]
+        if not stages or time.time() > asked.ends_at:
+            return
+
+
+def start(command: list[str], rank: int, asked: argparse.Namespace, log: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(asked.gpus)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    if asked.device == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
 
 def missing(asked: argparse.Namespace) -> dict[str, str]:
-    """Return what cannot be run here, and why."""
+    """Return the stages that cannot be run here, and why."""
     found = {}
     if importlib.util.find_spec("peft") is None:
         found |= dict.fromkeys(OTHERS, "peft is not installed")
     if importlib.util.find_spec("deepspeed") is None:
-        found["zero3_peft"] = "deepspeed is not installed here: carry its wheel (and hjson's), or leave it out"
-        if asked.engine == "deepspeed":
-            found |= dict.fromkeys(("sharded", "hybrid"), "deepspeed is not installed here: take --engine fsdp2")
+        found |= dict.fromkeys(("zero3_peft", "sharded:deepspeed", "hybrid:deepspeed"), "deepspeed is not installed")
+    if asked.device == "cpu":
+        found["sharded:peer"] = "needs GPUs"
     if asked.gpus < 4 or asked.ranks_per_host in (None, asked.gpus):
-        found["hybrid"] = "needs 4 GPUs at the least and --ranks-per-host below their number"
+        found |= dict.fromkeys(
+            ("hybrid:deepspeed", "hybrid:fsdp2"), "needs 4 GPUs at the least and --ranks-per-host below their number"
+        )
     return found
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def cells(text: str) -> list[Cell]:
+    """Return the cells, those that need most memory last: a set of ranks whose memory runs out is lost."""
+    found = [tuple(int(number) for number in cell.split("x")) for cell in text.split(",")]
+    every = [(trials, batch, length) for trials, batch, length in found]
+    return sorted(every, key=lambda cell: (cell[0], cell[1] * cell[2]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--trials", type=numbers, default=[8, 32])
-    parser.add_argument("--batch", type=numbers, default=[1, 2, 4, 8])
-    parser.add_argument("--length", type=numbers, default=[256, 1024])
-    parser.add_argument("--strategies", default="single,replicated,sharded,hybrid,fsdp_peft,zero3_peft")
-    parser.add_argument("--engine", choices=["deepspeed", "fsdp2", "auto"], default="auto")
+    parser.add_argument("--cells", type=cells, default=cells("8x1x256,8x2x256,8x4x256,8x8x256,8x2x1024,32x2x256"))
+    parser.add_argument("--stages", default=ALL)
+    parser.add_argument("--parity", default="replicated,sharded:deepspeed,sharded:fsdp2,sharded:peer")
     parser.add_argument("--backend", default="auto", help="alto_kernels' back end")
     parser.add_argument("--ranks-per-host", type=int, help="for hybrid: share the backbone among so many")
     parser.add_argument("--tokens-per-tick", type=int, default=8192)
-    parser.add_argument("--prefetch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--single-trials", type=int, default=8, help="the most that one GPU has room for")
+    parser.add_argument("--plain-tokens", type=int, default=4096, help="the most that PEFT has room for on a GPU")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--timeout-s", type=float, default=400.0, help="of one strategy")
-    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--budget-s", type=float, default=3600.0, help="after that no new cell is begun")
+    parser.add_argument("--silence-s", type=float, default=120.0, help="a set of ranks silent for so long hangs")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--results", help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", help=argparse.SUPPRESS)
+    parser.add_argument("--ends-at", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.engine == "auto":
-        asked.engine = "deepspeed" if importlib.util.find_spec("deepspeed") else "fsdp2"
-    if asked.rank_of:
+    if asked.results:
         run_rank(asked)
     if asked.device == "cuda" and torch.cuda.device_count() < asked.gpus:
         print(f"there are {torch.cuda.device_count()} GPUs here, not {asked.gpus}: give --gpus, or --device cpu")
         return 2
+    asked.ends_at = time.time() + asked.budget_s
     absent = missing(asked)
-    results = []
+    results: list[dict[str, Any]] = []
+
+    def take(result: dict[str, Any]) -> None:
+        results.append(result)
+        print(json.dumps(result), flush=True)
+        if asked.output:
+            asked.output.write_text(json.dumps(summary(asked, results, absent), indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
-        for strategy in asked.strategies.split(","):
-            if strategy in absent:
-                print(json.dumps({"strategy": strategy, "missing": absent[strategy]}), flush=True)
-                continue
-            for result in launch(asked, strategy, 1 if strategy == "single" else asked.gpus, Path(folder)):
-                results.append(result)
-                print(json.dumps(result), flush=True)
-    device = torch.cuda.get_device_name(0) if asked.device == "cuda" else f"cpu x{os.cpu_count()}"
-    summary = {
+        stages = [stage for stage in asked.stages.split(",") if stage not in absent]
+        launch(asked, stages, Path(folder), take)
+    print(json.dumps(summary(asked, results, absent)))
+    return 1 if any("failed" in result for result in results) else 0
+
+
+def summary(asked: argparse.Namespace, results: list[dict[str, Any]], absent: dict[str, str]) -> dict[str, Any]:
+    return {
         "benchmark": "multi_gpu",
+        "command": " ".join(["python", "benchmarks/multi_gpu.py", *sys.argv[1:]]),
         "shape": asked.shape,
         "gpus": asked.gpus,
-        "device": device,
-        "engine": asked.engine,
+        "device": torch.cuda.get_device_name(0) if asked.device == "cuda" else f"cpu x{os.cpu_count()}",
         "torch": torch.__version__,
-        "results": results,
         "missing": absent,
         "ratios": ratios(results, asked.gpus),
+        "results": [result for result in results if "begun" not in result],
     }
-    print(json.dumps(summary))
-    return 1 if any("failed" in result and result["failed"] != "out of memory" for result in results) else 0
 
 
 def ratios(results: list[dict[str, Any]], gpus: int) -> list[dict[str, Any]]:
-    """Return what each combination gives: scaling over one GPU, and ours over the others."""
-    speed = {
-        (one["strategy"], one["trials"], one["batch"], one["length"]): one["tokens_per_s"]
-        for one in results
-        if "tokens_per_s" in one
-    }
+    """Return what each cell gives: scaling over one GPU, sharded over replicated, and ours over the others."""
+    speed: dict[tuple[str, Cell], float] = {}
+    for one in results:
+        if "tokens_per_s" in one:
+            name = f"{one['strategy']}:{one['engine']}" if one.get("engine") else one["strategy"]
+            speed[name, tuple(one["cell"])] = one["tokens_per_s"]
     found = []
-    for trials, batch, length in sorted({key[1:] for key in speed}):
-        here = {key[0]: value for key, value in speed.items() if key[1:] == (trials, batch, length)}
-        row: dict[str, Any] = {"trials": trials, "batch": batch, "length": length}
-        pairs = [("replicated", "single", gpus), ("sharded", "replicated", 1), ("sharded", "fsdp_peft", 1)]
-        for ours, other, scale in [*pairs, ("sharded", "zero3_peft", 1), ("replicated", "fsdp_peft", 1)]:
-            if ours in here and other in here:
-                row[f"{ours}_over_{scale if scale > 1 else ''}{other}"] = round(here[ours] / here[other] / scale, 3)
+    for cell in dict.fromkeys(cell for name, cell in speed if name not in (*OTHERS, "single")):
+        trials, batch, length = cell
+        here = {name: value for (name, one), value in speed.items() if one == cell and name != "single"}
+        row: dict[str, Any] = {"cell": cell}
+        for name in here:
+            rows = {
+                "weak_scaling": (speed.get(("single", (trials // gpus, batch, length))), gpus),
+                "strong_scaling": (speed.get(("single", cell)), gpus),
+                "over_replicated": (here.get("replicated"), 1),
+                "over_fsdp_peft": (speed.get(("fsdp_peft", (1, batch, length))), 1),
+                "over_fsdp_peft_split": (speed.get(("fsdp_peft", (1, batch // gpus, length))), 1),
+                "over_zero3_peft": (speed.get(("zero3_peft", (1, batch, length))), 1),
+            }
+            row[name] = {key: round(here[name] / base / n, 3) for key, (base, n) in rows.items() if base}
         found.append(row)
     return found
 
