@@ -48,7 +48,7 @@ void Reader::read_all(py::handle snapshot, Problem& problem) {
     read_nodes(snapshot.attr("nodes"), problem);
     read_waiting(snapshot.attr("waiting"), problem);
     read_running(snapshot.attr("running"), problem);
-    read_tenants(snapshot.attr("tenants"), problem);
+    number_tenants(read_tenants(snapshot.attr("tenants"), problem), problem);
     read_windows(snapshot.attr("reservations"), problem);
     finish_shapes(problem);
 }
@@ -333,7 +333,8 @@ void Reader::read_running(py::handle rows, Problem& problem) {
     }
 }
 
-void Reader::read_tenants(py::handle rows, Problem& problem) {
+std::vector<int> Reader::read_tenants(py::handle rows, Problem& problem) {
+    std::vector<int> listed;
     std::unordered_map<std::string, int> cohorts;
     std::unordered_set<std::string> named;
     problem.has_quotas = false;
@@ -343,6 +344,7 @@ void Reader::read_tenants(py::handle rows, Problem& problem) {
         if (!named.insert(name).second) throw ReadError("duplicate", name, "the tenant appears twice");
         const auto index = static_cast<std::size_t>(tenant_of(name));
         if (index >= problem.tenants.size()) problem.tenants.resize(index + 1);
+        listed.push_back(static_cast<int>(index));
         Tenant& tenant = problem.tenants[index];
         tenant.weight = number(row, "weight");
         tenant.usage_gpu_s = number(row, "usage_gpu_s");
@@ -358,6 +360,28 @@ void Reader::read_tenants(py::handle rows, Problem& problem) {
         if (!cohort.empty())
             tenant.cohort = cohorts.try_emplace(cohort, static_cast<int>(cohorts.size())).first->second;
     }
+    return listed;
+}
+
+// Only the tenants of this snapshot, by name: whom the reader met before must not show in turns or shares.
+void Reader::number_tenants(const std::vector<int>& listed, Problem& problem) {
+    std::vector<char> present(problem.tenants.size(), 0);
+    for (int index : listed) present[index] = 1;
+    for (const Task& task : problem.tasks) present[task.tenant] = 1;
+    for (const Pinned& pinned : problem.pinned) present[pinned.tenant] = 1;
+    std::vector<std::pair<std::string, int>> named;
+    for (const auto& [name, index] : tenants_)
+        if (present[index]) named.emplace_back(name, index);
+    std::sort(named.begin(), named.end());
+    std::vector<int> number(present.size(), -1);
+    std::vector<Tenant> tenants;
+    for (const auto& [name, index] : named) {
+        number[index] = static_cast<int>(tenants.size());
+        tenants.push_back(problem.tenants[index]);
+    }
+    problem.tenants = std::move(tenants);
+    for (Task& task : problem.tasks) task.tenant = number[task.tenant];
+    for (Pinned& pinned : problem.pinned) pinned.tenant = number[pinned.tenant];
 }
 
 void Reader::read_windows(py::handle rows, Problem& problem) {

@@ -58,7 +58,8 @@ class Reader {
 
     void read_all(pybind11::handle snapshot, Problem& problem);
     void read_nodes(pybind11::handle rows, Problem& problem);
-    void read_tenants(pybind11::handle rows, Problem& problem);
+    std::vector<int> read_tenants(pybind11::handle rows, Problem& problem);
+    void number_tenants(const std::vector<int>& listed, Problem& problem);
     void read_waiting(pybind11::handle rows, Problem& problem);
     void sort_by_area(const std::vector<int>& fresh);
     void fill_tasks(Problem& problem);

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import alto_planner
 import pytest
 from alto_placement.planner import (
     ChangeKind,
@@ -330,3 +331,19 @@ def test_after_a_refused_snapshot_the_next_good_one_is_planned_as_if_nothing_had
         # The plan made before is whole and stays readable, and the same snapshot gives it again.
         assert len(before.placements) == 6
         assert tuple(plan(good, memory=memory).placements) == tuple(before.placements)
+
+
+def test_tenants_of_the_past_do_not_weigh_in() -> None:
+    # Turns between equals, and shares of the whole, must not depend on whom a memory met before, or in which order.
+    memory = Memory()
+    tenants = [Tenant("ada", usage_gpu_s=50.0), Tenant("bo", usage_gpu_s=100.0)]
+    earlier = [task("z", tenant="zoe"), task("a", tenant="ada"), task("b", tenant="bo")]
+    plan(Snapshot(0.0, [NODE], earlier), memory=memory)
+    queue = [task(f"t{i}", 8, 10.0, tenant=name) for i, name in enumerate(("bo", "ada", "bo", "ada"))]
+    for rows in ([], tenants):
+        snapshot = Snapshot(0.0, [NODE], queue, tenants=rows)
+        assert tuple(plan(snapshot, memory=memory).placements) == tuple(plan(snapshot).placements)
+        read = alto_planner.Reader()
+        read.read(Snapshot(0.0, [NODE], earlier))
+        with_past = alto_planner.solve(read.read(snapshot), 0.0, 0)
+        assert with_past.value == alto_planner.solve(alto_planner.Reader().read(snapshot), 0.0, 0).value
