@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -47,9 +48,11 @@ def default_calibrations_folder() -> Path:
 def load_calibration(folder: Path, key: CalibrationKey) -> CostModel | None:
     """Return the model saved for `key`, None if there is none that can be read."""
     try:
-        return CostModel(**json.loads((folder / key.file_name).read_text())["model"])
+        model = CostModel(**json.loads((folder / key.file_name).read_text())["model"])
+        sound = all(0.0 <= value < math.inf for value in dataclasses.astuple(model))
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    return model if sound else None
 
 
 def save_calibration(folder: Path, key: CalibrationKey, model: CostModel) -> None:

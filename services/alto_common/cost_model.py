@@ -209,7 +209,8 @@ class CostModel:
 
         `parameters` are those of each adapter that may come; the tick is the costliest that they can make.
         """
-        left = budget_bytes - self.peak_bytes(one_tick, 0.0)
+        # Loading is over: its peak (in NF4 the dense weights) leaves no less room.
+        left = budget_bytes - dataclasses.replace(self, loading_bytes=0.0).peak_bytes(one_tick, 0.0)
         slots = 0
         for size in sorted(parameters, reverse=True):
             left -= self.bytes_per_parameter * size
@@ -232,7 +233,9 @@ class CostModel:
         return Accuracy(max(bytes_errors), max(seconds_errors))
 
 
-def prior(facts: ModelFacts, bytes_per_value: int, flops_per_s: float) -> CostModel:
+def prior(
+    facts: ModelFacts, bytes_per_value: int, flops_per_s: float, backbone_bytes: float | None = None
+) -> CostModel:
     """Return the model to use before anything was measured, from the shape of the backbone.
 
     `bytes_per_value` is that of weights and activations (4 for fp32, 2 for bf16); `flops_per_s` what the device reaches
@@ -244,7 +247,7 @@ def prior(facts: ModelFacts, bytes_per_value: int, flops_per_s: float) -> CostMo
     weights = sum(width_in * width_out for width_in, width_out in facts.linear_modules.values())
     activations = ACTIVATION_FACTOR * features * bytes_per_value
     kept_inputs = ADAPTED_INPUT_FACTOR * inputs * bytes_per_value
-    backbone = float(facts.parameters * bytes_per_value)
+    backbone = float(facts.parameters * bytes_per_value) if backbone_bytes is None else backbone_bytes
     return CostModel(
         loading_bytes=backbone + RUNTIME_BYTES,
         fixed_bytes=backbone + RUNTIME_BYTES,

@@ -92,11 +92,12 @@ def search_load(
     )
     training, evaluating = Load(), Load()
     batches = []
+    lengths = {length: _Lengths.of(train, length) for length in {trial.config.max_length for trial in trials}}
     for trial, shape in zip(trials, shapes, strict=True):
         config = trial.config
-        rows = [row.cut(config.max_length) for row in train]
+        rows = lengths[config.max_length]
         sequences = _items(config, train_rows) * sequences_per_row
-        trained = _sum_of_rows(rows).scaled(sequences / len(rows))
+        trained = rows.sum.scaled(sequences / len(train))
         training += _with_adapter(trained, shape, config.total_steps(train_rows))
         evaluating += _with_adapter(validated.scaled(evaluation.count), shape, 0)
         batches.append(_batch(config, shape, rows, sequences_per_row))
@@ -104,10 +105,8 @@ def search_load(
     evaluating += validated
     if sequences_per_row > 1:
         evaluating += validated
-        for length in {trial.config.max_length for trial in trials}:
-            evaluating += _sum_of_rows([row.cut(length) for row in train]).scaled(
-                train_rows * sequences_per_row / len(train)
-            )
+        for length in lengths:
+            evaluating += lengths[length].sum.scaled(train_rows * sequences_per_row / len(train))
     slots = min(machine.slots, len(trials))
     steps = sorted((trial.config.total_steps(train_rows) for trial in trials), reverse=True)
     training_ticks = max(training.tokens / machine.tokens_per_tick, sum(steps) / slots, steps[0])
@@ -132,6 +131,22 @@ def expected_share(early_exit: EarlyExit, trials: int) -> float:
 
 
 @dataclass(frozen=True)
+class _Lengths:
+    """The rows of a dataset cut to one length, which many trials share: their sum, and how long they are."""
+
+    sum: Load
+    mean: float
+    deviation: float
+    longest: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], max_length: int) -> _Lengths:
+        cut = [row.cut(max_length) for row in rows]
+        tokens = [row.tokens for row in cut]
+        return cls(_sum_of_rows(cut), statistics.fmean(tokens), statistics.pstdev(tokens), max(tokens))
+
+
+@dataclass(frozen=True)
 class _Batch:
     """The tokens of a trial's effective batches: their mean, the largest to expect, and the longest single row."""
 
@@ -141,11 +156,9 @@ class _Batch:
     longest_row: int
 
 
-def _batch(config: TrialConfig, shape: AdapterShape, rows: Sequence[Row], sequences_per_row: int) -> _Batch:
-    lengths = [row.tokens for row in rows]
+def _batch(config: TrialConfig, shape: AdapterShape, rows: _Lengths, sequences_per_row: int) -> _Batch:
     size = config.effective_batch_size * sequences_per_row
-    deviation = math.sqrt(size) * statistics.pstdev(lengths)
-    return _Batch(shape, size * statistics.fmean(lengths), deviation, sequences_per_row * max(lengths))
+    return _Batch(shape, size * rows.mean, math.sqrt(size) * rows.deviation, sequences_per_row * rows.longest)
 
 
 def _largest_tick(batches: Sequence[_Batch], slots: int, tokens_per_tick: int, ticks: float) -> Load:

@@ -44,6 +44,7 @@ ENOUGH_RUNS = 20  # their own quantiles are believed from here on
 PRIOR_RUN_ERROR, PRIOR_RUNS = 0.1, 4.0
 TRUSTED_TICKS = 20.0  # a run's own pace counts half after so many ticks
 OVERSTAY = 0.01  # of what has elapsed: a task that outlives its prediction is late, not over
+LEAST_LEFT = 1e-6  # of the full work: what has done all of it has yet to say so
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Measured:
 
     def since(self, before: Measured) -> Measured:
         """Return what was done after `before`; everything when the run has begun anew since."""
-        if before.ticks > self.ticks or before.evaluation_tokens > self.evaluation_tokens:
+        if any(getattr(before, name) > getattr(self, name) for name in self.__dataclass_fields__):
             return self
         return Measured(
             self.ticks - before.ticks,
@@ -176,14 +177,18 @@ class HardwareModel:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> HardwareModel:
-        """Return the model that `state` describes."""
-        return cls(
+        """Return the model that `state` describes. Raises TypeError, KeyError, ValueError for what is none."""
+        model = cls(
             **{
                 **state,
                 "training": TickModel(**state["training"]),
                 "run_errors": deque(state["run_errors"], maxlen=RUNS),
             }
         )
+        tried = model.seconds((1.0, model.fullest, 1.0), 1.0), *model.error_interval((1.0, model.fullest, 1.0))
+        if not all(map(math.isfinite, tried)) or tried[0] <= 0:
+            raise ValueError(f"a model that predicts {tried} s")
+        return model
 
 
 @dataclass
@@ -248,7 +253,7 @@ class DurationModel:
         pace = (done.seconds / so_far) ** trust if done.seconds > 0 and so_far > 0 else 1.0
         done_share, most_share = max(so_far / full, trained_share), most / full
         share = self.shares.expect(tenant, shape, prior_share, done_share)
-        least = OVERSTAY * done.seconds / pace / full
+        least = max(LEAST_LEFT, OVERSTAY * done.seconds / pace / full)
         left_share = Share(
             *(max(least, min(most_share, total - done_share)) for total in (share.expected, share.low, share.high))
         )

@@ -13,11 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from alto_placement.durations import NOTHING_DONE, DurationModel, Hardware, HardwareModel, Measured, Work
 from alto_placement.planner import Duration
 from alto_placement.state import AssignmentRow, Moment, Outcome, Progress, TaskRow, WorkSize
 
-# A record of what was learned: its name (JSON, at most 512 characters) and its content.
+log = structlog.get_logger("alto.placement")
+
+LONGEST_NAME = 512
+# A record of what was learned: its name (JSON, at most LONGEST_NAME characters) and its content.
 Records = Mapping[str, Any]
 
 # Weights of a size that is not known: a task of unknown size is taken for a small one.
@@ -43,6 +48,7 @@ class Forecasts:
         self.model = DurationModel()
         self._runs: dict[str, _Run] = {}
         self._changed: set[Hardware | tuple[str, str]] = set()
+        self._told: set[Hardware | tuple[str, str]] = set()
 
     def whole(self, task: TaskRow, gpu_kind: str) -> Duration:
         """Return how long a task takes from its beginning."""
@@ -149,20 +155,30 @@ class Forecasts:
         for key in self._changed:
             if isinstance(key, Hardware):
                 name = ["hardware", key.backbone, key.gpu_kind, key.gpus, key.parameters]
-                records[json.dumps(name)] = self.model.hardware[key].state()
+                content: Any = self.model.hardware[key].state()
             else:
-                records[json.dumps(["share", *key])] = self.model.shares.state(*key)
-        self._changed.clear()
+                name, content = ["share", *key], self.model.shares.state(*key)
+            if len(text := json.dumps(name, ensure_ascii=False)) <= LONGEST_NAME:
+                records[text] = content
+        self._told, self._changed = self._changed, set()
         return records
+
+    def not_kept(self) -> None:
+        """Note that what `changed` returned last could not be kept: it is returned again."""
+        self._changed |= self._told
 
     def load(self, records: Records) -> None:
         """Take up what `changed` returned at some time."""
         for name, content in records.items():
             kind, *key = json.loads(name)
-            if kind == "hardware":
-                self.model.hardware[Hardware(*key)] = HardwareModel.from_state(content)
-            elif kind == "share":
-                self.model.shares.load(key[0], key[1], content)
+            try:
+                if kind == "hardware":
+                    self.model.hardware[Hardware(*key)] = HardwareModel.from_state(content)
+                elif kind == "share":
+                    self.model.shares.load(key[0], key[1], content)
+            except (TypeError, ValueError, KeyError, IndexError, ArithmeticError):
+                # Of another version, or damaged: it is learned again.
+                log.warning("what was learned cannot be read; it is learned again", name=name)
 
 
 def _hardware(task: TaskRow, gpu_kind: str) -> Hardware:

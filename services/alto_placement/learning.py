@@ -54,10 +54,17 @@ class Learning:
     async def save(self) -> None:
         """Keep what is new."""
         at_s = self._clock().wall_s
-        usage = {json.dumps(["usage", one]): {"gpu_s": s, "at_s": at_s} for one, s in self._usage_gpu_s.items()}
+        usage = {
+            json.dumps(["usage", one], ensure_ascii=False): {"gpu_s": s, "at_s": at_s}
+            for one, s in self._usage_gpu_s.items()
+        }
         records = {**self.forecasts.changed(), **usage}
         if records:
-            await self._store.save_learned(records)
+            try:
+                await self._store.save_learned(records)
+            except BaseException:
+                self.forecasts.not_kept()
+                raise
 
     def begun(self, state: ClusterState, row: AssignmentRow) -> None:
         """Note that an assignment was made."""

@@ -316,7 +316,10 @@ def _end(draft: Draft, row: AssignmentRow, outcome: Outcome, now: Moment) -> Non
     draft.put(replace(row, outcome=outcome, ended_s=now.wall_s))
     task = draft.task(row.task_id)
     assert task is not None, "an assignment has a task"
-    done = progress.fraction_done if progress else task.fraction_done
+    # What this attempt never got to say is what its node had before: a checkpoint of its own, or nothing.
+    begun = progress is not None and progress.measured.ticks > 0
+    before = task.fraction_done if row.node_id == task.ran_on else 0.0
+    done = progress.fraction_done if progress is not None and begun else before
     keeps_turn = outcome is Outcome.LOST or (outcome is Outcome.STOPPED and row.stop is StopReason.DRAINED)
     task = replace(task, assignment_id="", fraction_done=done, ran_on=row.node_id, keeps_turn=keeps_turn)
     draft.put(task)

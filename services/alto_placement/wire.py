@@ -63,18 +63,22 @@ OUTCOMES: dict[int, Outcome] = {
     placement_pb2.ASSIGNMENT_OUTCOME_FAILED: Outcome.FAILED,
 }
 
+# What the messages can hold: the year 9999, and about as many years.
+LAST_TIMESTAMP_S = 253_402_300_799.0
+LONGEST_DURATION_S = 315_576_000_000.0
+
 
 def duration(seconds: float) -> Duration:
     """Return a duration message; never negative."""
     message = Duration()
-    message.FromMilliseconds(int(max(0.0, seconds) * 1000))
+    message.FromMilliseconds(int(min(max(0.0, seconds), LONGEST_DURATION_S) * 1000))
     return message
 
 
 def timestamp(wall_s: float) -> Timestamp:
-    """Return a timestamp message."""
+    """Return a timestamp message; what lies beyond the last that there is becomes that one."""
     message = Timestamp()
-    message.FromMilliseconds(int(wall_s * 1000))
+    message.FromMilliseconds(int(min(wall_s, LAST_TIMESTAMP_S) * 1000))
     return message
 
 

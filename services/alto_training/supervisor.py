@@ -292,7 +292,8 @@ def carry_over(earlier: Path | None, folder: Path) -> bool:
         for record in read_journal(earlier / JOURNAL_FILE):
             is_final = _is_final(record)
             is_over = is_over or is_final
-            if is_final or (record.sequence > acknowledged and not record.event.HasField("task_state_changed")):
+            kind = record.event.WhichOneof("payload")
+            if is_final or (record.sequence > acknowledged and kind not in ("task_state_changed", "task_progressed")):
                 journal.append(record.event, durable=False)
     return is_over
 

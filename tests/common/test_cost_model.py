@@ -1,6 +1,7 @@
 """The cost model: recovers what made the measurements, keeps to the prior where they say nothing, inverts itself."""
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 
@@ -200,4 +201,14 @@ def test_calibrations_are_kept_by_shape_device_and_number_format(tmp_path: Path)
     for other in others:
         assert load_calibration(tmp_path, dataclasses.replace(key, **other)) is None  # type: ignore[arg-type]
     (tmp_path / key.file_name).write_text("{")
+    assert load_calibration(tmp_path, key) is None
+
+
+@pytest.mark.parametrize("value", [None, "3", float("nan"), -1.0])
+def test_a_calibration_with_a_value_that_cannot_be_is_measured_again(tmp_path: Path, value: object) -> None:
+    key = CalibrationKey(shape_of(FACTS), "cpu", 1, "float32", recompute=False)
+    save_calibration(tmp_path, key, TRUTH)
+    content = json.loads((tmp_path / key.file_name).read_text())
+    content["model"]["bytes_per_token"] = value
+    (tmp_path / key.file_name).write_text(json.dumps(content))
     assert load_calibration(tmp_path, key) is None

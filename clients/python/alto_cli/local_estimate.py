@@ -23,7 +23,7 @@ def estimate_file_locally(path: Path, machine: LocalMachine, json_output: bool) 
     task_file = load_task_file(path)
     with needs_extra("training", "an estimate for this machine"):
         machine = prepare_libraries(machine)
-        from alto_common.base_models import inspect
+        from alto_common.base_models import BaseModelError, check_targets, inspect
         from alto_common.calibrations import default_calibrations_folder
         from alto_training.executor.budget import known_costs
         from alto_training.executor.errors import ExecutorError
@@ -32,10 +32,18 @@ def estimate_file_locally(path: Path, machine: LocalMachine, json_output: bool) 
     with tempfile.TemporaryDirectory() as work:
         try:
             job = local_job(task_file, Path(work))
-            if known_costs(settings, inspect(job.base_model)) is None:
+            facts = inspect(job.base_model)
+            unfit = [
+                found for trial in job.trials for found in check_targets(facts, trial.config, f"{trial.trial_id}.")
+            ]
+            if unfit:
+                raise CommandError("the search cannot be run", *dict.fromkeys(str(found) for found in unfit))
+            if known_costs(settings, facts) is None:
                 say(f"measuring what passes over {task_file.base_model} cost on this machine (about a minute, once)")
                 measure_costs(job, settings, default_calibrations_folder(), time.perf_counter, process_age_s)
             estimate = estimate_job(job, settings, Path(work) / "cache")
+        except BaseModelError as error:
+            raise CommandError(f"base_model: {error}") from None
         except ExecutorError as error:
             raise CommandError(error.message, error.cure, exit_code=exit_codes.FAILURE) from None
     if json_output:

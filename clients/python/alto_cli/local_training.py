@@ -71,6 +71,9 @@ def prepare_libraries(machine: LocalMachine) -> LocalMachine:
     import torch
 
     device = machine.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if device not in (*there, *(["cuda"] if len(there) > 1 else [])):
+        raise CommandError(f"--device {device}: there is no such device here", f"give one of {', '.join(there)}")
     quiet_libraries(device.partition(":")[0])
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)

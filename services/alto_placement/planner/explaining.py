@@ -16,6 +16,7 @@ from alto_placement.planner.model import (
     Explanation,
     NodeState,
     Placement,
+    RunningTask,
     Snapshot,
     WaitingTask,
     WaitReason,
@@ -53,6 +54,15 @@ class Explainer:
             for part in placement.parts if not placement.host_task_id else ():
                 free[part.node_id] -= len(part.gpu_indices)
         return free
+
+    @cached_property
+    def _running_on(self) -> dict[str, list[RunningTask]]:
+        """What runs on each node."""
+        found: dict[str, list[RunningTask]] = {}
+        for running in self._snapshot.running:
+            for part in running.parts:
+                found.setdefault(part.node_id, []).append(running)
+        return found
 
     @cached_property
     def _held(self) -> dict[str, int]:
@@ -157,7 +167,8 @@ class Explainer:
             return ()
         wanted = {part.node_id: set(part.gpu_indices) for part in placement.parts}
         blockers: list[tuple[float, str]] = []
-        for running in self._snapshot.running:
+        here = {one.task_id: one for node_id in wanted for one in self._running_on.get(node_id, ())}
+        for running in here.values():
             if any(wanted.get(part.node_id, set()).intersection(part.gpu_indices) for part in running.parts):
                 blockers.append((running.expected_end_s, running.task_id))
         for other in self._solution.predecessors(index):

@@ -41,8 +41,14 @@ def preemptions(snapshot: Snapshot, placements: Placements, highest_priority: in
     if not snapshot.objective.preempt or not snapshot.running:
         return tuple(orders)
     taken = {order.task_id for order in orders}
+    held = _held(snapshot)
     for claim in _claims(snapshot, placements, highest_priority):
-        victims = _victims(snapshot, claim, taken)
+        victims = _victims(snapshot, claim, taken, held)
+        if victims:
+            # The next claim sees the cluster as this one leaves it.
+            for victim in victims:
+                held[victim.tenant] -= len(victim.parts[0].gpu_indices)
+            held[claim.task.tenant] = held.get(claim.task.tenant, 0) + _width(claim.task)
         for victim in victims:
             assert victim.next_checkpoint_s is not None
             at_s = max(victim.next_checkpoint_s, snapshot.now_s)
@@ -53,10 +59,10 @@ def preemptions(snapshot: Snapshot, placements: Placements, highest_priority: in
 
 def _claims(snapshot: Snapshot, placements: Placements, highest_priority: int) -> list[_Claim]:
     lowest = min(task.priority for task in snapshot.running)
-    borrowers = _borrowing(snapshot)
+    held = _held(snapshot)
+    borrowers = _borrowing(snapshot, held)
     if not borrowers and highest_priority <= lowest:
         return []
-    held = _held(snapshot) if borrowers else {}
     tenants = {tenant.tenant: tenant for tenant in snapshot.tenants}
     claims: list[_Claim] = []
     ordered = sorted(enumerate(snapshot.waiting), key=lambda row: (-row[1].priority, row[1].arrived_s, row[1].task_id))
@@ -71,7 +77,7 @@ def _claims(snapshot: Snapshot, placements: Placements, highest_priority: int) -
             claims.append(_Claim(task, PreemptionReason.PRIORITY, start))
             continue
         row = tenants.get(task.tenant)
-        width = min(choice.gpus for choice in task.choices)
+        width = _width(task)
         own = (
             borrowers
             and row is not None
@@ -91,11 +97,10 @@ def _held(snapshot: Snapshot) -> dict[str, int]:
     return held
 
 
-def _borrowing(snapshot: Snapshot) -> dict[str, str]:
+def _borrowing(snapshot: Snapshot, held: dict[str, int]) -> dict[str, str]:
     """Return the tenants that hold more than their quota, with their cohorts."""
     if not any(row.cohort and row.quota_gpus is not None for row in snapshot.tenants):
         return {}
-    held = _held(snapshot)
     return {
         row.tenant: row.cohort
         for row in snapshot.tenants
@@ -103,10 +108,10 @@ def _borrowing(snapshot: Snapshot) -> dict[str, str]:
     }
 
 
-def _victims(snapshot: Snapshot, claim: _Claim, taken: set[str]) -> list[RunningTask]:
-    choice = min(claim.task.choices, key=lambda option: option.gpus)
+def _victims(snapshot: Snapshot, claim: _Claim, taken: set[str], held: dict[str, int]) -> list[RunningTask]:
+    gpus = _width(claim.task)
     cohort = next((row.cohort for row in snapshot.tenants if row.tenant == claim.task.tenant), "")
-    borrowers = {tenant for tenant, of in _borrowing(snapshot).items() if of == cohort and cohort}
+    borrowers = {tenant for tenant, of in _borrowing(snapshot, held).items() if of == cohort and cohort}
 
     def yields(running: RunningTask) -> bool:
         if running.next_checkpoint_s is None or running.guest_of or len(running.parts) != 1:
@@ -118,31 +123,78 @@ def _victims(snapshot: Snapshot, claim: _Claim, taken: set[str]) -> list[Running
         return running.tenant in borrowers and running.priority <= claim.task.priority
 
     best: list[RunningTask] = []
+    yielding = [task for task in snapshot.running if yields(task)]
     for node in snapshot.nodes:
-        if node.state is not NodeState.READY or not matches(choice, node) or node.gpus < choice.gpus:
+        choices = [choice for choice in claim.task.choices if choice.gpus == gpus and matches(choice, node)]
+        if node.state is not NodeState.READY or not choices or node.gpus < gpus:
             continue
-        found = _victims_on(snapshot, node, choice.gpus, [task for task in snapshot.running if yields(task)], taken)
+        needed_s = min(choice.duration.expected_s for choice in choices)
+        found = _victims_on(snapshot, node, gpus, needed_s, yielding, taken)
+        if found and not _may_hold(snapshot, claim.task.tenant, gpus, held, found):
+            continue  # its quota keeps it waiting whoever leaves
         if found and (not best or _cost(found, snapshot.now_s) < _cost(best, snapshot.now_s)):
             best = found
     return best
 
 
 def _victims_on(
-    snapshot: Snapshot, node: Node, gpus: int, yielding: list[RunningTask], taken: set[str]
+    snapshot: Snapshot, node: Node, gpus: int, needed_s: float, yielding: list[RunningTask], taken: set[str]
 ) -> list[RunningTask]:
     """Return the tasks to preempt on `node` so that `gpus` become free there; empty when that is not possible."""
-    busy = sum(
-        len(p.gpu_indices) for t in snapshot.running if not t.guest_of for p in t.parts if p.node_id == node.node_id
-    )
-    free = node.gpus - busy
+    reserved = _reserved(snapshot, node, needed_s)
+    busy = {
+        gpu
+        for t in snapshot.running
+        if not t.guest_of
+        for p in t.parts
+        if p.node_id == node.node_id
+        for gpu in p.gpu_indices
+    }
+    free = len(set(range(node.gpus)) - busy - reserved)
     found: list[RunningTask] = []
     here = [task for task in yielding if task.parts[0].node_id == node.node_id and task.task_id not in taken]
     for task in sorted(here, key=lambda row: (row.priority, -row.started_s, row.task_id)):
         if free >= gpus:
             break
-        found.append(task)
-        free += len(task.parts[0].gpu_indices)
+        gained = len(set(task.parts[0].gpu_indices) - reserved)
+        if gained:
+            found.append(task)
+            free += gained
     return found if free >= gpus else []
+
+
+def _reserved(snapshot: Snapshot, node: Node, needed_s: float) -> set[int]:
+    """Return the GPUs of `node` that a reservation wants before a task that needs `needed_s` would be over."""
+    end_s = snapshot.now_s + needed_s
+    return {
+        gpu
+        for one in snapshot.reservations
+        if one.part.node_id == node.node_id and one.start_s < end_s and one.end_s > snapshot.now_s
+        for gpu in one.part.gpu_indices
+    }
+
+
+def _may_hold(snapshot: Snapshot, tenant: str, gpus: int, held: dict[str, int], leaving: list[RunningTask]) -> bool:
+    """Return whether quotas let `tenant` have `gpus` more once `leaving` are gone."""
+    row = next((one for one in snapshot.tenants if one.tenant == tenant), None)
+    if row is None or row.quota_gpus is None:
+        return True
+    after = dict(held)
+    for task in leaving:
+        after[task.tenant] -= len(task.parts[0].gpu_indices)
+    wanted = after.get(tenant, 0) + gpus
+    if wanted <= row.quota_gpus:
+        return True
+    if not row.cohort or (row.borrow_gpus is not None and wanted > row.quota_gpus + row.borrow_gpus):
+        return False
+    cohort = [one for one in snapshot.tenants if one.cohort == row.cohort]
+    if any(one.quota_gpus is None for one in cohort):
+        return True
+    return sum(after.get(one.tenant, 0) for one in cohort) + gpus <= sum(one.quota_gpus or 0 for one in cohort)
+
+
+def _width(task: WaitingTask) -> int:
+    return min(choice.gpus for choice in task.choices)
 
 
 def _cost(victims: list[RunningTask], now_s: float) -> tuple[int, float]:

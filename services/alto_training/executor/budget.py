@@ -18,8 +18,7 @@ from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 # More tokens on a tick make it no faster: matrix products are at their best speed.
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FLOPS_PER_S = {"cpu": 1e11, "cuda": 4e14}
-# Of the frozen weights; activations of a backbone in NF4 are fp32 on a CPU and bf16 elsewhere.
-BYTES_PER_VALUE = {BackboneDtype.FLOAT32: 4, BackboneDtype.BFLOAT16: 2, BackboneDtype.NF4: 4}
+_NF4_BYTES_PER_WEIGHT = 4.5 / 8
 _SHARE_OF_FREE_MEMORY = 0.85
 _UNKNOWN_MEMORY_BYTES = 4 * 2**30  # where the system does not tell
 
@@ -48,7 +47,7 @@ def choose_budget(
     costliest = max(known, key=lambda config: adapter_parameters(facts, config))
     limit = settings.memory_limit_bytes or free_memory_bytes(device) * _SHARE_OF_FREE_MEMORY
     if settings.memory_limit_bytes is None and backbone_loaded:
-        limit += facts.parameters * BYTES_PER_VALUE[settings.backbone_dtype]  # what is free is free beside it
+        limit += backbone_bytes(settings, facts)  # what is free is free beside it
     tokens = settings.tokens_per_tick
     if tokens is None:
         each = Load.of(facts, [(costliest, 1.0)])
@@ -134,4 +133,19 @@ def known_costs(settings: ExecutorSettings, facts: ModelFacts) -> CostModel | No
 
 def prior_costs(settings: ExecutorSettings, facts: ModelFacts) -> CostModel:
     """Return the cost model of a backbone before anything was measured."""
-    return prior(facts, BYTES_PER_VALUE[settings.backbone_dtype], _FLOPS_PER_S[torch.device(settings.device).type])
+    flops_per_s = _FLOPS_PER_S[torch.device(settings.device).type]
+    return prior(facts, _bytes_per_value(settings), flops_per_s, backbone_bytes(settings, facts))
+
+
+def backbone_bytes(settings: ExecutorSettings, facts: ModelFacts) -> float:
+    """Return what the frozen weights take while they are trained over; in NF4 linear layers alone are in 4 bits."""
+    in_nf4 = settings.backbone_dtype is BackboneDtype.NF4
+    linear = sum(width_in * width_out for width_in, width_out in facts.linear_modules.values()) if in_nf4 else 0
+    return linear * _NF4_BYTES_PER_WEIGHT + (facts.parameters - linear) * _bytes_per_value(settings)
+
+
+def _bytes_per_value(settings: ExecutorSettings) -> int:
+    """Return the bytes of a dense weight and of an activation; NF4 computes in fp32 on a CPU, else in bf16."""
+    if settings.backbone_dtype is BackboneDtype.NF4:
+        return 4 if torch.device(settings.device).type == "cpu" else 2
+    return 4 if settings.backbone_dtype is BackboneDtype.FLOAT32 else 2

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +112,9 @@ def calibrate(
         model = dataclasses.replace(fit(prior_costs(settings, facts), measurements), loading_bytes=loading_bytes)
         if start_seconds is not None:
             model = dataclasses.replace(model, start_seconds=start_seconds)
-        save_calibration(folder, calibration_key(settings, facts), model)
+        # A cache: a folder that cannot be written costs the next run a minute, not this run its life.
+        with suppress(OSError):
+            save_calibration(folder, calibration_key(settings, facts), model)
         return model
 
 

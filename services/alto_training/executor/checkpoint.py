@@ -19,7 +19,7 @@ import torch
 from alto_training.executor.durable_files import write_file
 from alto_training.executor.errors import CheckpointError
 
-_FORMAT = 1
+_FORMAT = 2
 _GENERATIONS = 2
 
 

@@ -54,3 +54,7 @@ class OutOfMemoryError(ExecutorError):
 
 class TickOutOfMemoryError(ExecutorError):
     """Memory ran out on one worker rank in the middle of a pass that others are in too."""
+
+    def __init__(self, message: str, cure: str, tokens_per_tick: int | None = None) -> None:
+        super().__init__(message, cure)
+        self.tokens_per_tick = tokens_per_tick

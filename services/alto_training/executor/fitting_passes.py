@@ -127,6 +127,7 @@ class FittingPasses:
             raise TickOutOfMemoryError(
                 f"memory ran out on worker rank {self._ranks.rank} at {self.tokens_per_tick} tokens a tick ({error})",
                 "start all ranks again with half as many",
+                self.tokens_per_tick,
             ) from error
 
     def _most(self, count: int) -> int:

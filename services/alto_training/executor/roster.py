@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -40,7 +41,8 @@ class Roster:
         self._emit = emit
         self._revivable_trials = revivable_trials
         self._ownership = ownership
-        self._task_of: dict[TrialRun, TaskRun] = {}
+        # Weak: an ended trial that nobody may revive is let go of with its adapter.
+        self._task_of: WeakKeyDictionary[TrialRun, TaskRun] = WeakKeyDictionary()
         self._balanced: list[TrialRun] = []
 
     def __iter__(self) -> Iterator[TrialRun]:
@@ -91,7 +93,7 @@ class Roster:
         Nobody is judged by rank before all have come as far, whatever the policy and however few the slots are.
         """
         task = self._task_of[run]
-        if run not in list(self.slots) or not task.rotates or not task.is_warm(run):
+        if run.finished or run not in list(self.slots) or not task.rotates or not task.is_warm(run):
             return
         if all(self._task_of[other] is not task or task.is_warm(other) for other in self.slots.waiting):
             return

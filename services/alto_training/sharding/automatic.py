@@ -66,6 +66,8 @@ def automatic_strategy(
     """Return the strategy that `train` takes. Raises `StrategyError` when the backbone fits nowhere."""
     from alto_training.sharding.loading import local_folder
 
-    size = backbone_bytes(local_folder(job.base_model), _BYTES_PER_WEIGHT.get(settings.backbone_dtype, 1))
+    if settings.backbone_dtype is BackboneDtype.NF4:
+        return Strategy.REPLICATED  # shares are of dense weights
+    size = backbone_bytes(local_folder(job.base_model), _BYTES_PER_WEIGHT[settings.backbone_dtype])
     measured = records.read(job.base_model, places.kind, places.count)
     return choose_strategy(places.count, places.count, size, places.memory_bytes, measured)

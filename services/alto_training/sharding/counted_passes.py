@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,9 +12,13 @@ from alto_training.executor.losses import OutputHead
 
 
 class CountedPasses:
-    """`BackboneWeights` that count: `training` and `inference` passes with work, and `idle` ones of either kind."""
+    """`BackboneWeights` that count: `training` and `inference` passes with work, and `idle` ones of either kind.
 
-    def __init__(self, weights: BackboneWeights) -> None:
+    `beat` is called at each: an evaluation is many passes without a word to the other ranks.
+    """
+
+    def __init__(self, weights: BackboneWeights, beat: Callable[[], None] = lambda: None) -> None:
+        self._beat = beat
         self.weights = weights
         self.fingerprint = weights.fingerprint
         self.parameters = weights.parameters
@@ -24,6 +29,7 @@ class CountedPasses:
 
     def head(self) -> AbstractContextManager[OutputHead]:
         """See `BackboneWeights.head`: once a pass."""
+        self._beat()
         if torch.is_grad_enabled():
             self.training += 1
         else:
@@ -32,6 +38,7 @@ class CountedPasses:
 
     def idle_pass(self, training: bool) -> None:
         """See `BackboneWeights.idle_pass`."""
+        self._beat()
         if training:
             self.idle_training += 1
         else:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import mmap
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _COUNTER = struct.Struct("<q")
+_INTERVAL_S = 5.0
 
 
 class Heartbeats:
@@ -20,9 +24,33 @@ class Heartbeats:
 
     def beat(self, rank: int) -> None:
         """Count one more sign of life of a rank."""
-        offset = rank * _COUNTER.size
-        _COUNTER.pack_into(self._map, offset, _COUNTER.unpack_from(self._map, offset)[0] + 1)
+        self._put(rank, self.read()[rank] + 1)
+
+    @contextmanager
+    def kept_up(self, rank: int, interval_s: float = _INTERVAL_S) -> Iterator[None]:
+        """Give signs of life through work that is no step, such as tokenising a large dataset.
+
+        They do not count in the end: whoever is behind all others in steps is still told by the counters.
+        """
+        before = self.read()[rank]
+        over = threading.Event()
+
+        def beat_on() -> None:
+            while not over.wait(interval_s):
+                self.beat(rank)
+
+        thread = threading.Thread(target=beat_on, name="signs of life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self._put(rank, before)
 
     def read(self) -> tuple[int, ...]:
         """Return the counters of all ranks."""
         return tuple(_COUNTER.unpack_from(self._map, rank * _COUNTER.size)[0] for rank in range(self._size))
+
+    def _put(self, rank: int, count: int) -> None:
+        _COUNTER.pack_into(self._map, rank * _COUNTER.size, count)

@@ -50,11 +50,12 @@ class RankOrder:
 
 @dataclass(frozen=True)
 class RankFailure:
-    """Why a rank gave up: an `ExecutorError` by the name of its class."""
+    """Why a rank gave up: an `ExecutorError` by the name of its class; the tick's size where memory ran out."""
 
     kind: str
     message: str
     cure: str
+    tokens_per_tick: int | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import structlog
 from alto_common.tuning import TuningJob
 
 from alto_training.executor import errors as executor_errors
-from alto_training.executor.control import Control
+from alto_training.executor.control import Command, Control, ReviveTrial
 from alto_training.executor.errors import ExecutorError, OutOfMemoryError, TickOutOfMemoryError
 from alto_training.executor.events import Event, Outcome, TaskStarted, TickHalved
 from alto_training.executor.settings import ExecutorSettings
@@ -92,6 +92,7 @@ class RankedRun:
         self._ranks = ranks
         self._watch = watch
         self._attempts = _Attempts(list(range(ranks.ranks)))
+        self._commands: list[Command] = []  # an attempt may fail before it obeys, or before it keeps that it did
         self._tokens_per_tick = settings.tokens_per_tick
         self.reports: list[RankReport] = []
 
@@ -128,8 +129,12 @@ class RankedRun:
         outcomes: list[Outcome] | None = None
         try:
             self._watch(processes)
+            for earlier in self._commands:
+                processes.send(encode_named(earlier))
             while True:
                 if self._control is not None and (command := self._control.poll()) is not None:
+                    if not isinstance(command, ReviveTrial):  # twice would undo what came after it
+                        self._commands.append(command)
                     processes.send(encode_named(command))
                     continue
                 # Asked before the messages are read: what was told before the end is not lost.
@@ -204,7 +209,8 @@ class RankedRun:
             log.warning("going on without its device", device=place, ranks=len(attempts.places))
 
     def _halve(self, failure: RankFailure) -> None:
-        before = self._tokens_per_tick
+        # Before the run has begun only the ranks know what they chose.
+        before = self._tokens_per_tick or failure.tokens_per_tick
         if before is None or before < 2:
             raise OutOfMemoryError(failure.message, failure.cure)
         self._tokens_per_tick = before // 2

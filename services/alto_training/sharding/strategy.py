@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alto_training.executor.durable_files import write_file
 from alto_training.sharding.errors import StrategyError
@@ -107,7 +108,7 @@ class StrategyRecords:
     def read(self, base_model: str, device_kind: str, ranks: int) -> dict[Strategy, float]:
         """Return what was measured for this combination."""
         found = self._read().get(_key(base_model, device_kind, ranks), {})
-        return {Strategy(name): float(speed) for name, speed in found.items()}
+        return {Strategy(name): float(speed) for name, speed in found.items() if name in list(Strategy)}
 
     def note(self, base_model: str, device_kind: str, ranks: int, strategy: Strategy, tokens_per_s: float) -> None:
         """Note a measurement in place of an earlier one."""
@@ -120,10 +121,10 @@ class StrategyRecords:
 
     def _read(self) -> dict[str, dict[str, float]]:
         try:
-            records: dict[str, dict[str, float]] = json.loads(self._path.read_bytes())
+            records: Any = json.loads(self._path.read_bytes())
         except (FileNotFoundError, ValueError):
             return {}
-        return records
+        return records if isinstance(records, dict) else {}
 
 
 def _key(base_model: str, device_kind: str, ranks: int) -> str:

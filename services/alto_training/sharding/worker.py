@@ -12,7 +12,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -63,7 +63,9 @@ def run(folder: Path) -> None:
         _run(folder, order, rank)
     except (ExecutorError, DatasetError, BaseModelError) as error:
         if isinstance(error, ExecutorError):
-            failure = RankFailure(type(error).__name__, error.message, error.cure)
+            failure = RankFailure(
+                type(error).__name__, error.message, error.cure, getattr(error, "tokens_per_tick", None)
+            )
         else:
             failure = RankFailure(InputRefusedError.__name__, str(error), "correct it, and start again")
         failure_file(folder, rank).write_text(json.dumps(encode(failure)))
@@ -98,7 +100,7 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
         settings = replace(settings, calibrate=False)
     idle_memory_bytes = anonymous_bytes()
     backbone = _load(replace(order, settings=settings), device, beat)
-    weights = CountedPasses(backbone.weights)
+    weights = CountedPasses(backbone.weights, beat)
     backbone.weights = weights
     _check_checkpoint(order.workdir, ranks)
     with ExitStack() as stack:
@@ -112,7 +114,7 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
             parent.commands if rank == 0 else None,
             companions=order.jobs[1:],
             backbone=backbone,
-            open_data=_one_after_another(ranks),
+            open_data=_one_after_another(ranks, lambda: beats.kept_up(rank)),
             ranks=ranks,
             before_checkpoint=parent.settle,
         ).run_all()
@@ -157,13 +159,16 @@ def _check_checkpoint(workdir: Path, ranks: WorkerRanks) -> None:
     ranks.united({})
 
 
-def _one_after_another(ranks: WorkerRanks) -> Callable[[TuningJob, Path], tuple[DataSource, DataSource]]:
+def _one_after_another(
+    ranks: WorkerRanks, kept_up: Callable[[], AbstractContextManager[None]]
+) -> Callable[[TuningJob, Path], tuple[DataSource, DataSource]]:
     """Have rank 0 tokenise the datasets; the others then open what it wrote."""
 
     def open_data(job: TuningJob, cache_dir: Path) -> tuple[DataSource, DataSource]:
         if ranks.rank != 0:
             ranks.united({})
-        opened = open_job_data(job, cache_dir)
+        with kept_up():
+            opened = open_job_data(job, cache_dir)
         if ranks.rank == 0:
             ranks.united({})
         return opened

@@ -138,3 +138,25 @@ def test_dataset_check_with_a_model_shows_three_rows_with_their_loss_mask(task_f
     told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert (told["rows"], told["duplicates"], len(told["examples"])) == (24, 0, 3)
     assert sum(count for _, _, count in told["histogram"]) == 24
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("lora_rank: 4", "lora_rank: 4, target_modules: [nothing_proj]", "nothing_proj"),
+        ("lora_rank: 4", "lora_rank: 4, max_length: 64000", "max_length"),
+    ],
+)
+def test_an_estimate_for_a_search_that_cannot_run_is_refused_before_measuring(task_file, old, new, said):
+    task_file.write_text(task_file.read_text().replace(old, new))
+    result = CliRunner().invoke(app, ["estimate", str(task_file), "--local", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "measuring" not in result.stderr
+
+
+def test_a_device_that_is_not_there_is_said_with_those_that_are(task_file):
+    result = CliRunner().invoke(app, ["estimate", str(task_file), "--local", "--device", "tpu"])
+    assert result.exit_code == 2
+    assert "--device tpu" in result.stderr
+    assert "cpu" in result.stderr

@@ -347,3 +347,27 @@ def test_tenants_of_the_past_do_not_weigh_in() -> None:
         read.read(Snapshot(0.0, [NODE], earlier))
         with_past = alto_planner.solve(read.read(snapshot), 0.0, 0)
         assert with_past.value == alto_planner.solve(alto_planner.Reader().read(snapshot), 0.0, 0).value
+
+
+def test_nobody_is_preempted_for_a_task_that_could_not_start_then() -> None:
+    node = Node("n0", "h100", 2)
+    urgent = task("urgent", seconds=3600.0, priority=5, tenant="ada")
+    own = running("own", "n0", range(1), 9000.0, tenant="ada", priority=5, next_checkpoint_s=1030.0)
+    victim = running("victim", "n0", range(1, 2), 9000.0, tenant="bob", next_checkpoint_s=1030.0)
+    other = running("other", "n0", range(1), 9000.0, tenant="bob", next_checkpoint_s=1030.0)
+    at_quota = [Tenant("ada", quota_gpus=1), Tenant("bob")]
+    assert not plan(Snapshot(1000.0, [node], [urgent], [own, victim], tenants=at_quota)).preemptions
+    reserved = [Reservation("r", Part("n0", (0, 1)), 1600.0, 5000.0)]
+    assert not plan(Snapshot(1000.0, [node], [urgent], [other, victim], reservations=reserved)).preemptions
+    assert len(plan(Snapshot(1000.0, [node], [urgent], [other, victim])).preemptions) == 1
+
+
+def test_no_more_is_reclaimed_than_was_lent() -> None:
+    tenants = [Tenant("ada", quota_gpus=2, cohort="lab"), Tenant("bob", quota_gpus=2, cohort="lab")]
+    held = [
+        running(f"a{gpu}", "n0", range(gpu, gpu + 1), 9000.0, tenant="ada", next_checkpoint_s=1030.0)
+        for gpu in range(4)
+    ]
+    waiting = [task(f"b{i}", seconds=3600.0, tenant="bob") for i in range(3)]
+    answer = plan(Snapshot(1000.0, [Node("n0", "h100", 4)], waiting, held, tenants=tenants))
+    assert len(answer.preemptions) == 2

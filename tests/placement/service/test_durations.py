@@ -10,6 +10,7 @@ import pytest
 from alto_placement.durations import DurationModel, Hardware, Measured, Work
 from alto_placement.forecasts import Forecasts
 from alto_placement.state import AssignmentRow, Moment, Outcome, Progress, TaskRow, WorkSize
+from alto_placement.wire import duration, timestamp
 
 GPU = Hardware("m", "gpu", 1)
 
@@ -183,3 +184,47 @@ def test_a_task_that_is_moved_to_a_node_without_its_checkpoint_is_expected_to_be
     forecasts = Forecasts()
     whole = forecasts.rest(half, "cpu", can_resume=False).expected_s
     assert forecasts.rest(half, "cpu", can_resume=True).expected_s < 0.7 * whole
+
+
+def test_a_task_that_has_done_everything_but_not_said_so_has_a_moment_left():
+    # Its node died between the last step and the last word.
+    done = TaskRow("task", "ada", b"", "m", 1, "", SIZE, 0.0, fraction_done=1.0, ran_on="node", attempts=1)
+    left = Forecasts().rest(done, "cpu", can_resume=True)
+    assert 0.0 < left.low_s <= left.expected_s <= left.upper_s
+
+
+def test_a_run_that_began_anew_in_its_worker_teaches_nothing_negative():
+    forecasts = Forecasts()
+    forecasts.begun(TASK, ROW, "cpu")
+    slow = measured(5, evaluation_tokens=0.0, checkpoint_s=40.0)
+    for done in (slow, measured(7, evaluation_tokens=0.0, checkpoint_s=0.5)):
+        forecasts.heard(TASK, ROW, "cpu", progress(done), Moment(0.0, 100.0))
+    assert measured(7, checkpoint_s=0.5).since(slow) == measured(7, checkpoint_s=0.5)
+    assert forecasts.whole(TASK, "cpu").low_s > 0.0
+
+
+@pytest.mark.parametrize("damage", [{"gone": 1}, {"training": {"scale": [float("nan"), 1, 1]}}])
+def test_a_damaged_record_is_learned_again_and_keeps_nobody_from_starting(damage):
+    forecasts = Forecasts()
+    forecasts.begun(TASK, ROW, "cpu")
+    forecasts.heard(TASK, ROW, "cpu", progress(measured(60)), Moment(0.0, 100.0))
+    records = dict(forecasts.changed())
+    (name,) = (name for name in records if name.startswith('["hardware"'))
+    again = Forecasts()
+    again.load({**records, name: {**records[name], **damage}})
+    assert "never measured" in again.basis("m", "cpu", 1)
+
+
+def test_what_could_not_be_kept_is_given_out_again():
+    forecasts = Forecasts()
+    forecasts.begun(TASK, ROW, "cpu")
+    forecasts.heard(TASK, ROW, "cpu", progress(measured(60)), Moment(0.0, 100.0))
+    records = dict(forecasts.changed())
+    assert records
+    forecasts.not_kept()
+    assert forecasts.changed() == records
+
+
+def test_times_beyond_what_messages_hold_are_told_as_the_last_there_is():
+    assert timestamp(3e14).ToDatetime().year == 9999
+    assert duration(1e15).seconds == 315_576_000_000

@@ -10,6 +10,7 @@ from alto_common.tuning import TrialConfig
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.budget import (
     Budget,
+    backbone_bytes,
     backbone_facts,
     calibration_key,
     choose_budget,
@@ -19,7 +20,7 @@ from alto_training.executor.budget import (
 )
 from alto_training.executor.calibration import calibrate
 from alto_training.executor.events import TaskStarted
-from alto_training.executor.settings import ExecutorSettings
+from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 from tiny_jobs import job, run
 
 CONFIG = TrialConfig(lora_rank=8, max_length=32, max_steps=2, batch_size=2)
@@ -112,3 +113,23 @@ def test_a_run_measures_once_where_it_is_asked_to(tmp_path: Path) -> None:
     second, _ = run(job(CONFIG), tmp_path / "second", settings=settings)
     assert kept.stat().st_mtime_ns == written
     assert (first.state, second.state) == ("succeeded", "succeeded")
+
+
+def test_a_backbone_in_four_bits_counts_as_such_and_its_loading_peak_is_over(backbone: Backbone) -> None:
+    facts = backbone_facts(backbone)
+    settings = ExecutorSettings(backbone_dtype=BackboneDtype.NF4, tokens_per_tick=64)
+    dense, small = backbone_bytes(ExecutorSettings(), facts), backbone_bytes(settings, facts)
+    linear = sum(width_in * width_out for width_in, width_out in facts.linear_modules.values())
+    assert small == dense - linear * (4 - 4.5 / 8)
+    # Measured costs: the peak of loading holds the dense weights, the run the small ones.
+    costs = replace(prior_costs(settings, facts), loading_bytes=dense + 2.0**32, fixed_bytes=small)
+    each = adapter_parameters(facts, CONFIG) * costs.bytes_per_parameter
+    limit = int(replace(costs, loading_bytes=0.0).peak_bytes(Load.of(facts, [(CONFIG, 64)]), 0.0) + 3.5 * each)
+    budget = choose_budget(replace(settings, memory_limit_bytes=limit), facts, costs, [CONFIG] * 9)
+    assert budget.slots == 3
+
+
+def test_a_folder_that_cannot_be_written_costs_no_run_its_life(backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    model = calibrate(ExecutorSettings(), backbone, most_tokens=64, folder=tmp_path / "taken")
+    assert isinstance(model, CostModel)

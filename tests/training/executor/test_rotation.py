@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from alto_training.executor.events import (
     Event,
     TrialDecided,
     TrialEvaluated,
+    TrialFinished,
     TrialProgress,
     TrialStarted,
     TrialState,
     Verdict,
 )
 from alto_training.executor.settings import Backend, ExecutorSettings
+from alto_training.executor.trial_run import TrialRun
 from tiny_jobs import assert_same_bits, job, run
 
 POLICIES = ["paper", "alto", "median", "asha", "hyperband"]
@@ -125,3 +128,25 @@ def test_a_trial_that_is_not_finite_in_its_warm_up_keeps_nobody_waiting(tmp_path
     assert ended["trial-1"].state is TrialState.STOPPED
     kept = [trial for trial in outcome.trials if trial.state is TrialState.SUCCEEDED]
     assert len(kept) == math.ceil(0.5 * 6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_trial_that_has_finished_gives_up_no_slot(tmp_path: Path, policy: str) -> None:
+    # Evaluated at its end alone: warm and finished are one moment.
+    task = replace(rotating(policy), evaluation=Evaluation(count=1))
+    outcome, events = run(task, tmp_path, settings=replace(SETTINGS, slots=2))
+    assert len(outcome.trials) == 7
+    assert not [one for one in events if isinstance(one, TrialDecided) and one.rule == "rotation"]
+
+
+def test_an_ended_trial_that_nobody_may_revive_is_let_go_of(tmp_path: Path) -> None:
+    alive: list[int] = []
+
+    def count(event: Event) -> None:
+        if isinstance(event, TrialFinished):
+            gc.collect()
+            alive.append(sum(type(one) is TrialRun for one in gc.get_objects()))
+
+    run(rotating("none", trials=4), tmp_path, settings=replace(SETTINGS, slots=1, revivable_trials=0), events=count)
+    assert len(alive) == 4
+    assert alive[0] - alive[-1] >= 2

@@ -57,6 +57,8 @@ async def test_stop_a_trial_pause_resume_cancel(house, node_stub, metadata, wait
 
     await update(held=False)
     await wait_until(lambda: admission.states()[-1] == tuning_pb2.TASK_STATE_RUNNING, what="the resumption")
+    # Told in an event of its own, behind that of the state.
+    await wait_until(lambda: len(admission.events("execution_started")) == 2, what="the start after the pause")
     assert admission.events("execution_started")[-1].execution_started.resumed
     # The stopped trial stays where it was, the others go on.
     stopped_at = max(curve_steps(admission, "trial-0"))

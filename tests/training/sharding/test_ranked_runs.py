@@ -14,12 +14,14 @@ import pytest
 import torch
 from alto_common.base_models import UnknownModelError, resolve
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig, TuningJob
+from alto_training.executor.control import ControlQueue, StopTrial
 from alto_training.executor.events import (
     CheckpointWritten,
     Event,
     Outcome,
     TaskStarted,
     TrialDecided,
+    TrialFinished,
     TrialProgress,
     TrialState,
 )
@@ -193,3 +195,20 @@ def test_a_pretrained_backbone_in_shares_equals_one_process(tmp_path: Path) -> N
     alone = Executor(job, tmp_path / "alone", lambda event: None, settings).run()
     run = RankedRun(job, tmp_path / "ranks", lambda event: None, settings, None, RankSettings(2, Strategy.SHARDED))
     assert_same(run.run_all()[0], alone)
+
+
+def test_what_was_commanded_holds_after_a_rank_died(task: TuningJob, tmp_path: Path) -> None:
+    attempts: list[RankProcesses] = []
+    control = ControlQueue()
+    control.put(StopTrial("trial-0"))
+
+    def tell(event: Event) -> None:
+        if isinstance(event, TrialFinished) and event.trial_id == "trial-0" and len(attempts) == 1:
+            os.kill(attempts[0].process_ids[1], signal.SIGKILL)
+
+    ranks, settings = RankSettings(2, Strategy.REPLICATED), replace(SETTINGS, checkpoint_every_ticks=None)
+    (outcome,) = RankedRun(task, tmp_path, tell, settings, control, ranks, watch=attempts.append).run_all()
+    assert len(attempts) == 2
+    states = {one.trial_id: one.state for one in outcome.trials}
+    assert states.pop("trial-0") is TrialState.CANCELLED
+    assert TrialState.CANCELLED not in states.values()

@@ -1,6 +1,7 @@
 """Which strategy is chosen, and what passes between processes as JSON."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,16 @@ def test_commands_events_and_outcomes_survive_json() -> None:
     finished = TrialFinished("task", "a", TrialState.FAILED, "no", 0, 9, None, None, None, None, 0, 18)
     outcome = Outcome("task", TaskState.FAILED, (finished,), None)
     assert decode(Outcome, json.loads(json.dumps(encode(outcome)))) == outcome
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: "[]", lambda text: text[:9], lambda text: text.replace("sharded", "x")]
+)
+def test_records_that_cannot_be_understood_are_measured_again(tmp_path: Path, damage: Callable[[str], str]) -> None:
+    path = tmp_path / "records.json"
+    records = StrategyRecords(path)
+    records.note("model", "h100", 4, Strategy.SHARDED, 10.0)
+    path.write_text(damage(path.read_text()))
+    assert records.read("model", "h100", 4) == {}
+    records.note("model", "h100", 4, Strategy.REPLICATED, 12.0)
+    assert records.read("model", "h100", 4) == {Strategy.REPLICATED: 12.0}
