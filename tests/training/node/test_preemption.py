@@ -6,6 +6,8 @@ from alto.v1 import placement_pb2, placement_service_pb2, tuning_pb2
 
 # So much work, on paper, that waiting for its end is no alternative.
 LONG = placement_service_pb2.WorkSize(train_tokens=50_000_000, steps=400, longest_steps=200, trials=2)
+# Some tens of seconds here: the work is not over before anybody can ask for its place.
+LASTING_STEPS = 250
 ASSIGNED = placement_pb2.PLACEMENT_STATE_ASSIGNED
 WAITING = placement_pb2.PLACEMENT_STATE_WAITING
 
@@ -23,7 +25,7 @@ def resumed(house, task_id):
 
 async def test_a_task_of_higher_priority_takes_the_place_and_gives_it_back(house, wait_until, metadata):
     await house.start_node()
-    await enqueue(house, metadata, "patient", 60)
+    await enqueue(house, metadata, "patient", LASTING_STEPS)
     await wait_until(lambda: house.admission.events("checkpoint_written", "patient"), what="a checkpoint")
     # Of the same priority: nobody is moved for it.
     await enqueue(house, metadata, "equal", 4)
@@ -46,9 +48,9 @@ async def test_a_quota_that_was_lent_is_given_back(house, wait_until, metadata):
     await house.placement.kill()
     await house.placement.start()
     await house.start_node(gpus=2)
-    await enqueue(house, metadata, "own", 60, tenant="ada")
+    await enqueue(house, metadata, "own", LASTING_STEPS, tenant="ada")
     await wait_until(lambda: is_in(house, "own", ASSIGNED), what="the first start")
-    await enqueue(house, metadata, "borrowed", 60, tenant="ada")
+    await enqueue(house, metadata, "borrowed", LASTING_STEPS, tenant="ada")
     await wait_until(lambda: house.admission.events("checkpoint_written", "borrowed"), what="a checkpoint")
     await enqueue(house, metadata, "claim", 4, tenant="bo")
     await wait_until(lambda: is_in(house, "claim", ASSIGNED), what="the claim's start")
