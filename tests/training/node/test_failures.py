@@ -15,10 +15,10 @@ def undisturbed():
     return {}
 
 
-async def begin(house, wait_until, **settings):
+async def begin(house, wait_until, steps=STEPS, **settings):
     """Start a task and wait until it is well under way, with a checkpoint on the disk."""
     await house.start_node(**settings)
-    await house.enqueue(house.work(steps=STEPS))
+    await house.enqueue(house.work(steps=steps))
     await wait_until(lambda: house.admission.events("checkpoint_written"), what="a checkpoint")
 
 
@@ -90,7 +90,8 @@ async def test_admission_is_away_for_a_while(house, wait_until, undisturbed):
 
 
 async def test_a_drained_node_hands_over_to_another(house, wait_until, metadata):
-    await begin(house, wait_until)
+    # Enough work that another node is there before its end.
+    await begin(house, wait_until, steps=4 * STEPS)
     await house.start_node("node-b")
     await house.stub.DrainNode(placement_service_pb2.DrainNodeRequest(node_id="node-a"), metadata=metadata, timeout=20)
     await wait_until(house.ended)
