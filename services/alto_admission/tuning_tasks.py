@@ -150,8 +150,8 @@ class TuningTasks:
     async def peak_memory_bytes(self, checked: CheckedSpec, gpu_kind: str) -> int:
         """Return a first estimate of the memory that a request takes on this kind of device."""
         search, rows = checked.search, await self._rows(checked)
-        return peak_memory_bytes(
-            search.trials, checked.model.facts, rows, search.evaluation, search.early_exit, gpu_kind
+        return await asyncio.to_thread(
+            peak_memory_bytes, search.trials, checked.model.facts, rows, search.evaluation, search.early_exit, gpu_kind
         )
 
     async def _rows(self, checked: CheckedSpec) -> Rows:
@@ -169,7 +169,7 @@ class TuningTasks:
             tenant=tenant,
             base_model=spec.base_model,
             resources=spec.resources,
-            size=work_size(size, checked.search.trials, checked.model.facts),
+            size=await asyncio.to_thread(work_size, size, checked.search.trials, checked.model.facts),
         )
         return await self._placement.estimate(wanted)
 

@@ -90,7 +90,7 @@ class Roster:
     def rotate(self, run: TrialRun) -> None:
         """Let a trial whose warm-up is over give its slot to one that waits for its own warm-up, and queue up again.
 
-        Nobody is judged by rank before all have come as far, whatever the policy and however few the slots are.
+        Nobody goes on beyond warm-up before all have come as far, whatever the policy and however few the slots are.
         """
         task = self._task_of[run]
         if run.finished or run not in list(self.slots) or not task.rotates or not task.is_warm(run):

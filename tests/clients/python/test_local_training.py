@@ -160,3 +160,9 @@ def test_a_device_that_is_not_there_is_said_with_those_that_are(task_file):
     assert result.exit_code == 2
     assert "--device tpu" in result.stderr
     assert "cpu" in result.stderr
+
+
+def test_an_estimate_of_the_service_refuses_what_only_a_machine_of_ones_own_has(task_file):
+    result = CliRunner().invoke(app, ["estimate", str(task_file), "--dtype", "nf4"])
+    assert result.exit_code == 2
+    assert "add --local" in result.stderr

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from alto_cli.failures import failures
+from alto_cli.failures import CommandError, failures
 from alto_cli.options import (
     ApiKey,
     Device,
@@ -83,6 +83,11 @@ def estimate(
 
             estimate_file_locally(file, LocalMachine(device, dtype, slots, threads), json_output)
             return
+        if device or dtype != "float32" or slots is not None or threads is not None:
+            raise CommandError(
+                "--device, --dtype, --slots, --threads: for a machine of yours; the service has its own",
+                "add --local, or leave them out",
+            )
         from alto_cli.searching import estimate_file
 
         estimate_file(file, server, api_key, json_output)
