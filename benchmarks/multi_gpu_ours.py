@@ -77,7 +77,7 @@ class RandomRows:
         return Row(ids, np.arange(length) >= 1)
 
     def preference(self, index: int, max_length: int) -> tuple[Row, Row]:
-        raise NotImplementedError("these rows are no pairs")
+        raise TypeError("these rows hold no preferences: the benchmark trains on completions")
 
 
 class EnoughError(Exception):
