@@ -19,7 +19,7 @@ from alto_common.cost_model import CostModel
 class CalibrationKey:
     """What a calibration holds for: the model's shape (`shape_of`), the kind of device, and how it computes.
 
-    `threads` are those of the process on a CPU, 0 elsewhere.
+    `threads` are those of the process on a CPU, 0 elsewhere; `backend` is the one asked for, by name or `auto`.
     """
 
     model_shape: str
@@ -27,6 +27,7 @@ class CalibrationKey:
     threads: int
     backbone_dtype: str
     recompute: bool
+    backend: str
 
     @property
     def file_name(self) -> str:

@@ -186,8 +186,8 @@ def test_evaluation_counts_only_where_it_is_the_larger() -> None:
     assert TRUTH.peak_bytes(load, 0, 10_000) > TRUTH.peak_bytes(load, 0)
 
 
-def test_calibrations_are_kept_by_shape_device_and_number_format(tmp_path: Path) -> None:
-    key = CalibrationKey(shape_of(FACTS), "cpu", 1, "float32", recompute=False)
+def test_calibrations_are_kept_by_shape_device_and_way_to_compute(tmp_path: Path) -> None:
+    key = CalibrationKey(shape_of(FACTS), "cpu", 1, "float32", recompute=False, backend="auto")
     assert load_calibration(tmp_path, key) is None
     save_calibration(tmp_path, key, TRUTH)
     assert load_calibration(tmp_path, key) == TRUTH
@@ -197,6 +197,7 @@ def test_calibrations_are_kept_by_shape_device_and_number_format(tmp_path: Path)
         {"threads": 2},
         {"backbone_dtype": "bfloat16"},
         {"recompute": True},
+        {"backend": "reference"},
     )
     for other in others:
         assert load_calibration(tmp_path, dataclasses.replace(key, **other)) is None  # type: ignore[arg-type]
@@ -206,7 +207,7 @@ def test_calibrations_are_kept_by_shape_device_and_number_format(tmp_path: Path)
 
 @pytest.mark.parametrize("value", [None, "3", float("nan"), -1.0])
 def test_a_calibration_with_a_value_that_cannot_be_is_measured_again(tmp_path: Path, value: object) -> None:
-    key = CalibrationKey(shape_of(FACTS), "cpu", 1, "float32", recompute=False)
+    key = CalibrationKey(shape_of(FACTS), "cpu", 1, "float32", recompute=False, backend="auto")
     save_calibration(tmp_path, key, TRUTH)
     content = json.loads((tmp_path / key.file_name).read_text())
     content["model"]["bytes_per_token"] = value
