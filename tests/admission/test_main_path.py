@@ -20,13 +20,14 @@ async def test_from_upload_to_download(started, database_url, placement, tmp_pat
 
     watch = client.stream("WatchTuningTask", messages.WatchTuningTaskRequest(task_id=task.task_id))
     node = Node(admission, work, tmp_path / "artifacts")
+    messages_of_watch = aiter(watch)
+    snapshot = await anext(messages_of_watch)
+    assert snapshot.WhichOneof("message") == "snapshot"
     training = asyncio.ensure_future(node.train_all())
-    received = [message async for message in watch]
+    events = [message.event async for message in messages_of_watch if message.HasField("event")]
     await training
 
-    assert received[0].WhichOneof("message") == "snapshot"
-    events = [message.event for message in received if message.HasField("event")]
-    first = received[0].snapshot.task.last_event_sequence + 1
+    first = snapshot.snapshot.task.last_event_sequence + 1
     assert [event.sequence for event in events] == list(range(first, first + len(events)))
     assert events[-1].task_state_changed.state == tuning_pb2.TASK_STATE_SUCCEEDED
 

@@ -73,7 +73,8 @@ class StoppingPolicy(Protocol):
     The caller's side of the contract:
 
     - It calls `observe` after each evaluation of a running trial and acts on every decision it gets back; they may
-      concern other trials than the one observed. No decision about a trial means: carry on as before.
+      concern other trials than the one observed, and one trial more than once: they hold in their order. No decision
+      about a trial means: carry on as before.
     - PAUSE parks a trial, with its optimiser state, and frees its slot. A later KEEP puts it back in the queue, a later
       STOP ends it. KEEP for a trial that is running is a remark for its log.
     - It calls `trial_ended` once a trial will make no more steps, whoever decided that (steps completed, stopped by a

@@ -97,9 +97,7 @@ def calibration_key(settings: ExecutorSettings, facts: ModelFacts) -> Calibratio
     on_cpu = device.type == "cpu"
     kind = "cpu" if on_cpu else torch.cuda.get_device_name(device)
     threads = (settings.threads or torch.get_num_threads()) if on_cpu else 0
-    return CalibrationKey(
-        shape_of(facts), kind, threads, settings.backbone_dtype, settings.recompute, settings.backend
-    )
+    return CalibrationKey(shape_of(facts), kind, threads, settings.backbone_dtype, settings.recompute, settings.backend)
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -53,8 +53,10 @@ def drive(
             assert decision.reason.endswith(".")
             if decision.verdict is Verdict.STOP:
                 run.stopped[one] = decision.rule
-                if one in running:
-                    running.remove(one)
+                # A ladder may keep a trial at one rung and cut it at the next, all in one answer.
+                for place in (running, queue):
+                    if one in place:
+                        place.remove(one)
                 parked.discard(one)
             elif decision.verdict is Verdict.PAUSE and obey_pause:
                 assert one in running or one in parked

@@ -70,6 +70,20 @@ def test_a_policy_reloaded_at_every_step_decides_the_same(
     assert drive(early_exit, curves, slots, reload=True).decisions == drive(early_exit, curves, slots).decisions
 
 
+def test_a_trial_that_one_rung_keeps_and_the_next_one_cuts_trains_no_more() -> None:
+    """Hyperband puts trials 1, 4 and 6 on one ladder; the last of them to come passes all its first rungs at once."""
+    once = [Observation(1, 1, 1.0, 1.0)]
+    curves = dict.fromkeys(names(6), once)
+    curves["trial-001"] = [Observation(step, 2, 1.0, 3.0) for step in (1, 2)]
+    curves["trial-004"] = [Observation(step, 12, 1.0, 2.0) for step in range(1, 13)]
+    curves["trial-006"] = [Observation(step, 2, 1.0, 1.0) for step in (1, 2)]
+    run = drive(EarlyExit("hyperband", warmup_fraction=0.01, keep_fraction=0.5), curves, slots=1)
+    verdicts = [one.verdict for one in run.decisions if one.trial_id == "trial-004"]
+    assert verdicts == [Verdict.PAUSE, Verdict.KEEP, Verdict.STOP]
+    assert run.stopped == {"trial-001": "underperformance", "trial-004": "underperformance"}
+    assert run.evaluations == 7
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=SLOW_MACHINE)
 @given(
     levels=st.lists(st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0]), min_size=1, max_size=9),

@@ -42,7 +42,7 @@ async def begin(house, wait_until, settings=None, **changes):
     """Start a search on two places; wait until there is a checkpoint, and return the process ids of its ranks."""
     await house.start_node(gpus=2, slots=3, **(settings or {}))
     await house.enqueue(house.work(**{"steps": STEPS, "trials": 3, "config": CONFIG} | changes), gpus=2)
-    await wait_until(lambda: house.admission.events("checkpoint_written"), timeout_s=120, what="a checkpoint")
+    await wait_until(lambda: house.admission.events("checkpoint_written"), timeout_s=240, what="a checkpoint")
     ranks = house.children(house.worker_process())
     assert len(ranks) == 2
     return ranks
