@@ -42,6 +42,9 @@ _Answer = TypeVar("_Answer")
 # Ended tasks stay in memory this long: a watcher that reconnects in time hears of them.
 ENDED_KEPT_S = 3600.0
 
+# Of a plan's length: what thinking it over may take before its orders are given.
+THOUGHT_SHARE = 1e-3
+
 _PREEMPTED = {
     planner.PreemptionReason.PRIORITY: StopReason.PREEMPTED,
     planner.PreemptionReason.QUOTA_RECLAIMED: StopReason.PREEMPTED,
@@ -71,6 +74,7 @@ class PlacementEngine:
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._revision = 0
+        self._nodes_known_s = float("inf")
         self._facts = PlanFacts()
         self._is_planning_broken = False
         self._links: dict[str, NodeLink] = {}
@@ -83,6 +87,7 @@ class PlacementEngine:
         await self._reload()
         # Above every revision of an earlier start.
         self._revision = int(self._clock().wall_s * 1000)
+        self._nodes_known_s = self._clock().monotonic_s + self._rules.lease_s
         loops = (self._watch_leases(), self._keep_planning(), self._learning.keep(self._settings.keep_learned_s))
         self._loops = [asyncio.create_task(loop) for loop in loops]
         self._changed.set()
@@ -146,7 +151,12 @@ class PlacementEngine:
         return predicted, forecasts.basis(task.base_model, kind, task.gpus), kind
 
     def check_placeable(self, task: TaskRow) -> None:
-        """Raise TASK_UNPLACEABLE when no node that is known could ever hold the task; before any is known, wait."""
+        """Raise TASK_UNPLACEABLE when no node that is known could ever hold the task.
+
+        For a lease after the start nodes are still joining: nothing is refused, it waits with the reason.
+        """
+        if self._clock().monotonic_s < self._nodes_known_s:
+            return
         asked = waiting_task(task, self.state, self._learning.forecasts, self._clock().wall_s)
         check_placeable(asked, [planner_node(node) for node in self.state.nodes.values()])
 
@@ -314,7 +324,7 @@ class PlacementEngine:
         snapshot, left = snapshot_of(
             self.state, self._learning.forecasts, self._policy, usage_gpu_s, now, self._revision
         )
-        plan = await asyncio.to_thread(planner.plan, snapshot, budget_s=self._settings.plan_budget_s)
+        plan = await self._think(snapshot)
         self._facts = facts_of(plan, snapshot, left)
         for placement in plan.starting:
             part = placement.parts[0]
@@ -335,6 +345,16 @@ class PlacementEngine:
             self._revision += 1
             for watch in self._watches:
                 watch.announce(())
+
+    async def _think(self, snapshot: planner.Snapshot) -> planner.Plan:
+        """Return a plan. What starts is not moved again, so orders that leave others waiting are worth more thought."""
+        usual_s = self._settings.plan_budget_s
+        plan = await asyncio.to_thread(planner.plan, snapshot, budget_s=usual_s)
+        budget_s = min(self._settings.decision_budget_s, THOUGHT_SHARE * plan.makespan_s)
+        if budget_s <= usual_s or not plan.starting or len(plan.starting) == len(snapshot.waiting):
+            return plan
+        await asyncio.to_thread(planner.exact.load)
+        return await asyncio.to_thread(planner.plan, snapshot, budget_s=budget_s)
 
     def _forget_ended(self, now: Moment) -> None:
         for task_id, task in list(self.state.tasks.items()):

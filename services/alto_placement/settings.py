@@ -17,7 +17,8 @@ class PlacementSettings(ServiceSettings):
     A node sends a heartbeat every `heartbeat_s` and is lost after `lease_s` without one. A task that failed in a way
     that another attempt may not is tried again after `retry_delay_s`, doubled each time, and given up after
     `max_failures`. `plan_budget_s` is what the planner may spend on a plan beyond its fast lists; a plan is made at
-    every event, at most once in `debounce_s`, and every `refresh_s` while something runs. `objective`, `tenants` (by
+    every event, at most once in `debounce_s`, and every `refresh_s` while something runs. Before a plan's orders are
+    given it is thought over for a thousandth of its length, at most `decision_budget_s`. `objective`, `tenants` (by
     name) and `reservations` are the operator's policy, as JSON; see `policy`. What was learned of durations is kept
     every `keep_learned_s`.
     """
@@ -32,6 +33,7 @@ class PlacementSettings(ServiceSettings):
     retry_delay_s: float = Field(default=2.0, ge=0)
     max_retry_delay_s: float = Field(default=60.0, ge=0)
     plan_budget_s: float = Field(default=0.05, ge=0)
+    decision_budget_s: float = Field(default=1.0, ge=0)
     debounce_s: float = Field(default=0.02, ge=0)
     refresh_s: float = Field(default=5.0, gt=0)
     keep_learned_s: float = Field(default=10.0, gt=0)

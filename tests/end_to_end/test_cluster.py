@@ -13,6 +13,7 @@ from alto_client.task_spec import task_spec
 from house import House
 
 NODES = ("local", "node-b", "node-c")
+LEASE_S = 4
 HELD = (placement_pb2.PLACEMENT_STATE_ASSIGNED, placement_pb2.PLACEMENT_STATE_STOPPING)
 WAITING = placement_pb2.PLACEMENT_STATE_WAITING
 QUEUED, RUNNING = tuning_pb2.TASK_STATE_QUEUED, tuning_pb2.TASK_STATE_RUNNING
@@ -25,7 +26,7 @@ def cluster(tmp_path_factory, models_root):
     house = House(
         tmp_path_factory.mktemp("cluster"),
         models_root,
-        ALTO_PLACEMENT_LEASE_S="4",
+        ALTO_PLACEMENT_LEASE_S=str(LEASE_S),
         ALTO_PLACEMENT_HEARTBEAT_S="0.5",
         ALTO_NODE_CHECKPOINT_INTERVAL_S="1",
         ALTO_NODE_THREADS="1",
@@ -158,6 +159,7 @@ def check_plans(plans, lost, victim):
 
 
 def test_a_task_that_no_node_can_hold_is_refused_with_the_largest_that_fits(cluster, task_file):
+    time.sleep(LEASE_S)  # until then a wider node might still join
     with cluster.client() as client:
         before = len(list(client.tasks()))
         for resources, words in (

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "reader.hpp"
+#include "settling.hpp"
 #include "solve.hpp"
 
 namespace py = pybind11;
@@ -106,6 +107,23 @@ class Solution {
             std::count_if(starts.begin(), starts.end(), [&](double s) { return s < starts[task]; }));
     }
 
+    // Another plan for the same snapshot, judged as this one is: a node for each (rigid) task, first is first on it.
+    [[nodiscard]] Solution settled(std::vector<std::pair<int, int>> rows, std::string source) const {
+        for (auto& [row, node] : rows) {
+            row = static_cast<int>(task_of(static_cast<std::size_t>(row)));
+            const alto::Shape& shape = problem_->shapes[problem_->choices[problem_->tasks[row].first_choice].shape];
+            if (node < 0 || node >= static_cast<int>(problem_->nodes.size()) || !problem_->nodes[node].ready ||
+                !shape.eligible[problem_->nodes[node].node_class] || shape.gpus > problem_->nodes[node].gpus)
+                throw py::index_error("a node that cannot hold the task");
+        }
+        const std::vector<double> weights = alto::completion_weights(*problem_);
+        alto::Answer answer = answer_;
+        answer.schedule = alto::settle(*problem_, rows, weights);
+        answer.score = alto::evaluate(*problem_, answer.schedule, answer.bounds, weights);
+        answer.source = std::move(source);
+        return {problem_, std::move(answer)};
+    }
+
   private:
     [[nodiscard]] const alto::Schedule& schedule() const { return answer_.schedule; }
     [[nodiscard]] std::size_t task_of(std::size_t row) const {
@@ -175,7 +193,8 @@ PYBIND11_MODULE(_planner, module) {
         .def("placed", &Solution::placed)
         .def("unplaced", &Solution::unplaced)
         .def("predecessors", &Solution::predecessors, py::arg("task"))
-        .def("ahead", &Solution::ahead, py::arg("task"));
+        .def("ahead", &Solution::ahead, py::arg("task"))
+        .def("settled", &Solution::settled, py::arg("rows"), py::arg("source"));
     module.def("solve", &solve, py::arg("read"), py::arg("budget_s"), py::arg("seed"),
                py::arg("effort") = std::array<long, 3>{-1, -1, -1}, py::arg("only") = "");
 }

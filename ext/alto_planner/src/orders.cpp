@@ -108,6 +108,19 @@ std::vector<int> list_order(const Problem& problem, const Allotment& allotment, 
     return order;
 }
 
+std::vector<int> long_first(const Problem& problem, const Allotment& allotment, const std::vector<int>& order,
+                            double share) {
+    const double least = share * load_of(problem, allotment, std::max(1, problem.ready_gpus()));
+    const auto is_long = [&](int task) { return problem.choices[allotment[task]].seconds >= least; };
+    std::vector<int> sorted = order;
+    std::stable_sort(sorted.begin(), sorted.end(), [&](int a, int b) {
+        if (problem.tasks[a].priority != problem.tasks[b].priority)
+            return problem.tasks[a].priority > problem.tasks[b].priority;
+        return is_long(a) && !is_long(b);
+    });
+    return sorted;
+}
+
 std::vector<int> start_order(const Problem& problem, const Schedule& schedule) {
     std::vector<int> order;
     for (std::size_t i = 0; i < problem.tasks.size(); ++i)

@@ -18,6 +18,11 @@ enum class Rule { kSmallestArea, kLongest, kShortest, kLargestArea, kArrival };
 // All tasks that have a choice; higher priority first, then by the rule, then by arrival and index.
 std::vector<int> list_order(const Problem& problem, const Allotment& allotment, Rule rule);
 
+// `order` with the tasks that last at least `share` of the least conceivable makespan (area over GPUs, or the longest
+// task) before all others of their priority: they decide the makespan, the others the mean completion.
+std::vector<int> long_first(const Problem& problem, const Allotment& allotment, const std::vector<int>& order,
+                            double share);
+
 // Tasks in the order of their starts in `schedule`, within each priority.
 std::vector<int> start_order(const Problem& problem, const Schedule& schedule);
 

@@ -24,6 +24,8 @@ constexpr std::size_t kSearchTasks = 6000;
 constexpr std::size_t kFewTasks = 120;
 // How much longer than the packing the schedule may be, if mean completion gains by it.
 constexpr double kSlacks[] = {0, 0.002, 0.005, 0.01};
+// Tasks of this share of the makespan go first in some lists.
+constexpr double kLongShares[] = {0.5, 0.2, 0.1, 0.05};
 
 class Solver {
   public:
@@ -95,6 +97,12 @@ class Solver {
             offer_mirrored(allotment);
             offer(allotment, list_order(problem_, allotment, Rule::kLongest), "longest first");
         }
+        if (!improving() || problem_.objective.makespan <= 0) return;
+        for (double share : kLongShares)
+            for (Rule rule : {Rule::kSmallestArea, Rule::kShortest}) {
+                const std::vector<int> order = list_order(problem_, allotments_[0], rule);
+                offer(allotments_[0], long_first(problem_, allotments_[0], order, share), "long first");
+            }
     }
 
     [[nodiscard]] double longest_known() const {

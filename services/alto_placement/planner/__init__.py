@@ -4,6 +4,7 @@ from alto_placement.planner import Snapshot, plan
 answer = plan(Snapshot(now_s=..., nodes=[...], waiting=[...]), budget_s=0.05)
 """
 
+from alto_placement.planner import exact
 from alto_placement.planner.engine import Memory, plan
 from alto_placement.planner.errors import (
     DuplicateRowError,
@@ -68,5 +69,6 @@ __all__ = [
     "WaitReason",
     "WaitingTask",
     "check_can_ever_fit",
+    "exact",
     "plan",
 ]

@@ -23,9 +23,9 @@ from alto_placement.planner.model import Placement, Plan, Snapshot
 from alto_placement.planner.preempting import preemptions
 from alto_placement.planner.sharing import candidates, joins
 
-# CP-SAT tightens the bound of small instances; above this many tasks it proves nothing in the time of a plan.
-EXACT_TASKS = 24
-EXACT_SHARE = 0.3  # of the budget
+# CP-SAT improves plan and bound of small instances; above this size it finds nothing in the time of a plan.
+EXACT_TASKS = 50
+EXACT_SHARE, EXACT_SHARE_UNPACKED = 0.3, 0.7  # of the budget; packing, where it applies, is the better search
 LEAST_EXACT_BUDGET_S = 0.5
 WORTH_PROVING = 1e-4
 
@@ -69,6 +69,7 @@ def plan(
         budget_s = 0.0  # that plan was made without a search
     reader = (memory or Memory()).reader
     rounds = tuple(effort[:3]) if effort is not None else (-1, -1, -1)
+    exact_steps = effort[3] if effort is not None else None
     read = _read(reader, snapshot)
     joined = _join(snapshot, read, seed)
     remaining = snapshot
@@ -78,13 +79,32 @@ def plan(
         remaining = dataclasses.replace(snapshot, waiting=rest)
         read = _read(reader, remaining)
     small = budget_s >= LEAST_EXACT_BUDGET_S and exact.applicable(remaining, EXACT_TASKS)
-    solution = alto_planner.solve(read, budget_s * (1 - EXACT_SHARE) if small else budget_s, seed, rounds)
-    placements = Placements(remaining, solution, tuple(joined.values()))
-    bound = solution.makespan_bound_s
+    if exact_steps is not None:
+        small = exact_steps > 0
+    exact_s = 0.0
+    if small:
+        packs = all(task.choices[0].gpus.bit_count() == 1 for task in remaining.waiting)
+        exact_s = budget_s * (EXACT_SHARE if packs else EXACT_SHARE_UNPACKED)
+    solution = alto_planner.solve(read, budget_s - exact_s, seed, rounds)
+    bound, steps = solution.makespan_bound_s, 0
     if small and solution.makespan_s > bound * (1 + WORTH_PROVING):
-        proof_s = budget_s * EXACT_SHARE
-        bound = max(bound, exact.improve(remaining, placements, solution.makespan_s, proof_s, seed).lower_bound_s)
-    return _answer(snapshot, remaining, read, solution, placements, joined, bound, clock, began)
+        solution, bound, steps = _exact(remaining, solution, exact_s, seed, exact_steps)
+    placements = Placements(remaining, solution, tuple(joined.values()))
+    return _answer(snapshot, remaining, read, solution, placements, joined, bound, (steps,), clock, began)
+
+
+def _exact(
+    snapshot: Snapshot, known: alto_planner.Solution, budget_s: float, seed: int, steps: int | None
+) -> tuple[alto_planner.Solution, float, int]:
+    """Return the better of `known` and CP-SAT's plan by the objective, a bound, and the steps if the plan is CP-SAT's.
+
+    `steps` of an earlier call find the same plan again, whatever the time that takes.
+    """
+    found = exact.improve(snapshot, known, budget_s if steps is None else float("inf"), seed, steps or 0)
+    bound = max(known.makespan_bound_s, found.lower_bound_s)
+    if found.solution is None or found.solution.value >= known.value:
+        return known, bound, 0
+    return found.solution, bound, found.steps
 
 
 def _read(reader: alto_planner.Reader, snapshot: Snapshot) -> alto_planner.ReadSnapshot:
@@ -116,6 +136,7 @@ def _answer(
     placements: Placements,
     joined: dict[str, Placement],
     bound_s: float,
+    exact_effort: tuple[int, ...],
     clock: Callable[[], float],
     began: float,
 ) -> Plan:
@@ -140,6 +161,6 @@ def _answer(
         mean_completion_bound_s=solution.mean_completion_bound_s,
         explanations=explanations,
         source=solution.source,
-        effort=solution.effort,
+        effort=solution.effort + exact_effort,
         planning_s=clock() - began,
     )

@@ -29,6 +29,7 @@ def settings(tmp_path):
         heartbeat_s=0.2,
         retry_delay_s=0.05,
         refresh_s=0.2,
+        decision_budget_s=0,
     )
 
 
@@ -160,8 +161,9 @@ async def test_the_same_task_again_changes_nothing(stub):
     assert again.queue.reason == "NO_NODE_READY"
 
 
-async def test_a_task_that_no_node_can_ever_hold_is_refused(stub):
+async def test_a_task_that_no_node_can_ever_hold_is_refused(settings, stub):
     await TestNode(stub, gpus=2).register()
+    await asyncio.sleep(settings.lease_s)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await enqueue(stub, gpus=3)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -169,6 +171,15 @@ async def test_a_task_that_no_node_can_ever_hold_is_refused(stub):
     with pytest.raises(grpc.aio.AioRpcError):
         request = wire.EstimateTaskRequest(base_model="tiny", resources=tuning_pb2.Resources(gpus=3))
         await stub.EstimateTask(request, metadata=METADATA, timeout=10)
+
+
+async def test_nothing_is_refused_while_nodes_are_still_joining(stub):
+    await TestNode(stub, gpus=2).register()
+    assert (await enqueue(stub, gpus=3)).state == placement_pb2.PLACEMENT_STATE_WAITING
+    await watched(stub, lambda plan: queue_of(plan, "task").reason == "NEVER_FITS")
+    wider = await TestNode(stub, "node-b", gpus=4).connect()
+    assert (await wider.hears("assignment")).work.task_id == "task"
+    wider.call.cancel()
 
 
 async def test_an_estimate_says_what_it_rests_on(stub):
@@ -508,6 +519,33 @@ async def test_a_task_whose_node_died_goes_before_newer_and_smaller_ones(stub):
     assert (await other.hears("assignment")).work.task_id == "long"
     node.call.cancel()
     other.call.cancel()
+
+
+async def test_orders_that_leave_long_tasks_waiting_are_thought_over(settings, monkeypatch):
+    settings = settings.model_copy(update={"lease_s": 30.0, "decision_budget_s": 0.6})
+    budgets = {}
+    made = engine.planner.plan
+
+    def noted(snapshot, budget_s):
+        plan = made(snapshot, budget_s=budget_s)
+        budgets.setdefault((len(snapshot.waiting), len(plan.starting)), []).append(budget_s)
+        return plan
+
+    monkeypatch.setattr(engine.planner, "plan", noted)
+    size = wire.WorkSize(train_tokens=2_000_000_000, base_parameters=8_000_000_000, trials=1)
+    placement = PlacementServer(settings)
+    await placement.start()
+    async with service_channel(f"127.0.0.1:{placement.server.port}") as channel:
+        stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
+        for index, gpus in enumerate((3, 3, 5, 2)):
+            await enqueue(stub, f"task-{index}", gpus=gpus, size=size)
+        node = await TestNode(stub, gpus=8).connect()
+        await node.hears("assignment")
+        node.call.cancel()
+    await placement.stop()
+    thought_over = [row for (waiting, starting), row in budgets.items() if 0 < starting < waiting]
+    assert [0.05, 0.6] in [row[:2] for row in thought_over]
+    assert all(set(row) == {0.05} for (waiting, starting), row in budgets.items() if starting in (0, waiting))
 
 
 async def test_the_last_good_plan_stays_when_none_can_be_made(placement, stub, monkeypatch):
