@@ -48,7 +48,7 @@ def split(dataset: Path, validation_fraction: float, cache: Path) -> tuple[Path,
     """Return a training and a validation file made of one dataset, the same on every host and in every attempt.
 
     Rows go to validation by the hash of their content, so that repeated rows stay on one side; at least one row is on
-    each side. Raises EXECUTION_FAILED when there are fewer than two rows.
+    each side. A row keeps its line. Raises EXECUTION_FAILED when there are fewer than two rows.
     """
     name = f"{dataset.name}.{validation_fraction:.6f}"
     train, validation = cache / f"{name}.train", cache / f"{name}.validation"
@@ -57,14 +57,17 @@ def split(dataset: Path, validation_fraction: float, cache: Path) -> tuple[Path,
         validation.touch()
         return train, validation
     rows = list(_rows(dataset))
-    if len(rows) < 2:
+    full = [index for index, row in enumerate(rows) if row]
+    if len(full) < 2:
         raise DomainError(
             error_pb2.ERROR_REASON_EXECUTION_FAILED,
-            f"the dataset has {len(rows)} row: give at least two, or a validation dataset",
+            f"the dataset has {len(full)} row: give at least two, or a validation dataset",
         )
-    chosen = _validation_rows([hashlib.sha256(row).digest() for row in rows], validation_fraction)
-    _write(train, [row for index, row in enumerate(rows) if index not in chosen])
-    _write(validation, [row for index, row in enumerate(rows) if index in chosen])
+    places = _validation_rows([hashlib.sha256(rows[index]).digest() for index in full], validation_fraction)
+    chosen = {full[place] for place in places}
+    # A line of the other side is left blank: what is said of a line holds in the dataset itself.
+    _write(train, [b"" if index in chosen else row for index, row in enumerate(rows)])
+    _write(validation, [row if index in chosen else b"" for index, row in enumerate(rows)])
     return train, validation
 
 
@@ -78,17 +81,19 @@ def _validation_rows(digests: list[bytes], fraction: float) -> set[int]:
 
 
 def _rows(dataset: Path) -> Iterator[bytes]:
+    """Yield each row, line by line; blank lines too, empty."""
     with dataset.open("rb") as file:
         is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
     if is_parquet:
         for value in _parquet_rows(dataset):
-            yield json.dumps(value, ensure_ascii=False).encode()
+            # A column that a row leaves empty is a field it does not have. What JSON has no word for, such as a time,
+            # is in no field that is trained on.
+            row = {name: field for name, field in value.items() if field is not None}
+            yield json.dumps(row, ensure_ascii=False, default=str).encode()
         return
     with dataset.open("rb") as file:
         for number, line in enumerate(file):
-            row = (line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).strip()
-            if row:
-                yield row
+            yield (line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line).strip()
 
 
 def _parquet_rows(dataset: Path) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Rows on a host: verified, cached by content, and split the same way everywhere."""
 
+import datetime
+import decimal
 import json
 
 import pyarrow
@@ -84,3 +86,20 @@ def test_one_row_cannot_be_split(tmp_path):
     (tmp_path / "rows").write_bytes(b'{"text": "a"}\n')
     with pytest.raises(DomainError, match="at least two"):
         split(tmp_path / "rows", 0.1, tmp_path)
+
+
+def test_a_row_keeps_its_line_when_a_dataset_is_split(tmp_path):
+    lines = ["", *(json.dumps({"text": f"row {n}"}) for n in range(6)), "  ", *(f'{{"text": "{n}"}}' for n in range(5))]
+    (tmp_path / "rows").write_text("\n".join(lines))
+    for path in split(tmp_path / "rows", 0.4, tmp_path):
+        for line, row in read_rows(path):
+            assert json.loads(lines[line - 1])["text"] == row.text
+
+
+def test_parquet_with_empty_fields_and_values_that_json_does_not_know_can_be_split(tmp_path):
+    rows = {"prompt": list("abcd"), "completion": list("efgh"), "text": pyarrow.array([None] * 4, pyarrow.string())}
+    rows |= {"at": [datetime.datetime(2026, 1, 1)] * 4, "blob": [b"\xff"] * 4, "price": [decimal.Decimal("1.5")] * 4}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows")
+    train, validation = split(tmp_path / "rows", 0.3, tmp_path)
+    read = [row for path in (train, validation) for _, row in read_rows(path)]
+    assert sorted((row.prompt, row.completion) for row in read) == list(zip("abcd", "efgh", strict=True))
