@@ -14,7 +14,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,37 @@ def inspect(location: str, cache_folder: Path | None = None) -> ModelFacts:
     return ModelFacts(**raw)
 
 
+def load_tokenizer(location: str) -> Any:
+    """Return the transformers tokenizer of the model at `location`; raise `UnusableModelError` if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # as for a configuration: no contract says what it may be
+        cure = "put its tokenizer files beside config.json"
+        raise UnusableModelError(_name_of(location), f"has no usable tokenizer ({_first_line(error)})", cure) from error
+
+
+def text_vocabulary(location: str) -> int:
+    """Return how many tokens the model at `location` has embeddings for; raises `UnusableModelError`."""
+    vocabulary: int = _config(location).get_text_config().vocab_size
+    return vocabulary
+
+
+@contextmanager
+def weights_being_read(location: str) -> Iterator[None]:
+    """Tell what goes wrong inside, while the weights of a model are read, as an `UnusableModelError` with the cure."""
+    try:
+        yield
+    except (BaseModelError, MemoryError):
+        raise
+    except Exception as error:  # again: no contract says what it may be
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            raise
+        cure = "put its weights, whole and of its config.json, into the folder again"
+        raise UnusableModelError(_name_of(location), f"cannot be loaded ({_first_line(error)})", cure) from error
+
+
 def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the modules of a loaded model that may carry an adapter, in its order, with (in_features, out_features).
 
@@ -279,7 +311,7 @@ def _config(location: str) -> Any:
 def _gather(location: str) -> ModelFacts:
     """Build the model on the meta device and count it."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     config = _config(location)
     try:
@@ -291,11 +323,7 @@ def _gather(location: str) -> ModelFacts:
             f"cannot be built ({_first_line(error)})",
             "give a causal language model that the installed transformers can build from its config.json",
         ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    except Exception as error:
-        cure = "put its tokenizer files beside config.json"
-        raise UnusableModelError(_name_of(location), f"has no usable tokenizer ({_first_line(error)})", cure) from error
+    tokenizer = load_tokenizer(location)
     text = config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     width = (config.dtype or torch.float32).itemsize

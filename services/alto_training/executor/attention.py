@@ -17,6 +17,7 @@ from alto_training.executor.errors import UnsupportedBackboneError
 from alto_training.executor.tick import CurrentTick, Tick
 
 IMPLEMENTATION = "alto_varlen"
+PLAIN_IMPLEMENTATION = "eager"  # every model's own, in plain torch, and what ours is checked against
 _TICK_ATTRIBUTE = "alto_current_tick"
 
 

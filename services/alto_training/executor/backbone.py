@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from alto_common.base_models import select_modules
+from alto_common.base_models import select_modules, weights_being_read
 from alto_common.tuning import ALL_LINEAR, TrialConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +24,7 @@ from alto_training.executor.nf4 import quantise_layers
 from alto_training.executor.shared_input import shared_inputs_found
 from alto_training.executor.tick import CurrentTick, Item, PackedSequence, Share, Tick, build_tick
 
+_SUPPORTED = "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model"
 _PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -119,14 +120,22 @@ def load_backbone(
     """Load a causal language model by folder or hub name, freeze it, and make it take adapters.
 
     With `in_nf4` its linear layers are kept in 4 bits, and `dtype` is what products are made in.
-    Raises `UnsupportedBackboneError` for an architecture whose attention cannot be told where sequences end.
+    Raises `UnsupportedBackboneError` for an architecture whose attention cannot be told where sequences end, and
+    `UnusableModelError` when the model is damaged or cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    attention.register()
-    model = AutoModelForCausalLM.from_pretrained(
-        name_or_path, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
-    )
+    with weights_being_read(name_or_path):
+        model, told = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            attn_implementation=attention.PLAIN_IMPLEMENTATION,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if told["missing_keys"]:
+            # transformers fills them with random numbers and a warning.
+            raise ValueError(f"its files lack {sorted(told['missing_keys'])[0]}")
     weights = None
     if in_nf4:
         # While it is whole, and before the device sees it: the weights' name is that of the model they come from.
@@ -142,22 +151,13 @@ def prepare_backbone(
 
     `weights` is given when they are kept elsewhere; then `model` has hooks that fetch what each of its modules uses.
     """
-    config = model.config
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedBackboneError(
-            f"{type(model).__name__} does not go through transformers' attention interface",
-            "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model",
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in {"dynamic", "longrope"}:
-        raise UnsupportedBackboneError(
-            f"rope_type {rope['rope_type']} makes positions depend on the longest sequence of a batch",
-            "choose a model with another rope_type",
-        )
-    attention.register()
-    model.set_attn_implementation(attention.IMPLEMENTATION)
+    _refuse_what_packing_breaks(model)
+    config = model.config.get_text_config()
     model.requires_grad_(False).eval().to(device)
     probe_ids = torch.randint(0, config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    expected_SV = _own_logits(model, _probe_sequences(probe_ids), device)
+    attention.register()
+    model.set_attn_implementation(attention.IMPLEMENTATION)
     decoder = model.base_model
     current = CurrentTick()
     attention.attach(model, current)
@@ -173,7 +173,6 @@ def prepare_backbone(
         device=device,
         dtype=model.dtype,
     )
-    expected_SV = _own_logits(model, backbone, probe_ids)
     backbone.fan_in_fan_out = any(type(module).__name__ == "Conv1D" for module in decoder.modules())
     backbone.layers = _install_layers(decoder, backbone.module_prefix, ReferenceBackend(), current)
     with shared_inputs_found(backbone.layers):
@@ -202,30 +201,42 @@ def _install_layers(
     return tuple(layers)
 
 
-def _probe_tick(probe_ids: torch.Tensor, rows: Sequence[int], device: torch.device) -> Tick:
-    items = []
-    for row in rows:
-        ids = probe_ids[row, : probe_ids.shape[1] - row * 5].numpy().astype("int32")  # ragged: 12 and 7 tokens
-        items.append(Item((PackedSequence(ids, ids >= 0),), denominator=1))
-    return build_tick([Share(None, items)], training=False, device=device)
+def _refuse_what_packing_breaks(model: Any) -> None:
+    """Refuse architectures that are known to need more than to be told where each sequence ends."""
+    config = model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedBackboneError(
+            f"{type(model).__name__} does not go through transformers' attention interface", _SUPPORTED
+        )
+    # Two short probes cannot show these: they begin where a sequence is longer than one of a real model's chunks.
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UnsupportedBackboneError(f"{type(model).__name__} attends within chunks", _SUPPORTED)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in {"dynamic", "longrope"}:
+        raise UnsupportedBackboneError(
+            f"rope_type {rope['rope_type']} makes positions depend on the longest sequence of a batch",
+            "choose a model with another rope_type",
+        )
+
+
+def _probe_sequences(probe_ids: torch.Tensor) -> list[torch.Tensor]:
+    return [row[: len(row) - number * 5] for number, row in enumerate(probe_ids)]  # ragged: 12 and 7 tokens
 
 
 @torch.no_grad()
-def _own_logits(model: Any, backbone: Backbone, probe_ids: torch.Tensor) -> torch.Tensor:
-    """Return the untouched model's logits for the probe sequences, each run alone, rows stacked."""
-    rows = []
-    for row in range(probe_ids.shape[0]):
-        tick = _probe_tick(probe_ids, [row], backbone.device)
-        backbone.current.tick = tick
-        rows.append(model(input_ids=tick.input_ids_1T, use_cache=False).logits[0, :-1].float())
-    backbone.current.tick = None
-    return torch.cat(rows)
+def _own_logits(model: Any, sequences: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return the untouched model's logits, by its own plain attention, for each sequence alone, rows stacked."""
+    model.set_attn_implementation(attention.PLAIN_IMPLEMENTATION)
+    alone = [model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1].float() for ids in sequences]
+    return torch.cat(alone)
 
 
 @torch.no_grad()
 def _verify_packing(backbone: Backbone, probe_ids: torch.Tensor, expected_SV: torch.Tensor) -> None:
     """Refuse a model that gives other logits for sequences packed together than for each alone."""
-    tick = _probe_tick(probe_ids, range(probe_ids.shape[0]), backbone.device)
+    rows = [ids.numpy().astype("int32") for ids in _probe_sequences(probe_ids)]
+    items = [Item((PackedSequence(ids, ids >= 0),), denominator=1) for ids in rows]
+    tick = build_tick([Share(None, items)], training=False, device=backbone.device)
     hidden_SH = backbone.hidden_states(tick)
     with backbone.weights.head() as head:
         packed_SV = head.logits(hidden_SH)
@@ -233,5 +244,5 @@ def _verify_packing(backbone: Backbone, probe_ids: torch.Tensor, expected_SV: to
     if not error <= _PACKING_TOLERANCE.get(backbone.dtype, 0.1):
         raise UnsupportedBackboneError(
             f"{type(backbone.decoder).__name__} gives other logits for packed sequences (relative error {error:.2g})",
-            "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model",
+            _SUPPORTED,
         )

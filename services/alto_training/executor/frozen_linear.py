@@ -68,7 +68,8 @@ def frozen_linear(module: nn.Module) -> DenseLinear | QuantisedLinear | None:
 
     if isinstance(module, Nf4Linear):
         return QuantisedLinear(module)
-    if isinstance(module, nn.Linear):
+    # Not a subclass that does something else besides, as routers of experts do.
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return DenseLinear(module, module.in_features, module.out_features)
     if isinstance(module, Conv1D):
         return DenseLinear(module, module.nx, module.nf, transposed=True)

@@ -66,9 +66,10 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """Return a causal language model with its buffers, and the shapes alone of its parameters."""
     from transformers import AutoModelForCausalLM
 
-    attention.register()
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention.PLAIN_IMPLEMENTATION
+        )
     return model
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from alto_common.base_models import UnusableModelError
 from alto_common.tuning import Evaluation, TrialConfig
-from alto_training.executor.backbone import prepare_backbone
+from alto_training.executor.backbone import load_backbone, prepare_backbone
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
 from alto_training.executor.events import TrialProgress
 from alto_training.executor.settings import Backend, ExecutorSettings
 from peft_solo import train_alone
+from safetensors.torch import load_file, save_file
 from tiny_jobs import VOCABULARY, MemoryDataset, adapter_weights, job, llama_config, run
 from torch.nn.functional import cross_entropy
 
@@ -146,3 +149,44 @@ def test_a_bf16_backbone_follows_the_fp32_loss_curve_with_fp32_adapters(tmp_path
         weights = adapter_weights(outcome.trials[0].adapter_path)
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert curves[1] == pytest.approx(curves[0], rel=0.02)
+
+
+def test_attention_that_is_not_causal_is_refused() -> None:
+    # Every sequence alone and all packed agree, under our attention; what the model was trained with is another.
+    values = DECODER | GROUPED | {"sliding_window": 6, "query_pre_attn_scalar": 12, "use_bidirectional_attention": True}
+    model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**values))
+    with pytest.raises(UnsupportedBackboneError, match="other logits for packed sequences"):
+        prepare_backbone(model, "bidirectional", torch.device("cpu"))
+
+
+def test_attention_within_chunks_is_refused_however_long_they_are() -> None:
+    values = DECODER | GROUPED | {"num_local_experts": 2, "intermediate_size_mlp": 80, "attention_chunk_size": 8192}
+    model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**values))
+    with pytest.raises(UnsupportedBackboneError, match="within chunks"):
+        prepare_backbone(model, "chunked", torch.device("cpu"))
+
+
+def test_a_family_that_chooses_its_attention_itself_is_refused_by_name(tmp_path: Path) -> None:
+    values = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+    transformers.GPTJForCausalLM(transformers.GPTJConfig(**values)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBackboneError, match=r"GPTJ.*attention interface.*choose a Llama"):
+        load_backbone(str(tmp_path))
+
+
+def test_weights_that_are_missing_cut_short_or_of_another_shape_are_no_model(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole, tensors = file.read_bytes(), load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up_proj" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    # Not a model with a random layer, which is what transformers makes of it.
+    with pytest.raises(UnusableModelError, match=r"lack model\.layers\.1\.mlp\.up_proj"):
+        load_backbone(str(tmp_path))
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnusableModelError, match="cannot be loaded"):
+        load_backbone(str(tmp_path))
+    file.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(UnusableModelError, match="cannot be loaded"):
+        load_backbone(str(tmp_path))
