@@ -46,14 +46,14 @@ def check_dataset(path: Path, model: str, objective: str, loss_scope: str, max_l
 def _describe(path: Path, model: str, objective: Any, max_length: int, json_output: bool) -> None:
     with needs_extra("training", "showing what a model sees"):
         quiet_libraries("cpu")
-        from alto_common.base_models import UnknownModelError, list_models
+        from alto_common.base_models import BaseModelError, list_models, load_tokenizer
         from alto_training.executor.data.report import describe
+        from alto_training.executor.data.segments import TokenizerError
         from alto_training.executor.loading import locate_base_model
-        from transformers import AutoTokenizer
     try:
         folder = locate_base_model(str(Path(model).resolve()) if Path(model).is_dir() else model)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (UnknownModelError, OSError, ValueError) as error:
+        tokenizer = load_tokenizer(folder)
+    except BaseModelError as error:
         here = ", ".join(list_models()) or "none yet"
         raise CommandError(
             f"--model {model}: {str(error).splitlines()[0]}",
@@ -61,7 +61,10 @@ def _describe(path: Path, model: str, objective: Any, max_length: int, json_outp
             "fetch a small one: alto models fetch",
         ) from None
     with tempfile.TemporaryDirectory() as cache:
-        report = describe(path, tokenizer, objective, Path(cache), max_length)
+        try:
+            report = describe(path, tokenizer, objective, Path(cache), max_length)
+        except TokenizerError as error:
+            raise CommandError(f"--model {model}: {error}") from None
     if json_output:
         print_json(report.as_json())
     else:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from alto_client.task_file import load_task_file
 
-from alto_cli import exit_codes
 from alto_cli.extras import needs_extra
 from alto_cli.failures import CommandError
-from alto_cli.local_job import local_job
+from alto_cli.local_job import local_job, told_to_the_user
 from alto_cli.local_training import LocalMachine, prepare_libraries
 from alto_cli.output import print_facts, print_json, say
 from alto_cli.view.wording import bytes_text, duration_text, plural
@@ -23,29 +22,21 @@ def estimate_file_locally(path: Path, machine: LocalMachine, json_output: bool) 
     task_file = load_task_file(path)
     with needs_extra("training", "an estimate for this machine"):
         machine = prepare_libraries(machine)
-        from alto_common.base_models import BaseModelError, check_targets, inspect
+        from alto_common.base_models import check_targets, inspect
         from alto_common.calibrations import default_calibrations_folder
         from alto_training.executor.budget import known_costs
-        from alto_training.executor.errors import ExecutorError
         from alto_training.executor.estimate import estimate_job, measure_costs
     settings = machine.settings()
-    with tempfile.TemporaryDirectory() as work:
-        try:
-            job = local_job(task_file, Path(work))
-            facts = inspect(job.base_model)
-            unfit = [
-                found for trial in job.trials for found in check_targets(facts, trial.config, f"{trial.trial_id}.")
-            ]
-            if unfit:
-                raise CommandError("the search cannot be run", *dict.fromkeys(str(found) for found in unfit))
-            if known_costs(settings, facts) is None:
-                say(f"measuring what passes over {task_file.base_model} cost on this machine (about a minute, once)")
-                measure_costs(job, settings, default_calibrations_folder(), time.perf_counter, process_age_s)
-            estimate = estimate_job(job, settings, Path(work) / "cache")
-        except BaseModelError as error:
-            raise CommandError(f"base_model: {error}") from None
-        except ExecutorError as error:
-            raise CommandError(error.message, error.cure, exit_code=exit_codes.FAILURE) from None
+    with told_to_the_user(), tempfile.TemporaryDirectory() as work:
+        job = local_job(task_file, Path(work))
+        facts = inspect(job.base_model)
+        unfit = [found for trial in job.trials for found in check_targets(facts, trial.config, f"{trial.trial_id}.")]
+        if unfit:
+            raise CommandError("the search cannot be run", *dict.fromkeys(str(found) for found in unfit))
+        if known_costs(settings, facts) is None:
+            say(f"measuring what passes over {task_file.base_model} cost on this machine (about a minute, once)")
+            measure_costs(job, settings, default_calibrations_folder(), time.perf_counter, process_age_s)
+        estimate = estimate_job(job, settings, Path(work) / "cache")
     if json_output:
         whole = dataclasses.asdict(estimate.load.training)
         print_json(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from alto_client.task_file import TaskFile
 from alto_client.task_spec import task_spec, trial_config
 from alto_client.uploading import upload_header
 
+from alto_cli import exit_codes
 from alto_cli.failures import CommandError
 
 if TYPE_CHECKING:
@@ -18,37 +21,55 @@ if TYPE_CHECKING:
 DEFAULT_VALIDATION_FRACTION = 0.1
 
 
-def local_job(task_file: TaskFile, work: Path) -> TuningJob:
-    """Return the executor's job for a task file; raise `CommandError` naming what it cannot do."""
-    from alto_common.base_models import UnknownModelError
-    from alto_common.dataset_rows import DatasetError, check_objective, scan
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """Turn the errors of jobs, base models, datasets and the executor into `CommandError`, each with its cure."""
+    from alto_common.base_models import BaseModelError, UnknownModelError
+    from alto_common.dataset_rows import DatasetError
+    from alto_common.errors import DomainError
     from alto_common.search_space import SearchSpaceError
+    from alto_training.executor.errors import DatasetRefusedError, ExecutorError
+
+    try:
+        yield
+    except (DatasetError, SearchSpaceError) as error:
+        raise CommandError("the search cannot be run", *(str(found) for found in error.violations)) from None
+    except DatasetRefusedError as error:
+        raise CommandError(error.message, *(str(found) for found in error.violations)) from None
+    except UnknownModelError as error:
+        raise CommandError(f"base_model: {error}", "fetch a small one: alto models fetch") from None
+    except BaseModelError as error:
+        raise CommandError(f"base_model: {error}") from None
+    except DomainError as error:
+        raise CommandError(error.message) from None
+    except ExecutorError as error:
+        raise CommandError(error.message, error.cure, exit_code=exit_codes.FAILURE) from None
+
+
+def local_job(task_file: TaskFile, work: Path) -> TuningJob:
+    """Return the executor's job for a task file; what cannot be done raises what `told_to_the_user` tells."""
+    from alto_common.dataset_rows import DatasetError, check_objective, scan
     from alto_common.tuning import TuningJob
     from alto_common.tuning_wire import early_exit_from_wire, evaluation_from_wire, objective_from_wire
     from alto_training.executor.loading import locate_base_model
 
     spec = task_spec(task_file, dataset_id="local")
     objective = objective_from_wire(spec.objective)
-    try:
-        base_model = locate_base_model(task_file.base_model)
-        for file in (task_file.dataset, task_file.validation):
-            if file is not None and (unfit := check_objective(scan(file).format, objective)):
-                raise DatasetError(unfit)
-        train, validation = _rows(task_file, work)
-        return TuningJob(
-            task_id=task_file.name,
-            base_model=base_model,
-            train_path=str(train),
-            validation_path=str(validation),
-            trials=_trials(task_file),
-            objective=objective,
-            early_exit=early_exit_from_wire(spec.early_exit),
-            evaluation=evaluation_from_wire(spec.evaluation),
-        )
-    except (DatasetError, SearchSpaceError) as error:
-        raise CommandError("the search cannot be run", *(str(found) for found in error.violations)) from None
-    except UnknownModelError as error:
-        raise CommandError(f"base_model: {error}", "fetch a small one: alto models fetch") from None
+    base_model = locate_base_model(task_file.base_model)
+    for file in (task_file.dataset, task_file.validation):
+        if file is not None and (unfit := check_objective(scan(file).format, objective)):
+            raise DatasetError(unfit)
+    train, validation = _rows(task_file, work)
+    return TuningJob(
+        task_id=task_file.name,
+        base_model=base_model,
+        train_path=str(train),
+        validation_path=str(validation),
+        trials=_trials(task_file),
+        objective=objective,
+        early_exit=early_exit_from_wire(spec.early_exit),
+        evaluation=evaluation_from_wire(spec.evaluation),
+    )
 
 
 def _rows(task_file: TaskFile, work: Path) -> tuple[Path, Path]:

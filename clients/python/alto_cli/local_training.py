@@ -21,7 +21,7 @@ from alto_cli import exit_codes
 from alto_cli.extras import needs_extra
 from alto_cli.failures import CommandError
 from alto_cli.following import Follower, follower, show_result
-from alto_cli.local_job import local_job
+from alto_cli.local_job import local_job, told_to_the_user
 from alto_cli.output import say
 from alto_cli.quiet import quiet_libraries
 from alto_cli.view.story import Story
@@ -88,17 +88,14 @@ def train_file(path: Path, work: Path | None, output: Path | None, machine: Loca
     with needs_extra("training", "training on this machine"):
         machine = prepare_libraries(machine)
         from alto_training.executor.control import ControlQueue
-        from alto_training.executor.errors import ExecutorError
         from alto_training.executor.executor import Executor
     settings = machine.settings()
-    job = local_job(task_file, work)
+    with told_to_the_user():
+        job = local_job(task_file, work)
     story, control = Story(), ControlQueue()
-    with follower(story, json_output) as shown, _pause_on_interrupt(control, shown):
+    with told_to_the_user(), follower(story, json_output) as shown, _pause_on_interrupt(control, shown):
         shown.message(_snapshot(task_file, job))
-        try:
-            outcome = Executor(job, work, _sink(job, shown), settings, control).run()
-        except ExecutorError as error:
-            raise CommandError(error.message, error.cure, exit_code=exit_codes.FAILURE) from None
+        outcome = Executor(job, work, _sink(job, shown), settings, control).run()
     if outcome.state == "paused":
         say(f"paused with a checkpoint in {work}; the same command carries on")
         raise typer.Exit(exit_codes.INTERRUPTED)

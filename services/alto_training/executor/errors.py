@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from alto_common.violations import Violation
+
 
 class ExecutorError(Exception):
     """Base of the executor's errors: `message` says what is wrong and `cure` what to do about it."""
@@ -18,6 +22,14 @@ class CheckpointError(ExecutorError):
 
 class DatasetChangedError(ExecutorError):
     """The dataset is not the one that the checkpoint was trained on."""
+
+
+class DatasetRefusedError(ExecutorError):
+    """A dataset has rows that this model cannot be trained on; `violations` names them, line by line."""
+
+    def __init__(self, message: str, cure: str, violations: Sequence[Violation] = ()) -> None:
+        super().__init__(message, cure)
+        self.violations = tuple(violations)
 
 
 class WrongBaseModelError(ExecutorError):

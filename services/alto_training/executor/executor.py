@@ -333,7 +333,7 @@ class Executor:
             state = TaskState.PAUSED
         elif self._roster.cancelled:
             state = TaskState.CANCELLED
-        elif all(one.state is TrialState.FAILED for one in task.finished.values()):
+        elif task.best_trial_id is None:
             state = TaskState.FAILED
         else:
             state = TaskState.SUCCEEDED

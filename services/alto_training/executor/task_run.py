@@ -241,13 +241,13 @@ class TaskRun:
                 f"the checkpoint is of another task or other trials than {self.task_id}",
                 "give the job it was written for, or another work folder",
             )
-        for name, data, path in (
-            ("train_fingerprint", self.train, self.job.train_path),
-            ("validation_fingerprint", self.validation, self.job.validation_path),
+        for which, name, data in (
+            ("training", "train_fingerprint", self.train),
+            ("validation", "validation_fingerprint", self.validation),
         ):
             if state[name] != data.fingerprint:
                 raise DatasetChangedError(
-                    f"{path} has changed since the checkpoint was written",
+                    f"the {which} rows of {self.task_id} have changed since the checkpoint was written",
                     "restore the dataset, or start over in another work folder",
                 )
         self.base_validation_loss = state["base_validation_loss"]

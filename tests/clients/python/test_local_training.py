@@ -166,3 +166,25 @@ def test_an_estimate_of_the_service_refuses_what_only_a_machine_of_ones_own_has(
     result = CliRunner().invoke(app, ["estimate", str(task_file), "--dtype", "nf4"])
     assert result.exit_code == 2
     assert "add --local" in result.stderr
+
+
+def test_rows_that_this_model_cannot_learn_are_named_without_a_traceback(task_file):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (task_file.parent / "rows.jsonl").write_text((json.dumps(talk) + "\n") * 5)
+    for command in (["train-local"], ["estimate", "--local"]):
+        result = CliRunner().invoke(app, [command[0], str(task_file), *command[1:], "--device", "cpu"])
+        assert (result.exit_code, type(result.exception)) == (2, SystemExit)
+        assert "no chat template: give rows of {prompt, completion}" in result.stderr
+    (task_file.parent / "rows.jsonl").write_text('{"text": "a b"}\n')
+    result = train(task_file)
+    assert (result.exit_code, type(result.exception)) == (2, SystemExit)
+    assert "1 row: give at least two" in result.stderr
+
+
+def test_a_search_whose_every_trial_became_not_finite_has_failed(task_file):
+    task_file.write_text(task_file.read_text().replace("[1e-3, 1e-2]", "[1e30, 1e31]").replace("count: 2", "count: 1"))
+    result = train(task_file, "--json")
+    assert result.exit_code == 1
+    told = json.loads(result.stdout.splitlines()[-1])["result"]
+    assert told["task"]["state"] == "FAILED"
+    assert "A lower learning rate" in result.stdout

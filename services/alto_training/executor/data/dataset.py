@@ -72,6 +72,15 @@ class TokenisedDataset:
         targets = np.add.reduceat(self._arrays.targets, self._arrays.offsets[:-1], dtype=np.int64)
         return list(zip(lengths.tolist(), targets.tolist(), strict=True))
 
+    def first_token_beyond(self, vocabulary: int) -> tuple[int, int] | None:
+        """Return (row, token) of the first token that a vocabulary of this many does not have, None without one."""
+        tokens = self._arrays.tokens
+        if int(tokens.max()) < vocabulary:
+            return None
+        place = int((tokens >= vocabulary).argmax())
+        sequence = int(np.searchsorted(self._arrays.offsets, place, side="right")) - 1
+        return sequence // self._arrays.layout.sequences_per_row, int(tokens[place])
+
     def truncated_share(self, max_length: int) -> float:
         """Return the share of rows that lose tokens at `max_length`."""
         longest = np.diff(self._arrays.offsets).reshape(len(self), -1).max(axis=1)
