@@ -24,6 +24,24 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 MANIFEST_NAME = "alto.json"
 _PREFIX = "base_model.model."
+# Fields of PEFT's configuration that, when set, make an adapter more than B A x: what they add would be lost.
+_BEYOND_LORA = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
+)
+# Ways to begin that change the backbone's own weights: such an adapter belongs to the changed ones.
+_BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "use_rslora": False}
 
 
 @dataclass(frozen=True)
@@ -95,54 +113,99 @@ def peft_config(adapter: Adapter, config: TrialConfig, backbone: Backbone) -> di
 def read_adapter(folder: Path, adapter: Adapter, config: TrialConfig, backbone: Backbone) -> None:
     """Load the weights of a PEFT adapter into `adapter`, to start training from.
 
-    Raises `AdapterFormatError` when the folder is no LoRA adapter or has another rank, scaling or other modules, and
-    `WrongBaseModelError` when its manifest names another backbone.
+    Raises `AdapterFormatError` when the folder is no plain LoRA adapter or has another rank, scaling or other modules,
+    and `WrongBaseModelError` when its manifest names another backbone.
     """
     from safetensors.torch import load_file
 
     try:
-        described = json.loads((folder / CONFIG_NAME).read_text())
+        described = _json_object(folder / CONFIG_NAME)
         tensors = load_file(folder / WEIGHTS_NAME)
     except (OSError, ValueError) as error:
         raise AdapterFormatError(f"{folder} is no PEFT adapter ({error})", "name a folder that PEFT wrote") from error
     except Exception as error:
         raise AdapterFormatError(f"{folder / WEIGHTS_NAME} is damaged ({error})", "fetch the adapter again") from error
     _check_backbone(folder, backbone)
-    if described.get("peft_type") != "LORA" or described.get("use_dora"):
-        raise AdapterFormatError(f"{folder} is no plain LoRA adapter", "start from a LoRA adapter without DoRA")
-    for name, asked in (("r", config.lora_rank), ("use_rslora", config.use_rslora)):
-        if described.get(name, asked) != asked:
-            raise AdapterFormatError(
-                f"{folder} has {name} {described[name]}, the trial {asked}", f"give the trial {name} {described[name]}"
-            )
-    expected = adapter.matrices(adapter.param)
-    found = {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
-    if found != set(expected):
-        odd = sorted(found ^ set(expected))[0]
+    _refuse_more_than_lora(folder, described)
+    _refuse_another_scaling(folder, described, config)
+    expected = {
+        f"{_PREFIX}{path}.lora_{letter}.weight": matrix
+        for path, matrices in adapter.matrices(adapter.param).items()
+        for matrix, letter in zip(matrices, "AB", strict=True)
+    }
+    if tensors.keys() != expected.keys():
+        odd = min(tensors.keys() ^ expected.keys())
         raise AdapterFormatError(
-            f"{folder} and the trial adapt other modules, such as {odd}", "give the trial the adapter's target_modules"
+            f"{folder} and the trial adapt other modules, such as {odd.removeprefix(_PREFIX)}",
+            "give the trial the adapter's target_modules and layers",
         )
-    for path, matrices in expected.items():
-        for matrix, letter in zip(matrices, "AB", strict=True):
-            stored = tensors[f"{_PREFIX}{path}.lora_{letter}.weight"]
-            if stored.shape != matrix.shape:
-                raise WrongBaseModelError(
-                    f"{folder} has {path}.lora_{letter} of shape {tuple(stored.shape)}, not {tuple(matrix.shape)}",
-                    "start from an adapter of this base model and lora_rank",
-                )
-            matrix.copy_(stored)
+    for name, matrix in expected.items():
+        stored = tensors[name]
+        if stored.shape != matrix.shape:
+            raise WrongBaseModelError(
+                f"{folder} has {name.removeprefix(_PREFIX)} of shape {tuple(stored.shape)}, not {tuple(matrix.shape)}",
+                "start from an adapter of this base model and lora_rank",
+            )
+        if not bool(stored.isfinite().all()):
+            raise AdapterFormatError(
+                f"{folder} has numbers in {name.removeprefix(_PREFIX)} that are not finite",
+                "start from another adapter",
+            )
+        matrix.copy_(stored)
+
+
+def _refuse_more_than_lora(folder: Path, described: Mapping[str, Any]) -> None:
+    if described.get("peft_type") != "LORA":
+        raise AdapterFormatError(f"{folder} is no LoRA adapter", "start from a LoRA adapter")
+    for name in _BEYOND_LORA:
+        if described.get(name):
+            raise AdapterFormatError(f"{folder} has {name}", f"start from a plain LoRA adapter, without {name}")
+    if described.get("bias", "none") != "none":
+        raise AdapterFormatError(
+            f'{folder} has bias "{described["bias"]}"', 'start from a plain LoRA adapter, with bias "none"'
+        )
+    start = described.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_BASE_CHANGING_STARTS):
+        raise AdapterFormatError(
+            f"{folder} began as {start}, which changed the base model's own weights",
+            "convert it to a plain LoRA adapter with PEFT's path_initial_model_for_weight_conversion",
+        )
+
+
+def _refuse_another_scaling(folder: Path, described: Mapping[str, Any], config: TrialConfig) -> None:
+    for name, field, asked in (
+        ("r", "lora_rank", config.lora_rank),
+        ("lora_alpha", "lora_alpha", config.lora_alpha),
+        ("use_rslora", "use_rslora", config.use_rslora),
+    ):
+        there = described.get(name, _PEFT_DEFAULTS[name])
+        if there != asked:
+            raise AdapterFormatError(
+                f"{folder} has {name} {there}, the trial {asked}", f"give the trial {field} {there}"
+            )
 
 
 def _check_backbone(folder: Path, backbone: Backbone) -> None:
     manifest_path = folder / MANIFEST_NAME
     if not manifest_path.is_file():
         return
-    fingerprint = json.loads(manifest_path.read_text()).get("backbone_fingerprint")
+    try:
+        fingerprint = _json_object(manifest_path).get("backbone_fingerprint")
+    except (OSError, ValueError) as error:
+        raise AdapterFormatError(f"{manifest_path} is damaged ({error})", "fetch the adapter again") from error
     if fingerprint != backbone.fingerprint:
         raise WrongBaseModelError(
             f"{folder} was trained over another backbone than {backbone.name_or_path}",
             "start from an adapter of this base model",
         )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; ValueError when it is none."""
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return value
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ from alto_common.tuning import Trial, TrialConfig
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.durable_files import replace_folder, write_file
 from alto_training.executor.events import TrialProgress
+from safetensors.torch import load_file, save_file
 from tiny_jobs import adapter_weights, job, run, tiny_llama
 
 CONFIG = TrialConfig(lora_rank=3, learning_rate=1e-2, batch_size=4, max_steps=4, max_length=24)
@@ -110,16 +111,48 @@ def test_an_adapter_of_another_base_model_or_a_damaged_one_is_refused(tmp_path: 
     assert "damaged" in outcome.trials[0].reason
 
 
-def test_an_adapter_with_dora_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        ({"use_dora": True}, "without use_dora"),
+        ({"lora_bias": True}, "without lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, "without modules_to_save"),
+        ({"rank_pattern": {"q_proj": 2}}, "without rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "without alpha_pattern"),
+        ({"bias": "lora_only"}, 'with bias "none"'),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the base model's own weights"),
+        # The weights would start with another effect than they were trained with.
+        ({"lora_alpha": 12.5}, "give the trial lora_alpha 12.5"),
+    ],
+)
+def test_an_adapter_that_is_more_than_lora_or_has_another_scaling_is_refused(
+    tmp_path: Path, described: dict[str, object], said: str
+) -> None:
     first, _ = run(job(CONFIG), tmp_path / "first")
     assert first.best is not None
     assert first.best.adapter_path is not None
-    described = Path(first.best.adapter_path) / "adapter_config.json"
-    described.write_text(described.read_text().replace('"use_dora": false', '"use_dora": true'))
+    file = Path(first.best.adapter_path) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | described))
     warm = Trial("warm", CONFIG, initial_adapter_path=first.best.adapter_path)
     outcome, _ = run(replace(job(CONFIG), trials=(warm,)), tmp_path / "second")
     assert outcome.trials[0].state == "failed"
-    assert "without DoRA" in outcome.trials[0].reason
+    assert said in outcome.trials[0].reason
+
+
+def test_an_adapter_with_a_matrix_missing_or_numbers_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    first, _ = run(job(CONFIG), tmp_path / "first")
+    assert first.best is not None
+    assert first.best.adapter_path is not None
+    file = Path(first.best.adapter_path) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    warm = replace(job(CONFIG), trials=(Trial("warm", CONFIG, initial_adapter_path=first.best.adapter_path),))
+    name = min(name for name in tensors if "lora_B" in name)
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, file)
+    outcome, _ = run(warm, tmp_path / "second")
+    assert name.removeprefix("base_model.model.") in outcome.trials[0].reason
+    save_file(tensors | {name: tensors[name] * float("nan")}, file)
+    outcome, _ = run(warm, tmp_path / "third")
+    assert "not finite" in outcome.trials[0].reason
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
