@@ -118,6 +118,8 @@ class CheckpointStore:
         )
 
     def _read(self, path: Path) -> Checkpoint:
+        # Of a damaged generation nothing is known: what comes again under a name of its files may be something else.
+        self._known = {}
         try:
             manifest = json.loads(path.read_bytes())
             payload = manifest["payload"]

@@ -242,3 +242,22 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGKILL)
 
     run(mix(), Path(sys.argv[1]), settings=SETTINGS, events=kill_myself)
+
+
+def test_files_of_a_damaged_generation_are_never_taken_for_those_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for version in (1, 2):
+        groups = [TensorGroup(name, version, {"param": torch.full((3,), float(version))}) for name in ("a", "b")]
+        store.write_manifest(version, {}, store.write_groups(groups))
+    (tmp_path / "b-v2.safetensors").write_bytes(b"damaged")
+
+    store = CheckpointStore(tmp_path)
+    before = store.read()
+    assert before is not None
+    assert before.tick == 1
+    # A run with smaller ticks comes to the same version of "a" at another step.
+    other = [TensorGroup("a", 2, {"param": torch.full((3,), 7.0)}), TensorGroup("b", 1, before.groups["b"])]
+    store.write_manifest(3, {}, store.write_groups(other))
+    after = CheckpointStore(tmp_path).read()
+    assert after is not None
+    assert after.groups["a"]["param"].tolist() == [7.0] * 3
