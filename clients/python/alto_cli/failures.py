@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,8 +67,8 @@ def _message(error: Exception) -> tuple[str, Sequence[str], int, Mapping[str, An
     """Return (message, lines below it, exit code, facts for programs); None for what is a bug of ours."""
     if isinstance(error, CommandError):
         return error.message, error.cures, error.exit_code, {"cures": list(error.cures)}
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}", (), exit_codes.USAGE, {"file": str(error.filename)}
+    if isinstance(error, OSError) and error.strerror is not None:
+        return _system_message(error)
     # Imported here: a command that failed before it needed the SDK has not paid for it.
     from alto_client.errors import AltoError
     from alto_client.task_file import TaskFileError
@@ -80,6 +81,15 @@ def _message(error: Exception) -> tuple[str, Sequence[str], int, Mapping[str, An
     if isinstance(error, AltoError):
         return _call_message(error)
     return None
+
+
+def _system_message(error: OSError) -> tuple[str, Sequence[str], int, Mapping[str, Any]]:
+    text = str(error.strerror) if error.filename is None else f"{error.filename}: {error.strerror}"
+    facts = {} if error.filename is None else {"file": str(error.filename)}
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "free some space, or name a folder on another disk; what was written whole is kept"
+        return text, [cure], exit_codes.FAILURE, facts
+    return text, (), exit_codes.USAGE, facts
 
 
 def _call_message(error: Any) -> tuple[str, Sequence[str], int, Mapping[str, Any]]:

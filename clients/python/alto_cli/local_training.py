@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from alto_cli import exit_codes
 from alto_cli.extras import needs_extra
 from alto_cli.failures import CommandError
 from alto_cli.following import Follower, follower, show_result
+from alto_cli.local_folders import check_output, copy_files, locked
 from alto_cli.local_job import local_job, told_to_the_user
 from alto_cli.output import say
 from alto_cli.quiet import quiet_libraries
@@ -80,7 +79,9 @@ def prepare_libraries(machine: LocalMachine) -> LocalMachine:
     return replace(machine, device=device)
 
 
-def train_file(path: Path, work: Path | None, output: Path | None, machine: LocalMachine, json_output: bool) -> None:
+def train_file(
+    path: Path, work: Path | None, output: Path | None, force: bool, machine: LocalMachine, json_output: bool
+) -> None:
     """Run the search of a task file here, and put the best adapter into the output folder."""
     task_file = load_task_file(path)
     folder = output.resolve() if output else task_file.output
@@ -90,18 +91,19 @@ def train_file(path: Path, work: Path | None, output: Path | None, machine: Loca
         from alto_training.executor.control import ControlQueue
         from alto_training.executor.executor import Executor
     settings = machine.settings()
-    with told_to_the_user():
-        job = local_job(task_file, work)
+    check_output(folder, work, force)
     story, control = Story(), ControlQueue()
-    with told_to_the_user(), follower(story, json_output) as shown, _pause_on_interrupt(control, shown):
-        shown.message(_snapshot(task_file, job))
-        outcome = Executor(job, work, _sink(job, shown), settings, control).run()
+    with told_to_the_user(), locked(work):
+        job = local_job(task_file, work)
+        with follower(story, json_output) as shown, _pause_on_interrupt(control, shown):
+            shown.message(_snapshot(task_file, job))
+            outcome = Executor(job, work, _sink(job, shown), settings, control).run()
     if outcome.state == "paused":
         say(f"paused with a checkpoint in {work}; the same command carries on")
         raise typer.Exit(exit_codes.INTERRUPTED)
     adapter_folder = ""
     if outcome.best is not None and outcome.best.adapter_path is not None:
-        _copy_files(Path(outcome.best.adapter_path), folder)
+        copy_files(Path(outcome.best.adapter_path), folder)
         adapter_folder = str(folder)
     _close(story, outcome)
     show_result(story, adapter_folder, json_output)
@@ -194,13 +196,3 @@ def _pause_on_interrupt(control: ControlQueue, shown: Follower) -> Iterator[None
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _copy_files(source: Path, target: Path) -> None:
-    """Copy an adapter's files, each aside and renamed."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file():
-            aside = target / f".{file.name}.part"
-            shutil.copyfile(file, aside)
-            os.replace(aside, target / file.name)

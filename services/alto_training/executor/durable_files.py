@@ -11,14 +11,22 @@ from pathlib import Path
 
 
 def write_file(path: Path, *pieces: bytes | memoryview) -> None:
-    """Write the pieces aside, one behind the other, flush them to disk, and rename the file to `path`."""
+    """Write the pieces aside, one behind the other, flush them to disk, and rename the file to `path`.
+
+    Raises OSError with the file's name; nothing is left of a file that the disk has no room for.
+    """
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as stream:
-        for piece in pieces:
-            stream.write(piece)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(path)
+    try:
+        with aside.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.rename(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
     sync_folder(path.parent)
 
 

@@ -188,3 +188,52 @@ def test_a_search_whose_every_trial_became_not_finite_has_failed(task_file):
     told = json.loads(result.stdout.splitlines()[-1])["result"]
     assert told["task"]["state"] == "FAILED"
     assert "A lower learning rate" in result.stdout
+
+
+def test_a_work_folder_belongs_to_one_process_at_a_time(task_file):
+    from alto_cli.local_folders import locked
+
+    with locked(task_file.parent / "out.work"):
+        result = train(task_file)
+    assert (result.exit_code, type(result.exception)) == (4, SystemExit)
+    assert "in use" in result.stderr
+    assert train(task_file).exit_code == 0
+
+
+def test_another_adapter_in_the_output_folder_is_kept_unless_forced(task_file):
+    assert train(task_file).exit_code == 0
+    weights = task_file.parent / "out" / "adapter_model.safetensors"
+    first = weights.read_bytes()
+    task_file.write_text(task_file.read_text().replace("max_steps: 4", "max_steps: 3"))
+    elsewhere = ["--work", str(task_file.parent / "other")]
+    result = train(task_file, *elsewhere)
+    assert result.exit_code == 4
+    assert "holds another adapter" in result.stderr
+    assert weights.read_bytes() == first
+    assert train(task_file, *elsewhere, "--force").exit_code == 0
+    assert weights.read_bytes() != first
+
+
+def test_an_output_that_cannot_be_a_folder_is_said_before_training(task_file):
+    result = train(task_file, "--output", str(task_file / "inside"))
+    assert result.exit_code == 2
+    assert "task.yaml is a file" in result.stderr
+    assert not (task_file.parent / "inside.work").exists()
+
+
+def test_a_disk_without_room_is_said_and_what_was_whole_is_kept(task_file, monkeypatch):
+    import errno
+    import os
+
+    def no_room(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", no_room)
+        patched.setattr("alto_training.executor.data.cache._flush", lambda _path: None)
+        result = train(task_file, "--work", str(task_file.parent / "work"))
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert re.search(r"error: .*/work/\S+: No space left on device", result.stderr)
+    assert "free some space" in result.stderr
+    assert not list((task_file.parent / "work").glob("**/.*.partial"))
+    assert train(task_file, "--work", str(task_file.parent / "work")).exit_code == 0

@@ -17,6 +17,7 @@ def train_local(
         Path | None, typer.Option(help="Folder for checkpoints; the same one carries on. Default: beside the output.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the best adapter, in place of the file's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another adapter in the output folder.")] = False,
     device: Device = "",
     dtype: Dtype = "float32",
     slots: Slots = None,
@@ -27,4 +28,4 @@ def train_local(
     with failures(json_output):
         from alto_cli.local_training import LocalMachine, train_file
 
-        train_file(file, work, output, LocalMachine(device, dtype, slots, threads), json_output)
+        train_file(file, work, output, force, LocalMachine(device, dtype, slots, threads), json_output)

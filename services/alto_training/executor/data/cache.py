@@ -8,6 +8,7 @@ aside, flushed to disk, renamed) or not at all.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -95,7 +96,7 @@ def write_arrays(folder: Path, rows: Iterable[tuple[int, tuple[Encoded, ...]]], 
         shutil.rmtree(scratch, ignore_errors=True)
     arrays = open_arrays(folder)
     if arrays is None:
-        raise OSError(f"the token cache {folder} could not be written: check its permissions and free space")
+        raise OSError(errno.EIO, "the token cache could not be written: check its permissions and free space", folder)
     return arrays
 
 
