@@ -23,6 +23,7 @@ class ObjectiveWeights(BaseModel):
     patience: float = Field(default=10.0, gt=0)
     min_patience_s: float = Field(default=3600.0, ge=0)
     fairness: float = Field(default=1.0, ge=0, le=1)
+    backlog_patience: float = Field(default=float("inf"), gt=0)
     preempt: bool = True
 
 

@@ -7,6 +7,7 @@ namespace alto {
 namespace {
 
 constexpr std::size_t kMostServed = 16;  // at the same time
+constexpr int kOverdueServed = 3;        // of them, merely overdue
 
 }  // namespace
 
@@ -14,10 +15,12 @@ AheadOfList::AheadOfList(const Problem& problem, const Allotment& allotment, con
     : problem_(problem) {
     struct Due {
         int priority;
+        bool overdue;  // for less than the longest patience
         double due_s;
         int task;
     };
     std::vector<Due> due;
+    const double longest_s = problem.longest_patience_s();
     int lowest = std::numeric_limits<int>::max();
     for (int task : order) lowest = std::min(lowest, problem.tasks[task].priority);
     for (int task : order) {
@@ -26,13 +29,22 @@ AheadOfList::AheadOfList(const Problem& problem, const Allotment& allotment, con
         const double due_s = row.arrived_s + problem.patience_s(allotment[task]);
         if (row.priority == lowest && !row.begun && due_s > problem.now_s) continue;
         if (problem.shapes[problem.choices[allotment[task]].shape].parts.empty()) continue;
-        due.push_back({row.priority, row.begun ? row.arrived_s : std::min(due_s, problem.now_s), task});
+        const double last_s = row.arrived_s + longest_s;
+        const bool overdue = row.priority == lowest && !row.begun && last_s > problem.now_s;
+        // With a longest patience nobody is passed over for ever, and the small ones among the overdue may go first.
+        const double turn_s = overdue && longest_s < kNever ? problem.now_s : std::min(due_s, problem.now_s);
+        due.push_back({row.priority, overdue, row.begun ? row.arrived_s : turn_s, task});
     }
     std::stable_sort(due.begin(), due.end(), [](const Due& a, const Due& b) {
-        return a.priority != b.priority ? a.priority > b.priority : a.due_s < b.due_s;
+        if (a.priority != b.priority) return a.priority > b.priority;
+        return a.overdue != b.overdue ? b.overdue : a.due_s < b.due_s;
     });
-    for (const Due& one : due) row_.push_back({one.task, one.priority == lowest && !problem.tasks[one.task].begun});
-    if (row_.empty()) return;
+    if (due.empty()) return;
+    is_overdue_.assign(problem.tasks.size(), 0);
+    for (const Due& one : due) {
+        row_.push_back(one.task);
+        is_overdue_[one.task] = one.priority == lowest && !problem.tasks[one.task].begun;
+    }
     free_s_.assign(problem.nodes.size() * kMaxGpus, problem.now_s);
     for (const Pinned& pinned : problem.pinned) taken({pinned.node, pinned.gpus}, pinned.end_s);
 }
@@ -43,14 +55,14 @@ void AheadOfList::taken(const PartOut& part, double end_s) {
 
 const std::vector<int>& AheadOfList::served(const std::vector<char>& started) {
     std::erase_if(served_, [&](int task) { return started[task] != 0; });
-    if (overdue_served_ >= 0 && started[overdue_served_]) overdue_served_ = -1;
+    auto overdue_served = std::count_if(served_.begin(), served_.end(), [&](int task) { return is_overdue_[task]; });
     while (served_.size() < kMostServed && next_ < row_.size()) {
-        const auto [task, overdue] = row_[next_];
-        if (overdue && overdue_served_ >= 0 && !started[task]) break;
+        const int task = row_[next_];
+        if (is_overdue_[task] && overdue_served >= kOverdueServed && !started[task]) break;
         ++next_;
         if (started[task]) continue;
         served_.push_back(task);
-        if (overdue) overdue_served_ = task;
+        overdue_served += is_overdue_[task];
     }
     return served_;
 }

@@ -18,8 +18,9 @@ class AheadOfList {
     // GPUs are taken until `end_s`.
     void taken(const PartOut& part, double end_s);
 
-    // Who is served now: higher priority first, then longest overdue, then by the list; 16 at a time, and one of those
-    // that are merely overdue: keeping GPUs for more shortens the longest wait little and costs the others much.
+    // Who is served now: higher priority first, then those that waited beyond the longest patience and longest, then
+    // the other overdue ones by the list (longest overdue first where there is no longest patience); 16 at a time, and
+    // three of those that are merely overdue: keeping GPUs for more costs the others much.
     // `started` is per task.
     const std::vector<int>& served(const std::vector<char>& started);
 
@@ -28,15 +29,11 @@ class AheadOfList {
 
   private:
     const Problem& problem_;
-    std::vector<double> free_s_;  // per node and GPU
-    struct Member {
-        int task;
-        bool overdue;  // and neither of raised priority nor begun
-    };
-    std::vector<Member> row_;  // all who go ahead, first in line first
+    std::vector<double> free_s_;    // per node and GPU
+    std::vector<int> row_;          // all who go ahead, first in line first
+    std::vector<char> is_overdue_;  // per task: in the row, and neither of raised priority nor begun
     std::size_t next_ = 0;
     std::vector<int> served_;
-    int overdue_served_ = -1;
 };
 
 }  // namespace alto

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "orders.hpp"
 #include "reader.hpp"
 #include "settling.hpp"
 #include "solve.hpp"
@@ -34,6 +35,12 @@ struct ReadSnapshot {
         for (const alto::Pinned& pinned : problem->pinned) free[pinned.node] &= ~pinned.gpus;
         return free;
     }
+
+    // Whether tasks are equal but for their sizes and nothing limits them.
+    [[nodiscard]] bool plain() const { return problem->plain(alto::allot(*problem, alto::Allot::kBalanced)); }
+
+    // When the bounded wait of a task of this duration ends, counted from its arrival.
+    [[nodiscard]] double patience_s(double seconds) const { return problem->patience_of(seconds); }
 
     // Of the waiting tasks; the lowest int when there are none.
     [[nodiscard]] int highest_priority() const {
@@ -177,6 +184,8 @@ PYBIND11_MODULE(_planner, module) {
             py::arg("snapshot"));
     py::class_<ReadSnapshot>(module, "ReadSnapshot")
         .def("free_now", &ReadSnapshot::free_now)
+        .def("plain", &ReadSnapshot::plain)
+        .def("patience_s", &ReadSnapshot::patience_s, py::arg("seconds"))
         .def_property_readonly("highest_priority", &ReadSnapshot::highest_priority);
     py::class_<Solution>(module, "Solution")
         .def_property_readonly("makespan_s", [](const Solution& s) { return s.answer().score.makespan_s; })

@@ -78,7 +78,7 @@ def plan(
         rest = [task for task in snapshot.waiting if task.task_id not in joined]
         remaining = dataclasses.replace(snapshot, waiting=rest)
         read = _read(reader, remaining)
-    small = budget_s >= LEAST_EXACT_BUDGET_S and exact.applicable(remaining, EXACT_TASKS)
+    small = budget_s >= LEAST_EXACT_BUDGET_S and exact.applicable(remaining, read, EXACT_TASKS)
     if exact_steps is not None:
         small = exact_steps > 0
     exact_s = 0.0

@@ -30,26 +30,17 @@ class ExactAnswer:
     steps: int
 
 
-def applicable(snapshot: Snapshot, most_tasks: int) -> bool:
+def applicable(snapshot: Snapshot, read: alto_planner.ReadSnapshot, most_tasks: int) -> bool:
     """Return whether the instance is one that CP-SAT is asked about: few rigid tasks, each on one node, equal but for
     their sizes, no limits, and nothing that runs beyond its prediction.
     """
+    if not snapshot.waiting or len(snapshot.waiting) > most_tasks or snapshot.objective.makespan <= 0:
+        return False
+    if any(running.expected_end_s <= snapshot.now_s for running in snapshot.running) or not read.plain():
+        return False
     ready = [node for node in snapshot.nodes if node.state is NodeState.READY]
-    limited = any(tenant.quota_gpus is not None for tenant in snapshot.tenants)
-    if not snapshot.waiting or len(snapshot.waiting) > most_tasks or limited or snapshot.reservations:
-        return False
-    if len(snapshot.waiting) * len(ready) > MOST_PLACES or snapshot.objective.makespan <= 0:
-        return False
-    if any(running.expected_end_s <= snapshot.now_s for running in snapshot.running):
-        return False
-    objective, priority = snapshot.objective, snapshot.waiting[0].priority
-    return all(
+    return len(snapshot.waiting) * len(ready) <= MOST_PLACES and all(
         len(task.choices) == 1
-        and task.priority == priority
-        and not task.begun
-        and snapshot.now_s - task.arrived_s
-        < max(objective.patience * task.choices[0].duration.expected_s, objective.min_patience_s)
-        and task.not_before_s <= snapshot.now_s
         and any(matches(task.choices[0], node) and node.gpus >= task.choices[0].gpus for node in ready)
         for task in snapshot.waiting
     )

@@ -114,9 +114,7 @@ class Explainer:
         return [running.task_id for running in self._snapshot.running if running.guest_of == host_task_id]
 
     def _deadline(self, task: WaitingTask) -> float:
-        wanted = self._snapshot.objective
-        predicted = min(choice.duration.expected_s for choice in task.choices)
-        return task.arrived_s + max(wanted.patience * predicted, wanted.min_patience_s)
+        return task.arrived_s + self._read.patience_s(min(choice.duration.expected_s for choice in task.choices))
 
     def _reason(self, task: WaitingTask, choice: Choice, placement: Placement | None) -> WaitReason:
         if placement is not None and placement.start_s <= self._snapshot.now_s:

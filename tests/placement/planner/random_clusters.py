@@ -102,7 +102,13 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         )
         for name in draw(st.lists(st.sampled_from(TENANTS), unique=True))
     ]
-    objective = Objective(draw(st.floats(0.0, 10.0)), 1.0, 1.0, 2.0, 600.0, draw(st.sampled_from((0.0, 0.5, 1.0))))
+    objective = Objective(
+        makespan=draw(st.floats(0.0, 10.0)),
+        patience=2.0,
+        min_patience_s=600.0,
+        fairness=draw(st.sampled_from((0.0, 0.5, 1.0))),
+        backlog_patience=draw(st.sampled_from((0.0, 1.5, float("inf")))),
+    )
     return Snapshot(NOW_S, nodes, waiting, running, reservations, tenants, objective, epoch=7)
 
 

@@ -82,7 +82,7 @@ def test_where_the_solver_finds_a_better_plan_it_is_the_plan() -> None:
 
 def test_the_solver_is_not_asked_about_what_it_does_not_know() -> None:
     snapshot = instance(1, 16, 10)
-    assert exact.applicable(snapshot, 50)
+    assert exact.applicable(snapshot, alto_planner.Reader().read(snapshot), 50)
     first, *rest = snapshot.waiting
     for changed in (
         dataclasses.replace(snapshot, waiting=[dataclasses.replace(first, priority=1), *rest]),
@@ -91,7 +91,7 @@ def test_the_solver_is_not_asked_about_what_it_does_not_know() -> None:
         dataclasses.replace(snapshot, objective=Objective(patience=0.0, min_patience_s=0.0)),
         dataclasses.replace(snapshot, running=[RunningTask("late", "ada", (Part("n0", (0,)),), -9.0, -1.0, 0.0)]),
     ):
-        assert not exact.applicable(changed, 50)
+        assert not exact.applicable(changed, alto_planner.Reader().read(changed), 50)
 
 
 def test_completion_bound_counts_a_long_task_whole() -> None:
