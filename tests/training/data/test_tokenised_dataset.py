@@ -216,6 +216,18 @@ def test_arrays_belong_to_the_caller_and_are_the_same_every_time(tmp_path: Path)
         data.example(0, 1)
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "targets.bin", "offsets.bin", "lines.bin"])
+def test_a_bit_of_the_cache_that_flipped_is_never_trained_on(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": "one", "completion": "two"}, {"prompt": "three", "completion": "four"}]
+    before = opened(tmp_path, byte_tokenizer(), SFT, *rows)
+    file = tmp_path / "cache" / before.fingerprint / name
+    whole = file.read_bytes()
+    file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    after = opened(tmp_path, byte_tokenizer(), SFT, *rows)
+    assert file.read_bytes() == whole
+    assert [after.line(row) for row in range(2)] == [1, 2]
+
+
 def test_the_cache_is_used_again_and_distrusts_what_is_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": "abc"}, {"text": "de"}]
     first = opened(tmp_path, byte_tokenizer(), SFT, *rows)

@@ -1,14 +1,15 @@
 """Token arrays on disk, memory-mapped: written once, read by all trials of all tasks over the same dataset.
 
 A folder named by its fingerprint holds tokens.bin (int32), targets.bin (bool), offsets.bin (int64, one more than there
-are sequences), lines.bin (int64, the line of each row) and layout.json, written last. It appears complete (written
-aside, flushed to disk, renamed) or not at all.
+are sequences), lines.bin (int64, the line of each row) and layout.json, written last, with a sha256 over the arrays. It
+appears complete (written aside, flushed to disk, renamed) or not at all, and what was damaged since is made again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -24,16 +25,21 @@ import numpy.typing as npt
 from alto_training.executor.data.segments import Encoded
 
 LAYOUT_FILE = "layout.json"
+ARRAY_FILES = ("tokens.bin", "targets.bin", "offsets.bin", "lines.bin")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How to read the arrays: `sequences_per_row` is 2 for preferences, `prefix` the tokens that precede any prompt."""
+    """How to read the arrays: `sequences_per_row` is 2 for preferences, `prefix` the tokens that precede any prompt.
+
+    `sha256` is that of all arrays.
+    """
 
     rows: int
     tokens: int
     sequences_per_row: int
     prefix: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,11 @@ class TokenArrays:
 
 
 def open_arrays(folder: Path) -> TokenArrays | None:
-    """Map the arrays in `folder`; None if they are not there or not of the size that the layout says."""
+    """Map the arrays in `folder`; None if they are not there or not what was written."""
     try:
         layout = Layout(**json.loads((folder / LAYOUT_FILE).read_text()))
+        if _sha256(folder) != layout.sha256:
+            return None
         sequences = layout.rows * layout.sequences_per_row
         return TokenArrays(
             layout,
@@ -83,7 +91,7 @@ def write_arrays(folder: Path, rows: Iterable[tuple[int, tuple[Encoded, ...]]], 
                     offsets.append(offsets[-1] + len(sequence.input_ids))
         (scratch / "offsets.bin").write_bytes(np.array(offsets, np.int64).tobytes())
         (scratch / "lines.bin").write_bytes(np.array(lines, np.int64).tobytes())
-        layout = Layout(len(lines), offsets[-1], per_row, prefix)
+        layout = Layout(len(lines), offsets[-1], per_row, prefix, _sha256(scratch))
         (scratch / LAYOUT_FILE).write_text(json.dumps(asdict(layout)))
         for file in scratch.iterdir():
             _flush(file)
@@ -105,6 +113,15 @@ def _mapped(path: Path, dtype: Any, count: int) -> npt.NDArray[Any]:
     if len(array) != count:
         raise ValueError(f"{path} holds {len(array)} numbers, not {count}")
     return array
+
+
+def _sha256(folder: Path) -> str:
+    """Return a sha256 over the sha256 of each array."""
+    whole = hashlib.sha256()
+    for name in ARRAY_FILES:
+        with (folder / name).open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
 
 
 def _flush(path: Path) -> None:
