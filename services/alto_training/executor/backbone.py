@@ -91,7 +91,11 @@ class Backbone:
                 module.training = True
 
     def adapted_modules(self, config: TrialConfig) -> tuple[AdaptedModule, ...]:
-        """Return the layers that a trial adapts, in the model's order; raise `TargetModulesError` if there are none."""
+        """Return the layers that a trial adapts, in the model's order.
+
+        Raises `TargetModulesError` when there are none, and for a module or a layer that the model does not have.
+        """
+        self._refuse_unknown_targets(config)
         selected = set(select_modules([layer.path for layer in self.layers], config.target_modules, config.layers))
         chosen = [layer for layer in self.layers if layer.path in selected]
         if not chosen:
@@ -104,6 +108,19 @@ class Backbone:
             AdaptedModule(layer.index, layer.path, layer.frozen.in_features, layer.frozen.out_features)
             for layer in chosen
         )
+
+    def _refuse_unknown_targets(self, config: TrialConfig) -> None:
+        paths = [layer.path for layer in self.layers]
+        names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        for target in config.target_modules:
+            if not select_modules(paths, (target,), None):
+                raise TargetModulesError(
+                    f"target_modules: {target} matches no linear layer",
+                    f"choose among {', '.join(names)} or {ALL_LINEAR}",
+                )
+        there = {number for path in paths if (number := layer_number(path)) is not None}
+        if outside := sorted(set(config.layers or ()) - there):
+            raise TargetModulesError(f"layers: there is no layer {outside[0]}", f"choose among 0 to {max(there)}")
 
     def check_length(self, config: TrialConfig) -> None:
         """Refuse sequences longer than the context: positions there were never trained."""

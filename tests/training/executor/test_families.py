@@ -133,6 +133,11 @@ def test_unknown_targets_and_too_long_sequences_are_named(tmp_path: Path) -> Non
     backbone = prepare_backbone(make("llama"), "llama", torch.device("cpu"))
     with pytest.raises(TargetModulesError, match=r"query_key_value.*choose among down_proj"):
         backbone.adapted_modules(TrialConfig(target_modules=("query_key_value",)))
+    # One that is there does not make up for one that is not: PEFT would leave it out without a word.
+    with pytest.raises(TargetModulesError, match=r"target_modules: qkv_proj .*choose among down_proj"):
+        backbone.adapted_modules(TrialConfig(target_modules=("q_proj", "qkv_proj")))
+    with pytest.raises(TargetModulesError, match="no layer 2; choose among 0 to 1"):
+        backbone.adapted_modules(TrialConfig(layers=(0, 2)))
     with pytest.raises(ContextLengthError, match=r"65.*at most 64"):
         backbone.check_length(TrialConfig(max_length=65))
 
