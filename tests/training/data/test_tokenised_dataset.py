@@ -216,6 +216,13 @@ def test_arrays_belong_to_the_caller_and_are_the_same_every_time(tmp_path: Path)
         data.example(0, 1)
 
 
+def test_the_header_of_a_turn_that_opens_the_conversation_is_no_target(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    chat = [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "?"}]
+    example = opened(tmp_path, tokenizer, SFT, {"messages": chat}).example(0, 999)
+    assert marked(tokenizer, example).startswith("<|im_start|>assistant\n[Hi<|im_end|>]")
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "targets.bin", "offsets.bin", "lines.bin"])
 def test_a_bit_of_the_cache_that_flipped_is_never_trained_on(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": "one", "completion": "two"}, {"prompt": "three", "completion": "four"}]

@@ -59,9 +59,11 @@ def _assistant_turns(tokenizer: Tokenizer, messages: Sequence[Message], text: st
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        # A template may refuse an empty conversation: then the first turn starts with the text.
-        before = _rendered(tokenizer, messages[:index], ask=True) if index else ""
-        start = len(before) if text.startswith(before) else -1
+        if index:
+            before = _rendered(tokenizer, messages[:index], ask=True)
+            start = len(before) if text.startswith(before) else -1
+        else:
+            start = _start_of_opening_turn(tokenizer, messages[0], text)
         end = _end_of_turn(tokenizer, messages, index, text, start)
         if start < 0 or end < 0:
             raise ChatTemplateError(
@@ -70,6 +72,17 @@ def _assistant_turns(tokenizer: Tokenizer, messages: Sequence[Message], text: st
             )
         turns.append((start, end))
     return turns
+
+
+def _start_of_opening_turn(tokenizer: Tokenizer, message: Message, text: str) -> int:
+    """Return where the assistant's own words begin in a conversation that it opens; 0 where no header can be told.
+
+    Nothing is before them to render, and templates refuse an empty conversation; the header is what they add to ask.
+    """
+    alone, asked = _rendered(tokenizer, [message]), _rendered(tokenizer, [message], ask=True)
+    header = asked.removeprefix(alone) if asked != alone and asked.startswith(alone) else ""
+    start = text.find(header) + len(header)
+    return start if header in text and text[start:].lstrip().startswith(message.content.strip()) else 0
 
 
 def _end_of_turn(tokenizer: Tokenizer, messages: Sequence[Message], index: int, text: str, start: int) -> int:

@@ -20,8 +20,8 @@ from alto_training.executor.data.encoding import RowEncoder, tokenizer_sha256
 from alto_training.executor.data.segments import Encoded, Tokenizer
 from alto_training.executor.data.truncation import kept_indices, prompt_kept
 
-# Part of every fingerprint: raised whenever the same row becomes other tokens.
-ENCODING_VERSION = 1
+# Part of every fingerprint: raised whenever the same row becomes other tokens or targets.
+ENCODING_VERSION = 2
 ROWS_AT_ONCE = 512
 
 
