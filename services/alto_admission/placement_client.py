@@ -15,7 +15,7 @@ from alto_common.violations import Violation
 
 from alto_admission.domain.search import DEFAULT_VALIDATION_FRACTION
 from alto_admission.domain.task import Task, Trial
-from alto_admission.domain.work_size import SearchSize, least_memory_bytes
+from alto_admission.domain.work_size import SearchSize, adapter_memory_bytes, least_memory_bytes
 from alto_admission.store.datasets import Dataset
 
 CALL_TIMEOUT_S = 10.0
@@ -92,6 +92,7 @@ def work_size(size: SearchSize, trials: Sequence[tuning.Trial], facts: ModelFact
         longest_steps=size.longest_steps,
         shape=size.shape,
         least_memory_bytes=least_memory_bytes(trials, facts),
+        adapter_memory_bytes=adapter_memory_bytes(trials, facts),
     )
 
 

@@ -125,10 +125,10 @@ class HardwareModel:
     is_full_known: bool = False
     run_errors: deque[float] = field(default_factory=lambda: deque(maxlen=RUNS))
 
-    def features(self, work: Work) -> Features:
+    def features(self, work: Work, fullest: float | None = None) -> Features:
         """Return the ticks that `work` takes, its tokens, and the lora_ranks on those ticks."""
         steps = max(1.0, work.longest_steps)
-        ticks = max(steps, work.train_tokens / max(1.0, self.fullest))
+        ticks = max(steps, work.train_tokens / max(1.0, fullest or self.fullest))
         return ticks, work.train_tokens, work.lora_rank_steps * ticks / steps
 
     def seconds(self, training: Features, evaluation_tokens: float) -> float:
@@ -260,6 +260,18 @@ class DurationModel:
         low, high = model.error_interval(training)
         low, high = (end * (1.0 - 0.5 * trust) for end in (low, high))
         return _duration(0.0, full * pace, left_share, max(most, least * full) * pace, (low, high))
+
+    def throughput_share(self, hardware: Hardware, work: Work) -> float:
+        """Return how fast `work` is alone, in tokens a second, as a share of full ticks' speed; in (0, 1].
+
+        What nobody has filled yet is taken to be as large as executors choose where memory allows.
+        """
+        model = self.model(hardware)
+        fullest = max(model.fullest, _prior(hardware).fullest)
+        ticks, tokens, lora_ranks = model.features(work, fullest)
+        full_s = model.training.seconds((1.0, fullest, lora_ranks / ticks))
+        alone_s = model.training.seconds((ticks, tokens, lora_ranks))
+        return min(1.0, max(LEAST_LEFT, tokens / alone_s * full_s / fullest))
 
     def model(self, hardware: Hardware) -> HardwareModel:
         """Return what is known of hardware: measured, else a guess from what is most like it."""

@@ -330,12 +330,19 @@ class PlacementEngine:
             part = placement.parts[0]
             row = await self._commit(
                 lambda draft, at, p=placement, part=part: lifecycle.assign(  # type: ignore[misc]
-                    draft, p.task_id, part.node_id, part.gpu_indices, f"assignment-{secrets.token_hex(8)}", at
+                    draft,
+                    p.task_id,
+                    part.node_id,
+                    part.gpu_indices,
+                    f"assignment-{secrets.token_hex(8)}",
+                    at,
+                    p.host_task_id,
                 )
             )
             if row is not None:
                 self._learning.begun(self.state, row)
-                log.info("task assigned", task_id=row.task_id, node_id=row.node_id, epoch=row.epoch)
+                of = placement.host_task_id or None
+                log.info("task assigned", task_id=row.task_id, node_id=row.node_id, epoch=row.epoch, guest_of=of)
         for order in plan.preemptions:
             await self._commit(
                 lambda draft, at, o=order: lifecycle.preempt(draft, o.task_id, _PREEMPTED[o.reason])  # type: ignore[misc]

@@ -8,7 +8,7 @@ from alto_placement.watches import PlanView
 
 _SENTENCES = {
     WaitReason.STARTS_NOW: "It is about to start.",
-    WaitReason.JOINS_EXECUTOR: "It is about to join an executor over the same base model.",
+    WaitReason.JOINS_EXECUTOR: "It is about to share the executor of another task over the same base model.",
     WaitReason.HELD_BACK: "An attempt failed; it is tried again in a moment.",
     WaitReason.GPUS_BUSY: "Every place that could hold it is in use.",
     WaitReason.FRAGMENTED: "Enough GPUs are free, but not together on one node.",
@@ -32,11 +32,21 @@ def queue_words(task: TaskRow, explanation: Explanation | None, view: PlanView) 
     if reason in (WaitReason.NO_NODE_READY, WaitReason.NEVER_FITS):
         return _without_node(task, view)
     sentence = _quota_words(task, view) if reason is WaitReason.QUOTA else _SENTENCES[reason]
+    if reason is WaitReason.JOINS_EXECUTOR:
+        sentence = _joining_words(task, explanation.shares_with[0], view)
     if reason is WaitReason.HELD_BACK and task.failure is not None:
         sentence = f"Attempt {task.attempts} failed ({task.failure.message}); it is tried again in a moment."
     if explanation.ahead and reason is not WaitReason.STARTS_NOW:
         sentence += f" {explanation.ahead} {'task is' if explanation.ahead == 1 else 'tasks are'} ahead of it."
     return reason.value.upper(), sentence
+
+
+def _joining_words(task: TaskRow, host_task_id: str, view: PlanView) -> str:
+    """Say whose executor the task is about to share; tasks of other tenants have no name."""
+    host = view.state.tasks.get(host_task_id)
+    if host is None or host.tenant != task.tenant:
+        return _SENTENCES[WaitReason.JOINS_EXECUTOR]
+    return f"It is about to share {host_task_id}'s executor: both are over the same base model."
 
 
 def _quota_words(task: TaskRow, view: PlanView) -> str:

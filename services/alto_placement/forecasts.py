@@ -33,12 +33,16 @@ LEAST_RUN_TICKS = 20
 
 @dataclass
 class _Run:
-    """An assignment that is heard of: what it had done when last heard, and the model as it was at its beginning."""
+    """An assignment that is heard of: what it had done when last heard, and the model as it was at its beginning.
+
+    What a shared executor has done is not the task's alone.
+    """
 
     model_then: HardwareModel
     heard: Measured = NOTHING_DONE
     start_s: float = float("inf")
     share_trained: float = 0.0
+    is_shared: bool = False
 
 
 class Forecasts:
@@ -73,12 +77,26 @@ class Forecasts:
         start_s = self.model.model(hardware).start_s
         return Duration(left.expected_s + start_s, left.upper_s + start_s, left.low_s + start_s, left.high_s + start_s)
 
+    def throughput_share(self, task: TaskRow, gpu_kind: str) -> float:
+        """Return the part of an executor's full speed that a task uses when alone."""
+        return self.model.throughput_share(_hardware(task, gpu_kind), _work(task.size))
+
+    def start_s(self, task: TaskRow, gpu_kind: str) -> float:
+        """Return how long it takes until a task that has a place is trained."""
+        return self.model.model(_hardware(task, gpu_kind)).start_s
+
     def remaining(
-        self, task: TaskRow, row: AssignmentRow, gpu_kind: str, progress: Progress | None, now: Moment
+        self,
+        task: TaskRow,
+        row: AssignmentRow,
+        gpu_kind: str,
+        progress: Progress | None,
+        now: Moment,
+        slowdown: float = 1.0,
     ) -> Duration:
-        """Return how long a task that has a place will still hold it."""
+        """Return how long a task that has a place will still hold it, `slowdown` times longer than alone."""
         if progress is None or progress.measured.ticks <= 0:
-            whole = self.rest(task, gpu_kind, can_resume=row.node_id == task.ran_on)
+            whole = _times(self.rest(task, gpu_kind, can_resume=row.node_id == task.ran_on), slowdown)
             gone_s = max(0.0, now.wall_s - row.started_s)
             least_s = 0.05 * whole.expected_s
             return Duration(
@@ -86,16 +104,19 @@ class Forecasts:
             )
         size = task.size
         steps_left = progress.longest_steps_left / max(1, size.longest_steps)
+        run = self._runs.get(row.assignment_id)
+        done = Measured() if run is not None and run.is_shared else progress.measured
         left = self.model.remaining(
             _hardware(task, gpu_kind),
             _work(size),
             _work(size, max(0.0, 1.0 - progress.fraction_done), steps_left),
-            progress.measured,
+            done,
             progress.share_trained,
             task.tenant,
             size.shape,
             size.expected_share,
         )
+        left = _times(left, slowdown)
         heard_s = max(0.0, now.monotonic_s - progress.heard_s)
         least_s = 0.05 * left.expected_s
         return Duration(*(max(least_s, s - heard_s) for s in (left.expected_s, left.upper_s, left.low_s, left.high_s)))
@@ -114,17 +135,28 @@ class Forecasts:
         """Note that an assignment was made: what is known now is what its prediction rests on."""
         self._runs[row.assignment_id] = _Run(copy.deepcopy(self.model.model(_hardware(task, gpu_kind))))
 
-    def heard(self, task: TaskRow, row: AssignmentRow, gpu_kind: str, progress: Progress, now: Moment) -> None:
-        """Learn from what a node says of a run."""
+    def heard(
+        self,
+        task: TaskRow,
+        row: AssignmentRow,
+        gpu_kind: str,
+        progress: Progress,
+        now: Moment,
+        has_guests: bool = False,
+    ) -> None:
+        """Learn from what a node says of a run. A guest's executor is learned from once, by its host."""
         if row.assignment_id not in self._runs:
             self.begun(task, row, gpu_kind)
         run = self._runs[row.assignment_id]
+        run.is_shared = run.is_shared or has_guests or bool(row.host_assignment_id)
         done = progress.measured.since(run.heard)
         if done.ticks <= 0 and done.evaluation_tokens <= 0:
             return
         hardware = _hardware(task, gpu_kind)
-        self.model.observe(hardware, done)
         run.heard, run.share_trained = progress.measured, progress.share_trained
+        if row.host_assignment_id:
+            return
+        self.model.observe(hardware, done)
         # Words travel for seconds: the earliest that came gives the best idea of when training began.
         run.start_s = min(run.start_s, now.wall_s - row.started_s - progress.measured.seconds)
         self._changed.add(hardware)
@@ -135,17 +167,19 @@ class Forecasts:
         if run is None or run.heard.ticks < LEAST_RUN_TICKS:
             return
         hardware, done = _hardware(task, gpu_kind), run.heard
-        self.model.observe_start(hardware, run.start_s)
-        if run.model_then.training.ticks > 0:
-            then_s = run.model_then.seconds(done.training, done.evaluation_tokens)
-            self.model.observe_run(hardware, then_s, done.seconds)
-        self._changed.add(hardware)
+        if not row.host_assignment_id:
+            self.model.observe_start(hardware, run.start_s)
+            if run.model_then.training.ticks > 0:
+                then_s = run.model_then.seconds(done.training, done.evaluation_tokens)
+                self.model.observe_run(hardware, then_s, done.seconds)
+            self._changed.add(hardware)
         if row.outcome is Outcome.COMPLETED and not task.stopped_trial_ids and task.size.train_tokens:
             key = (task.tenant, task.size.shape)
-            if task.attempts == 1:
+            if task.attempts == 1 and not run.is_shared:
                 self.model.observe_share(hardware, _work(task.size), done, *key)
             else:
-                # This attempt did a part only; the node knows how many of the planned samples were trained in all.
+                # This attempt did a part only, or not it alone; the node knows how many of the planned samples were
+                # trained in all.
                 self.model.shares.observe(*key, run.share_trained)
             self._changed.add(key)
 
@@ -179,6 +213,10 @@ class Forecasts:
             except (TypeError, ValueError, KeyError, IndexError, ArithmeticError):
                 # Of another version, or damaged: it is learned again.
                 log.warning("what was learned cannot be read; it is learned again", name=name)
+
+
+def _times(duration: Duration, factor: float) -> Duration:
+    return Duration(*(factor * s for s in (duration.expected_s, duration.upper_s, duration.low_s, duration.high_s)))
 
 
 def _hardware(task: TaskRow, gpu_kind: str) -> Hardware:

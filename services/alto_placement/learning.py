@@ -11,6 +11,7 @@ import structlog
 from alto_placement.forecasts import Forecasts
 from alto_placement.lifecycle import Reported
 from alto_placement.planner.fairness import accrued, decayed
+from alto_placement.sharing import slowdowns
 from alto_placement.state import AssignmentRow, Changes, ClusterState, Moment
 from alto_placement.store import PlacementStore
 from alto_placement.watches import PlanFacts
@@ -74,15 +75,17 @@ class Learning:
         """Learn from a heartbeat; return whether a task will end so much sooner or later that a new plan is due."""
         now = self._clock()
         moved = False
+        slower = slowdowns(state.guests(), state, self.forecasts)
         for status in reported:
             row = state.assignments.get(status.assignment_id)
             if row is None or row.node_id != node_id or row.epoch != status.epoch:
                 continue
             task, kind = state.tasks[row.task_id], state.nodes[node_id].spec.gpu_kind
-            self.forecasts.heard(task, row, kind, status.progress, now)
+            slowdown = slower.get(row.assignment_id)
+            self.forecasts.heard(task, row, kind, status.progress, now, has_guests=slowdown is not None)
             planned = facts.ends.get(row.task_id)
             if planned is not None and row.stop is None:
-                left_s = self.forecasts.remaining(task, row, kind, status.progress, now).expected_s
+                left_s = self.forecasts.remaining(task, row, kind, status.progress, now, slowdown or 1.0).expected_s
                 off_s = abs(now.wall_s + left_s - planned.expected_s)
                 moved = moved or off_s > max(MOVED_S, MOVED_SHARE * left_s)
         return moved

@@ -130,8 +130,10 @@ def register(draft: Draft, spec: NodeSpec, incarnation: str, now: Moment, rules:
     draft.put(node)
     _renew(draft, spec.node_id, now, rules)
     # A node that came back with fewer GPUs than its assignments hold cannot keep those.
-    for row in draft.on_node(spec.node_id):
-        if any(index >= spec.gpus for index in row.gpu_indices):
+    rows = draft.on_node(spec.node_id)
+    lost = {row.assignment_id for row in rows if any(index >= spec.gpus for index in row.gpu_indices)}
+    for row in rows:
+        if row.assignment_id in lost or row.host_assignment_id in lost:
             _end(draft, row, Outcome.LOST, now)
     return node
 
@@ -185,7 +187,10 @@ def assignment_ended(
     assert task is not None, "an assignment has a task"
     if outcome in (Outcome.COMPLETED, Outcome.FAILED):
         draft.put(_ended(task, TaskState.FINISHED, now, failure))
-    elif outcome is Outcome.FAILED_RETRIABLE and task.ended is None:
+    elif outcome is Outcome.UNSHARED and task.ended is None and not task.alone:
+        # Whose fault it was shows when each is tried alone: until then it is nobody's.
+        draft.put(replace(task, alone=True))
+    elif outcome in (Outcome.FAILED_RETRIABLE, Outcome.UNSHARED) and task.ended is None:
         task = replace(task, failures=task.failures + 1, failure=failure)
         draft.put(task)
         if task.failures >= rules.max_failures:
@@ -208,9 +213,18 @@ def expire(draft: Draft, now: Moment) -> tuple[str, ...]:
 
 
 def assign(
-    draft: Draft, task_id: str, node_id: str, gpu_indices: Sequence[int], assignment_id: str, now: Moment
+    draft: Draft,
+    task_id: str,
+    node_id: str,
+    gpu_indices: Sequence[int],
+    assignment_id: str,
+    now: Moment,
+    host_task_id: str = "",
 ) -> AssignmentRow | None:
-    """Place a task under the next epoch; None when the plan is out of date: the task, node or GPUs are not free."""
+    """Place a task under the next epoch; None when the plan is out of date: the task, node or GPUs are not free.
+
+    With a host it becomes a guest: in the host's executor, as long as that lasts, and without GPUs of its own.
+    """
     task, node = draft.task(task_id), draft.node(node_id)
     if task is None or node is None or node.state is not NodeState.READY:
         return None
@@ -218,6 +232,11 @@ def assign(
         return None
     if draft.base.retry_at_s.get(task_id, now.monotonic_s) > now.monotonic_s:
         return None
+    host = _host(draft, host_task_id, node) if host_task_id else None
+    if host_task_id:
+        if host is None or task.alone:
+            return None
+        gpu_indices = ()
     taken = {index for row in draft.on_node(node_id) for index in row.gpu_indices}
     if taken.intersection(gpu_indices) or not all(0 <= index < node.spec.gpus for index in gpu_indices):
         return None
@@ -229,11 +248,21 @@ def assign(
         incarnation=node.incarnation,
         gpu_indices=tuple(gpu_indices),
         started_s=now.wall_s,
+        host_assignment_id=host.assignment_id if host is not None else "",
     )
     draft.put(row)
     draft.put(replace(task, epoch=row.epoch, attempts=task.attempts + 1, assignment_id=assignment_id))
     draft.base.retry_at_s.pop(task_id, None)
     return row
+
+
+def _host(draft: Draft, task_id: str, node: NodeRow) -> AssignmentRow | None:
+    """Return a task's assignment when it may take in a guest now: on this node, with GPUs of its own, and staying."""
+    task = draft.task(task_id)
+    row = draft.assignment(task.assignment_id) if task is not None and not task.alone else None
+    if row is None or row.host_assignment_id or row.stop is not None or row.node_id != node.node_id:
+        return None
+    return row if row.incarnation == node.incarnation else None
 
 
 def next_epoch(task: TaskRow) -> int:
@@ -320,7 +349,10 @@ def _end(draft: Draft, row: AssignmentRow, outcome: Outcome, now: Moment) -> Non
     begun = progress is not None and progress.measured.ticks > 0
     before = task.fraction_done if row.node_id == task.ran_on else 0.0
     done = progress.fraction_done if progress is not None and begun else before
-    keeps_turn = outcome is Outcome.LOST or (outcome is Outcome.STOPPED and row.stop is StopReason.DRAINED)
+    drained = outcome is Outcome.STOPPED and row.stop is StopReason.DRAINED
+    lost_place = drained or outcome in (Outcome.LOST, Outcome.UNSHARED)
+    # A guest had no place of its own to lose, and gains none by having been one.
+    keeps_turn = task.keeps_turn if row.host_assignment_id else lost_place
     task = replace(task, assignment_id="", fraction_done=done, ran_on=row.node_id, keeps_turn=keeps_turn)
     draft.put(task)
     if task.dequeued:

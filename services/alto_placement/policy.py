@@ -10,6 +10,7 @@ from itertools import combinations
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from alto_placement import planner
+from alto_placement.sharing import SharingRule
 
 
 class ObjectiveWeights(BaseModel):
@@ -61,10 +62,14 @@ class Policy:
     objective: planner.Objective = field(default_factory=planner.Objective)
     tenants: tuple[planner.Tenant, ...] = ()
     reservations: tuple[planner.Reservation, ...] = ()
+    sharing: SharingRule = SharingRule.TENANT
 
 
 def policy_of(
-    weights: ObjectiveWeights, shares: Iterable[tuple[str, TenantShare]], reserved: Sequence[ReservedGpus]
+    weights: ObjectiveWeights,
+    shares: Iterable[tuple[str, TenantShare]],
+    reserved: Sequence[ReservedGpus],
+    sharing: SharingRule = SharingRule.TENANT,
 ) -> Policy:
     """Return the policy that these settings make. Raises ValueError for reservations that contradict each other."""
     for reservation in reserved:
@@ -85,6 +90,7 @@ def policy_of(
         planner.Objective(**weights.model_dump()),
         tuple(planner.Tenant(tenant, **share.model_dump()) for tenant, share in shares),
         tuple(_reservation(reservation) for reservation in reserved),
+        sharing,
     )
 
 

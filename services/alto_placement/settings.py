@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from alto_placement.lifecycle import Rules
 from alto_placement.policy import ObjectiveWeights, Policy, ReservedGpus, TenantShare, policy_of
+from alto_placement.sharing import SharingRule
 
 
 class PlacementSettings(ServiceSettings):
@@ -19,8 +20,9 @@ class PlacementSettings(ServiceSettings):
     `max_failures`. `plan_budget_s` is what the planner may spend on a plan beyond its fast lists; a plan is made at
     every event, at most once in `debounce_s`, and every `refresh_s` while something runs. Before a plan's orders are
     given it is thought over for a thousandth of its length, at most `decision_budget_s`. `objective`, `tenants` (by
-    name) and `reservations` are the operator's policy, as JSON; see `policy`. What was learned of durations is kept
-    every `keep_learned_s`.
+    name) and `reservations` are the operator's policy, as JSON; see `policy`. `sharing` says whose small tasks over one
+    base model may be trained in one executor: "off", those of one "tenant", or "all". What was learned of durations is
+    kept every `keep_learned_s`.
     """
 
     prefix: ClassVar[str] = "ALTO_PLACEMENT_"
@@ -40,6 +42,7 @@ class PlacementSettings(ServiceSettings):
     objective: ObjectiveWeights = ObjectiveWeights()
     tenants: dict[str, TenantShare] = Field(default_factory=dict)
     reservations: tuple[ReservedGpus, ...] = ()
+    sharing: SharingRule = SharingRule.TENANT
 
     @model_validator(mode="after")
     def _policy_is_sound(self) -> Self:
@@ -49,7 +52,7 @@ class PlacementSettings(ServiceSettings):
     @property
     def policy(self) -> Policy:
         """The part of the settings that the plan depends on."""
-        return policy_of(self.objective, self.tenants.items(), self.reservations)
+        return policy_of(self.objective, self.tenants.items(), self.reservations, self.sharing)
 
     @property
     def rules(self) -> Rules:

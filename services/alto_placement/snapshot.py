@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from alto_placement import planner
 from alto_placement.forecasts import Forecasts
 from alto_placement.policy import Policy
+from alto_placement.sharing import SharingView
 from alto_placement.state import AssignmentRow, ClusterState, Moment, NodeRow, NodeState, TaskRow, TaskState
 
 # An executor that is asked to stop writes a checkpoint at its next tick.
@@ -40,16 +41,23 @@ def snapshot_of(
     running = []
     left: dict[str, planner.Duration] = {}
     waiting = []
+    sharing = SharingView(state, forecasts, policy.sharing)
     for task in state.tasks.values():
         where = state.task_state(task)
         if where in (TaskState.ASSIGNED, TaskState.STOPPING):
             row = state.assignments[task.assignment_id]
             kind = state.nodes[row.node_id].spec.gpu_kind
-            left[task.task_id] = _left(forecasts.remaining(task, row, kind, state.progress.get(row.assignment_id), now))
-            running.append(_running(task, row, left[task.task_id], now))
+            progress, slowdown = state.progress.get(row.assignment_id), sharing.slowdowns.get(row.assignment_id, 1.0)
+            left[task.task_id] = _left(forecasts.remaining(task, row, kind, progress, now, slowdown))
+            host = state.assignments.get(row.host_assignment_id) if row.host_assignment_id else row
+            # A guest whose host has ended holds nothing: it is about to wait again.
+            if host is not None:
+                shown = _running(task, row, host, left[task.task_id], now)
+                running.append(sharing.running(shown, task, row, kind, left[task.task_id].expected_s))
         elif where is TaskState.WAITING:
             delay_s = max(0.0, state.retry_at_s.get(task.task_id, now.monotonic_s) - now.monotonic_s)
-            waiting.append(waiting_task(task, state, forecasts, now.wall_s, delay_s))
+            asked = waiting_task(task, state, forecasts, now.wall_s, delay_s)
+            waiting.append(sharing.waiting(asked, task, kinds_for(task, state)))
     snapshot = planner.Snapshot(
         now_s=now.wall_s,
         nodes=[planner_node(node) for node in state.nodes.values()],
@@ -128,13 +136,15 @@ def _left(left: planner.Duration) -> planner.Duration:
     )
 
 
-def _running(task: TaskRow, row: AssignmentRow, left: planner.Duration, now: Moment) -> planner.RunningTask:
+def _running(
+    task: TaskRow, row: AssignmentRow, host: AssignmentRow, left: planner.Duration, now: Moment
+) -> planner.RunningTask:
     stops = row.stop is not None
     expected_s = STOPS_WITHIN_S if stops else left.expected_s
     return planner.RunningTask(
         task_id=task.task_id,
         tenant=task.tenant,
-        parts=(planner.Part(row.node_id, row.gpu_indices),),
+        parts=(planner.Part(host.node_id, host.gpu_indices),),
         started_s=min(row.started_s, now.wall_s),
         expected_end_s=now.wall_s + expected_s,
         upper_end_s=now.wall_s + (expected_s if stops else left.upper_s),
@@ -142,4 +152,5 @@ def _running(task: TaskRow, row: AssignmentRow, left: planner.Duration, now: Mom
         next_checkpoint_s=None if stops else now.wall_s + CHECKPOINT_WITHIN_S,
         resume=(planner.Choice(task.gpus, planner.Duration.certain(expected_s), task.gpu_kind, one_node=True),),
         backbone=task.base_model,
+        guest_of=host.task_id if host is not row else "",
     )

@@ -61,6 +61,7 @@ class Outcome(enum.StrEnum):
     STOPPED = "stopped"
     FAILED_RETRIABLE = "failed_retriable"
     FAILED = "failed"
+    UNSHARED = "unshared"  # the executor that it shared broke down, or had no room: nobody knows by whose fault
     LOST = "lost"
 
 
@@ -128,6 +129,7 @@ class WorkSize:
     longest_steps: int = 0
     shape: str = ""
     least_memory_bytes: int = 0
+    adapter_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,8 @@ class TaskRow:
     `epoch` is that of its latest assignment (0 before the first) and only grows. `attempts` counts assignments,
     `failures` those that failed in a way that another attempt may not. `assignment_id` is the live assignment, if any.
     `fraction_done` is that of its latest checkpoint, which lies on `ran_on`. `keeps_turn` says that it
-    lost its place through no doing of its own, nor for another task: its node died or was drained. `ended` is set once:
-    FINISHED or GIVEN_UP.
+    lost its place through no doing of its own, nor for another task: its node died or was drained. `alone` says that it
+    shares no executor any more, because one that it shared broke down. `ended` is set once: FINISHED or GIVEN_UP.
     """
 
     task_id: str
@@ -160,6 +162,7 @@ class TaskRow:
     fraction_done: float = 0.0
     ran_on: str = ""
     keeps_turn: bool = False
+    alone: bool = False
     ended: TaskState | None = None
     ended_s: float | None = None
     failure: FailureCause | None = None
@@ -167,7 +170,10 @@ class TaskRow:
 
 @dataclass(frozen=True, slots=True)
 class AssignmentRow:
-    """A task on a node's GPUs. `stop` is set when it is asked to stop, `outcome` when it has ended."""
+    """A task on a node's GPUs. `stop` is set when it is asked to stop, `outcome` when it has ended.
+
+    A guest has no GPUs of its own, but a host: the assignment on the same node in whose executor it is trained.
+    """
 
     assignment_id: str
     task_id: str
@@ -179,17 +185,19 @@ class AssignmentRow:
     stop: StopReason | None = None
     outcome: Outcome | None = None
     ended_s: float | None = None
+    host_assignment_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a node last said of an assignment; `heard_s` is monotonic."""
+    """What a node last said of an assignment; `heard_s` is monotonic, `guest_memory_bytes` what is left for guests."""
 
     fraction_done: float
     heard_s: float
     measured: Measured = NOTHING_DONE
     share_trained: float = 0.0
     longest_steps_left: int = 0
+    guest_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +242,14 @@ class ClusterState:
     def on_node(self, node_id: str) -> Iterator[AssignmentRow]:
         """Yield the live assignments of a node."""
         return (row for row in self.assignments.values() if row.node_id == node_id)
+
+    def guests(self) -> dict[str, list[AssignmentRow]]:
+        """Return the live guests of each assignment that has any."""
+        found: dict[str, list[AssignmentRow]] = {}
+        for row in self.assignments.values():
+            if row.host_assignment_id:
+                found.setdefault(row.host_assignment_id, []).append(row)
+        return found
 
     def task_state(self, task: TaskRow) -> TaskState:
         """Return where a task stands."""

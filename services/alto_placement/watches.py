@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from alto_placement.planner import Duration, Explanation, Plan, Snapshot, Tenant
-from alto_placement.state import ClusterState, Moment, TaskRow
+from alto_placement.state import AssignmentRow, ClusterState, Moment, TaskRow
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ def facts_of(plan: Plan, snapshot: Snapshot, left: Mapping[str, Duration]) -> Pl
     ends = {task_id: _after(snapshot.now_s, duration) for task_id, duration in left.items()}
     for placement in plan.placements:
         duration = choices[placement.task_id][placement.choice].duration
-        ends[placement.task_id] = _after(placement.start_s, duration)
+        # In another's executor it may take longer than alone.
+        slower = (placement.end_s - placement.start_s) / duration.expected_s if placement.host_task_id else 1.0
+        ends[placement.task_id] = _after(placement.start_s, duration, slower)
     return PlanFacts(
         explanations=plan.explanations,
         places={p.task_id: (p.parts[0].node_id, p.parts[0].gpu_indices) for p in plan.placements},
@@ -42,12 +45,12 @@ def facts_of(plan: Plan, snapshot: Snapshot, left: Mapping[str, Duration]) -> Pl
     )
 
 
-def _after(start_s: float, duration: Duration) -> Duration:
+def _after(start_s: float, duration: Duration, slower: float = 1.0) -> Duration:
     return Duration(
-        start_s + duration.expected_s,
-        start_s + duration.upper_s,
-        start_s + duration.low_s,
-        start_s + duration.high_s,
+        start_s + duration.expected_s * slower,
+        start_s + duration.upper_s * slower,
+        start_s + duration.low_s * slower,
+        start_s + duration.high_s * slower,
     )
 
 
@@ -60,6 +63,11 @@ class PlanView:
     state: ClusterState
     facts: PlanFacts
     ended: tuple[TaskRow, ...] = ()
+
+    @cached_property
+    def guests(self) -> dict[str, list[AssignmentRow]]:
+        """The guests of each assignment that has any."""
+        return self.state.guests()
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from alto_placement.explanations import queue_words
 from alto_placement.lifecycle import Reported
 from alto_placement.links import LeaseRenewal, Order, StartOrder, StopOrder
 from alto_placement.state import (
+    AssignmentRow,
     ClusterState,
     FailureCause,
     NodeRow,
@@ -61,6 +62,7 @@ OUTCOMES: dict[int, Outcome] = {
     placement_pb2.ASSIGNMENT_OUTCOME_STOPPED: Outcome.STOPPED,
     placement_pb2.ASSIGNMENT_OUTCOME_FAILED_RETRIABLE: Outcome.FAILED_RETRIABLE,
     placement_pb2.ASSIGNMENT_OUTCOME_FAILED: Outcome.FAILED,
+    placement_pb2.ASSIGNMENT_OUTCOME_UNSHARED: Outcome.UNSHARED,
 }
 
 # What the messages can hold: the year 9999, and about as many years.
@@ -95,6 +97,7 @@ def size_from_wire(message: placement_service_pb2.WorkSize) -> WorkSize:
         longest_steps=message.longest_steps,
         shape=message.shape,
         least_memory_bytes=message.least_memory_bytes,
+        adapter_memory_bytes=message.adapter_memory_bytes,
     )
 
 
@@ -162,6 +165,7 @@ def reported_from_wire(message: placement_service_pb2.AssignmentStatus, heard_s:
         ),
         share_trained=min(1.0, max(0.0, measured.share_trained)),
         longest_steps_left=measured.longest_steps_left,
+        guest_memory_bytes=message.guest_memory_bytes,
     )
     return Reported(message.assignment_id, message.epoch, progress)
 
@@ -206,6 +210,7 @@ def order_to_wire(order: Order, lease_s: float) -> placement_service_pb2.NodeSes
             gpu_indices=order.assignment.gpu_indices,
             work=placement_pb2.TuningWork.FromString(order.task.work),
             stopped_trial_ids=order.task.stopped_trial_ids,
+            host_assignment_id=order.assignment.host_assignment_id,
         )
         return wire.NodeSessionResponse(assignment=assignment)
     if isinstance(order, StopOrder):
@@ -241,6 +246,7 @@ def task_to_wire(task: TaskRow, view: PlanView) -> placement_pb2.PlannedTask:
         message.end_time.CopyFrom(timestamp(end.expected_s if end is not None else view.moment.wall_s))
         if end is not None:
             message.forecast.CopyFrom(_forecast(end))
+            _add_sharing(message.forecast, row, view)
     elif where is TaskState.WAITING:
         _add_queue(message, task, view)
     elif task.ended_s is not None:
@@ -275,6 +281,13 @@ def _forecast(end: planner.Duration) -> tuning_pb2.TaskForecast:
     )
 
 
+def _add_sharing(message: tuning_pb2.TaskForecast, row: AssignmentRow, view: PlanView) -> None:
+    message.is_guest = bool(row.host_assignment_id)
+    host = view.state.assignments.get(row.host_assignment_id)
+    message.host_task_id = host.task_id if host is not None else ""
+    message.guest_task_ids.extend(guest.task_id for guest in view.guests.get(row.assignment_id, ()))
+
+
 def _waiting_forecast(explanation: planner.Explanation, end: planner.Duration | None) -> tuning_pb2.TaskForecast:
     placed = explanation.predicted_start_s is not None and end is not None
     message = _forecast(end) if placed and end is not None else tuning_pb2.TaskForecast()
@@ -284,6 +297,8 @@ def _waiting_forecast(explanation: planner.Explanation, end: planner.Duration | 
         message.first_in_line_time.CopyFrom(timestamp(explanation.deadline_s))
     message.waits_for.extend(explanation.waits_for)
     message.ahead = explanation.ahead
+    if explanation.shares_with:
+        message.is_guest, message.host_task_id = True, explanation.shares_with[0]
     for change in explanation.changes:
         message.changes.add(kind=CHANGES[change.kind], amount=change.amount)
     return message

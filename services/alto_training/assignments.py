@@ -34,6 +34,7 @@ class EndKind(enum.StrEnum):
     STOPPED = "stopped"
     FAILED_RETRIABLE = "failed_retriable"
     FAILED = "failed"
+    UNSHARED = "unshared"  # the executor that it shared broke down, or had no room: nobody knows by whose fault
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,21 @@ class Progress:
     seconds_remaining: float | None = None
     tokens_per_second: float = 0.0
     measured: bytes = b""
+    guest_memory_bytes: int = 0
 
 
 @dataclass
 class Held:
-    """One assignment that placement still counts as this node's. `ending` is set when it is over."""
+    """One assignment that placement still counts as this node's. `ending` is set when it is over.
+
+    A guest has no GPUs of its own, but a host: the assignment in whose worker it is trained.
+    """
 
     assignment_id: str
     task_id: str
     epoch: int
     gpu_indices: tuple[int, ...]
+    host_assignment_id: str = ""
     progress: Progress = field(default_factory=Progress)
     ending: Ending | None = None
 
@@ -100,7 +106,13 @@ class Assignments:
         self._in_flight: deque[_InFlight] = deque()
 
     def offer(
-        self, assignment_id: str, task_id: str, epoch: int, gpu_indices: tuple[int, ...], now_s: float
+        self,
+        assignment_id: str,
+        task_id: str,
+        epoch: int,
+        gpu_indices: tuple[int, ...],
+        now_s: float,
+        host_assignment_id: str = "",
     ) -> Held | None:
         """Take up an assignment; None when it is known, or older than one of the same task that was taken up before.
 
@@ -112,7 +124,7 @@ class Assignments:
         if assignment_id in self.held or epoch <= self._highest_epoch.get(task_id, 0):
             return None
         self._highest_epoch[task_id] = epoch
-        held = self.held[assignment_id] = Held(assignment_id, task_id, epoch, gpu_indices)
+        held = self.held[assignment_id] = Held(assignment_id, task_id, epoch, gpu_indices, host_assignment_id)
         return held
 
     def outdated_by(self, held: Held) -> list[Held]:

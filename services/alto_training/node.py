@@ -108,10 +108,18 @@ class TrainingNode:
             assignment.epoch,
             tuple(assignment.gpu_indices),
             self.clock(),
+            assignment.host_assignment_id,
         )
         if held is None:
             return
-        log.info("assignment taken up", task_id=held.task_id, epoch=held.epoch, gpus=held.gpu_indices)
+        host = self.supervisors.get(held.host_assignment_id)
+        if held.host_assignment_id and (host is None or not host.takes_guests):
+            # It has ended meanwhile: the guest waits for another place.
+            self.assignments.end(held.assignment_id, Ending(EndKind.STOPPED))
+            self.changed.set()
+            return
+        of = host.held.task_id if host is not None else None
+        log.info("assignment taken up", task_id=held.task_id, epoch=held.epoch, gpus=held.gpu_indices, guest_of=of)
         before = [self._runs[held_before.assignment_id] for held_before in self._same_task(held)]
         for outdated in self.assignments.outdated_by(held):
             self._stop(outdated.assignment_id, StopReason.SUPERSEDED)
@@ -129,6 +137,7 @@ class TrainingNode:
             self._environment(held),
             self._reporter,
             self._settings.stop_grace_s,
+            host,
         )
         self.supervisors[held.assignment_id] = supervisor
         self._runs[held.assignment_id] = asyncio.create_task(self._run(supervisor, before))

@@ -44,7 +44,7 @@ class TrainingNodeServicer(training_node_service_pb2_grpc.TrainingNodeServiceSer
                     assignment_id=running.held.assignment_id,
                     task_id=running.held.task_id,
                     epoch=running.held.epoch,
-                    process_id=running.process_id,
+                    process_id=running.worker_process_id,
                     events_written=running.events_written,
                     events_acknowledged=running.reporter.acknowledged,
                     fraction_done=running.held.progress.fraction_done,

@@ -29,6 +29,7 @@ _OUTCOMES = {
     EndKind.STOPPED: placement_pb2.ASSIGNMENT_OUTCOME_STOPPED,
     EndKind.FAILED_RETRIABLE: placement_pb2.ASSIGNMENT_OUTCOME_FAILED_RETRIABLE,
     EndKind.FAILED: placement_pb2.ASSIGNMENT_OUTCOME_FAILED,
+    EndKind.UNSHARED: placement_pb2.ASSIGNMENT_OUTCOME_UNSHARED,
 }
 
 log = structlog.get_logger("alto.node")
@@ -141,6 +142,7 @@ def _status(held: Held) -> placement_service_pb2.AssignmentStatus:
         epoch=held.epoch,
         fraction_done=held.progress.fraction_done,
         tokens_per_second=held.progress.tokens_per_second,
+        guest_memory_bytes=held.progress.guest_memory_bytes,
     )
     if held.progress.seconds_remaining is not None:
         status.time_remaining.FromMilliseconds(int(held.progress.seconds_remaining * 1000))

@@ -26,7 +26,7 @@ from alto_training.journal import (
     read_journal,
 )
 from alto_training.reporter import Reporter, StaleEpochError, UnknownTaskError
-from alto_training.worker_order import LOG_FILE, WORK_FILE, WorkerOrder
+from alto_training.worker_order import LOG_FILE, TAKEN_IN_FILE, WORK_FILE, WorkerOrder
 
 FOLLOW_S = 0.25
 FOLLOWED_AT_ONCE = 2000
@@ -50,9 +50,16 @@ class Supervisor:
         environment: dict[str, str],
         make_reporter: Callable[[Path, str, int], Reporter],
         stop_grace_s: float,
+        host: Supervisor | None = None,
     ) -> None:
         self.held = held
         self.process_id = 0
+        self.worker_gone = asyncio.Event()
+        self.worker_crashed = False
+        self._host = host
+        self._guests: list[Supervisor] = []
+        self._is_unshared = False
+        self._has_left = asyncio.Event()
         self.events_written = 0
         self._offset = 0
         self.reporter = make_reporter(folders.assignment, held.task_id, held.epoch)
@@ -75,7 +82,7 @@ class Supervisor:
             return
         self._stop = reason
         self._stop_asked.set()
-        if reason.is_immediate:
+        if reason.is_immediate and self._host is None:
             self._must_end.set()
 
     @property
@@ -87,6 +94,33 @@ class Supervisor:
     def is_ending(self) -> bool:
         """Whether its worker is gone, or is being ended without a checkpoint."""
         return self._must_end.is_set()
+
+    @property
+    def worker_process_id(self) -> int:
+        """The process that trains it, its own or its host's; 0 when there is none."""
+        return self.process_id if self._host is None else self._host.process_id
+
+    @property
+    def takes_guests(self) -> bool:
+        """Whether another task may join in its worker: that has one place, and is not on its way out."""
+        alone = self._host is None and len(self.held.gpu_indices) == 1
+        return alone and self._stop is None and not self.worker_gone.is_set()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a guest was taken into its host's worker and has not left it."""
+        return (self.folder / TAKEN_IN_FILE).exists() and _last_state(self.folder) is None
+
+    def take_in(self, guest: Supervisor) -> None:
+        """Have the worker take in a guest, whose folder is ready."""
+        self._guests.append(guest)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_command(self.folder, "take_in", guest_folder=str(guest.folder))
+
+    def end_worker(self) -> None:
+        """End the worker at once, with all that it trains."""
+        self._must_end.set()
+        self._stop_asked.set()
 
     def internal_error(self) -> Ending:
         """Return the ending of an assignment that the node itself failed to look after."""
@@ -111,7 +145,8 @@ class Supervisor:
             if self._stop is not None:
                 crash = "it was stopped before it began"
             elif not finished_before:
-                crash = await self._work_until_end(reporting)
+                host = self._host
+                crash = await (self._work_until_end(reporting) if host is None else self._stay_with(host, reporting))
             if self._is_superseded():
                 return None
             last = await asyncio.to_thread(self._conclude, crash)
@@ -129,6 +164,7 @@ class Supervisor:
             message = "admission does not know the task"
             return Ending(EndKind.FAILED, reason_name(error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND), message)
         finally:
+            self.worker_gone.set()
             for task in (reporting, following):
                 task.cancel()
                 with suppress(asyncio.CancelledError, StaleEpochError, UnknownTaskError):
@@ -170,6 +206,12 @@ class Supervisor:
             # Until it is gone, no other worker of the task may begin.
             await asyncio.shield(exited)
             self.process_id = 0
+            was_ended = self._must_end.is_set() and self._stop is not None
+            self.worker_crashed = process.returncode != 0 and not was_ended
+            if self.worker_crashed:
+                inside = await asyncio.to_thread(lambda: [guest for guest in self._guests if guest.is_inside])
+                self._is_unshared = bool(inside)
+            self.worker_gone.set()
         if reporting.done():
             reporting.result()
         if process.returncode == 0:
@@ -184,12 +226,40 @@ class Supervisor:
         )
         return _crash_in_words(process.returncode or 0)
 
+    async def _stay_with(self, host: Supervisor, reporting: asyncio.Task[None]) -> str | None:
+        """Be trained in the host's worker; return what its end leaves to say when this task did not leave before it."""
+        if not host.takes_guests:
+            return "the worker that it was to share has ended"
+        host.take_in(self)
+        obeying = asyncio.create_task(self._pass_on_stops())
+        leaving = asyncio.create_task(self._has_left.wait())
+        ending = asyncio.create_task(host.worker_gone.wait())
+        try:
+            await asyncio.wait({leaving, ending, obeying, reporting}, return_when=asyncio.FIRST_COMPLETED)
+            if not leaving.done() and not ending.done():
+                # Nobody wants it trained here any more, and the worker does not let go of it.
+                if reporting.done():
+                    write_command(self.folder, "stop", reason=StopReason.SUPERSEDED.value)
+                    await asyncio.wait({leaving, ending}, timeout=self._stop_grace_s)
+                if not leaving.done() and not ending.done():
+                    host.end_worker()
+                    await asyncio.wait({leaving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (obeying, leaving, ending):
+                task.cancel()
+        if reporting.done():
+            reporting.result()
+        if await asyncio.to_thread(_last_state, self.folder) is not None:
+            return None
+        self._is_unshared = host.worker_crashed and await asyncio.to_thread(lambda: self.is_inside)
+        return "the worker that it shared has ended"
+
     async def _pass_on_stops(self) -> None:
         """Tell the worker to stop, each time the reason changes; return when it must be ended."""
         while not self._must_end.is_set():
             await self._stop_asked.wait()
             self._stop_asked.clear()
-            if self._stop is not None and not self._stop.is_immediate:
+            if self._stop is not None and (self._host is not None or not self._stop.is_immediate):
                 write_command(self.folder, "stop", reason=self._stop.value)
                 asyncio.get_running_loop().call_later(self._stop_grace_s, self._must_end.set)
             waits = {asyncio.create_task(self._stop_asked.wait()), asyncio.create_task(self._must_end.wait())}
@@ -230,6 +300,10 @@ class Supervisor:
             ][-1]
             return Ending(EndKind.FAILED, cause.reason, cause.message)
         if last is not None or self._stop is StopReason.LEASE_LOST:
+            return Ending(EndKind.UNSHARED if self._is_unshared else EndKind.STOPPED)
+        if self._is_unshared:
+            return Ending(EndKind.UNSHARED)
+        if self._host is not None:
             return Ending(EndKind.STOPPED)
         message = crash or "the worker ended without a word"
         return Ending(EndKind.FAILED_RETRIABLE, reason_name(error_pb2.ERROR_REASON_EXECUTION_FAILED), message)
@@ -262,6 +336,15 @@ class Supervisor:
             self._offset, self.events_written = record.end_offset, record.sequence
             if record.event.HasField("task_progressed"):
                 self.held.progress = _progress(record.event.task_progressed)
+            if record.event.HasField("task_state_changed"):
+                self._note_state(record.event.task_state_changed)
+
+    def _note_state(self, changed: event_pb2.TaskStateChanged) -> None:
+        if changed.state != tuning_pb2.TASK_STATE_RUNNING:
+            self._has_left.set()
+        if changed.state == tuning_pb2.TASK_STATE_QUEUED and changed.HasField("failure"):
+            # What kept it from going on beside others need not keep it from going on alone.
+            self._is_unshared = True
 
     def _log_tail(self) -> str:
         with (self.folder / LOG_FILE).open("rb") as file:
@@ -304,17 +387,18 @@ def _is_final(record: Record) -> bool:
 
 
 def _last_state(folder: Path) -> tuning_pb2.TaskState.ValueType | None:
-    """Return the state that a journal ends with, None when its last event is not a change of the task's state."""
+    """Return the state that a journal ends with, None when its last event does not say how the task stands."""
     last = None
     for record in read_journal(folder / JOURNAL_FILE):
         last = record.event
     if last is None or not last.HasField("task_state_changed"):
         return None
-    return last.task_state_changed.state
+    state = last.task_state_changed.state
+    return None if state == tuning_pb2.TASK_STATE_RUNNING else state
 
 
 def _progress(message: event_pb2.TaskProgressed) -> Progress:
     remaining = message.time_remaining
     seconds = remaining.seconds + remaining.nanos / 1e9 if message.HasField("time_remaining") else None
     measured = message.measured.SerializeToString()
-    return Progress(message.fraction_done, seconds, message.tokens_per_second, measured)
+    return Progress(message.fraction_done, seconds, message.tokens_per_second, measured, message.guest_memory_bytes)

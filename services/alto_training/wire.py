@@ -178,6 +178,7 @@ class EventTranslator:
             tokens_per_second=event.tokens_per_s,
             peak_memory_bytes=event.peak_memory_bytes,
             measured=event_pb2.MeasuredWork(**asdict(event.measured)),
+            guest_memory_bytes=event.guest_memory_bytes,
         )
         if event.seconds_remaining is not None and math.isfinite(event.seconds_remaining):
             message.time_remaining.FromMilliseconds(int(event.seconds_remaining * 1000))

@@ -12,6 +12,8 @@ from alto_training.sharding.places import Places
 ORDER_FILE = "order.json"
 WORK_FILE = "work.pb"
 LOG_FILE = "worker.log"
+# Made by the worker of a guest's host when it begins to take the guest in.
+TAKEN_IN_FILE = "taken_in"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ def cluster(tmp_path_factory, models_root):
         ALTO_PLACEMENT_HEARTBEAT_S="0.5",
         ALTO_NODE_CHECKPOINT_INTERVAL_S="1",
         ALTO_NODE_THREADS="1",
+        # This is about places: who joins another's executor needs none.
+        ALTO_PLACEMENT_SHARING="off",
     )
     house.start()
     for node_id in NODES[1:]:

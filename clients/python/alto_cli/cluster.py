@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from alto_cli.connection import connect, connect_as_operator
 from alto_cli.newest import task_or_newest
 from alto_cli.output import print_facts, print_json, print_message, print_table, say
-from alto_cli.view.gantt import gantt_lines, task_letters
+from alto_cli.view.gantt import RUNNING, gantt_lines, task_letters
 from alto_cli.view.why import why_facts
 from alto_cli.view.wording import bytes_text, duration_text, percent_text
 from alto_cli.wire_json import as_json, enum_word
@@ -129,7 +129,11 @@ def _state(task: placement_pb2.PlannedTask) -> str:
 
 
 def _why(task: placement_pb2.PlannedTask) -> str:
-    return task.failure.message if task.HasField("failure") else task.queue.explanation
+    if task.HasField("failure"):
+        return task.failure.message
+    if task.state in RUNNING and task.forecast.is_guest:
+        return f"shares {task.forecast.host_task_id}'s executor"
+    return task.queue.explanation
 
 
 def _in(stamp: Timestamp) -> str:

@@ -96,12 +96,19 @@ def forecast(planned: placement_pb2.PlannedTask, own_task_ids: Collection[str]) 
     message.waits_for_others = len(planned.forecast.waits_for) - len(own)
     del message.waits_for[:]
     message.waits_for.extend(own)
+    if message.host_task_id not in own_task_ids:
+        message.host_task_id = ""
+    guests = [task_id for task_id in planned.forecast.guest_task_ids if task_id in own_task_ids]
+    del message.guest_task_ids[:]
+    message.guest_task_ids.extend(guests)
     return message
 
 
 def _starting(planned: placement_pb2.PlannedTask) -> tuning_pb2.QueueStatus:
+    loading = f"node {planned.node_id} is loading the base model and the data"
+    joining = f"node {planned.node_id} is reading its data, to train it in the executor of another task"
     return tuning_pb2.QueueStatus(
         reason="STARTING",
-        explanation=f"node {planned.node_id} is loading the base model and the data",
+        explanation=joining if planned.forecast.is_guest else loading,
         predicted_end_time=planned.end_time if planned.HasField("end_time") else None,
     )

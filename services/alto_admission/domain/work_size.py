@@ -102,6 +102,11 @@ def least_memory_bytes(trials: Sequence[Trial], facts: ModelFacts) -> int:
     return facts.parameters // 2 + round(smallest * ADAPTER_BYTES_PER_PARAMETER)
 
 
+def adapter_memory_bytes(trials: Sequence[Trial], facts: ModelFacts) -> int:
+    """Return the memory of the adapters of all trials, with gradients, optimiser states and best weights."""
+    return round(sum(adapter_parameters(facts, trial.config) for trial in trials) * ADAPTER_BYTES_PER_PARAMETER)
+
+
 def peak_memory_bytes(
     trials: Sequence[Trial],
     facts: ModelFacts,

@@ -35,6 +35,7 @@ def joins(snapshot: Snapshot, alone_end_s: dict[int, float]) -> dict[int, Placem
     """
     open_offers = offers(snapshot)
     load = _loads(snapshot)
+    kinds = {node.node_id: node.gpu_kind for node in snapshot.nodes}
     chosen: dict[int, Placement] = {}
     for index, end_alone in sorted(alone_end_s.items(), key=lambda row: (row[1], row[0])):
         task = snapshot.waiting[index]
@@ -42,6 +43,8 @@ def joins(snapshot: Snapshot, alone_end_s: dict[int, float]) -> dict[int, Placem
         for host in open_offers.get(task.backbone, ()):
             for number, choice in enumerate(task.choices):
                 if choice.gpus != sum(len(part.gpu_indices) for part in host.parts):
+                    continue
+                if choice.gpu_kind and any(kinds[part.node_id] != choice.gpu_kind for part in host.parts):
                     continue
                 end, gain = _weigh(snapshot.now_s, task, choice.duration.expected_s, host, load, end_alone)
                 if gain > 0 and (best is None or gain > best[0]):

@@ -29,6 +29,7 @@ class Budget:
 
     tokens_per_tick: int
     slots: int
+    spare_bytes: int = 0  # beside full ticks and the adapters of all trials
 
 
 def choose_budget(
@@ -45,20 +46,27 @@ def choose_budget(
     device = torch.device(settings.device)
     known = [config for config in configs if adapter_parameters(facts, config) > 0] or list(configs)
     costliest = max(known, key=lambda config: adapter_parameters(facts, config))
-    limit = settings.memory_limit_bytes or free_memory_bytes(device) * _SHARE_OF_FREE_MEMORY
-    if settings.memory_limit_bytes is None and backbone_loaded:
-        limit += backbone_bytes(settings, facts)  # what is free is free beside it
+    limit = memory_limit_bytes(settings, facts, backbone_loaded)
     tokens = settings.tokens_per_tick
     if tokens is None:
         each = Load.of(facts, [(costliest, 1.0)])
         fitting_tokens = costs.tokens_that_fit(limit, each, adapter_parameters(facts, costliest))
         tokens = min(enough_tokens(device), _steady(fitting_tokens))
     tokens = max(1, tokens)
-    fitting = costs.slots_that_fit(
-        limit, Load.of(facts, [(costliest, tokens)]), [adapter_parameters(facts, config) for config in configs]
-    )
-    slots = settings.slots or fitting
-    return Budget(tokens, max(1, min(slots, len(configs))))
+    full_tick = Load.of(facts, [(costliest, tokens)])
+    parameters = [adapter_parameters(facts, config) for config in configs]
+    slots = settings.slots or costs.slots_that_fit(limit, full_tick, parameters)
+    spare_bytes = max(0, int(limit - costs.peak_bytes(full_tick, sum(parameters))))
+    return Budget(tokens, max(1, min(slots, len(configs))), spare_bytes)
+
+
+def memory_limit_bytes(settings: ExecutorSettings, facts: ModelFacts, backbone_loaded: bool = True) -> int:
+    """Return the memory that an executor may use, its backbone included: as set, else most of what is free."""
+    if settings.memory_limit_bytes is not None:
+        return settings.memory_limit_bytes
+    free = free_memory_bytes(torch.device(settings.device)) * _SHARE_OF_FREE_MEMORY
+    # What is free is free beside the backbone.
+    return int(free + (backbone_bytes(settings, facts) if backbone_loaded else 0))
 
 
 def _steady(tokens: int) -> int:

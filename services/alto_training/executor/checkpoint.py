@@ -17,10 +17,15 @@ from typing import Any
 import torch
 
 from alto_training.executor.durable_files import write_file
-from alto_training.executor.errors import CheckpointError
+from alto_training.executor.errors import CheckpointError, WrongBaseModelError
 
-_FORMAT = 2
+_FORMAT = 3
 _GENERATIONS = 2
+
+
+def checkpoints_folder(task_folder: Path) -> Path:
+    """Return where a task's checkpoints lie."""
+    return task_folder / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,28 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back: its JSON state, and its tensors by group name."""
+    """A checkpoint read back: the ticks that its task had then, its JSON state, and its tensors by group name."""
 
     tick: int
     state: dict[str, Any]
     groups: dict[str, dict[str, torch.Tensor]]
 
+    def require_backbone(self, fingerprint: str, dtype: str, where: str) -> None:
+        """Raise `WrongBaseModelError` when it was trained over another backbone, or in another number format."""
+        if self.state["backbone_fingerprint"] != fingerprint:
+            raise WrongBaseModelError(
+                f"the checkpoint in {where} is of another backbone",
+                "give the base model it was trained over, or another work folder",
+            )
+        if self.state["backbone_dtype"] != dtype:
+            raise WrongBaseModelError(
+                f"the checkpoint in {where} is of the backbone in {self.state['backbone_dtype']}, not in {dtype}",
+                f"load it in {self.state['backbone_dtype']}, or give another work folder",
+            )
+
 
 class CheckpointStore:
-    """The checkpoints of one work folder."""
+    """The checkpoints of one task, in a folder of their own: whoever trains it next needs nothing else."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

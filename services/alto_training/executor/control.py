@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import queue
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+from alto_common.tuning import TuningJob
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,31 @@ class ReviveTrial:
 
 @dataclass(frozen=True)
 class Pause:
-    """Write a checkpoint and return; running again over the same work folder carries on."""
+    """Write a checkpoint and let go of one task (None: of all); running again over its work folder carries on."""
+
+    task_id: str | None = None
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """End every trial; best adapters so far are kept."""
+    """End every trial of one task (None: of all); best adapters so far are kept."""
 
     reason: str = "cancelled by its user"
+    task_id: str | None = None
 
 
-Command = StopTrial | ReviveTrial | Pause | Cancel
+@dataclass(frozen=True)
+class Join:
+    """Take in another task over the same backbone, from its checkpoint in `workdir` if there is one.
+
+    Its data should have been tokenised before: the others wait meanwhile.
+    """
+
+    job: TuningJob
+    workdir: Path
+
+
+Command = StopTrial | ReviveTrial | Pause | Cancel | Join
 
 
 class Control(Protocol):

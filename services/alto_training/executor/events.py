@@ -124,7 +124,7 @@ class TrialFinished:
 
 @dataclass(frozen=True)
 class MeasuredWork:
-    """What an executor has done since it started, all its tasks together, and the seconds each part took.
+    """What an executor has done since it took the task in, all its tasks together, and the seconds each part took.
 
     `lora_rank_ticks` sums, over training ticks, the lora_rank of the adapters on them. `share_trained` and
     `longest_steps_left` are the task's own: the share of its planned sequences that were trained, earlier attempts
@@ -157,6 +157,7 @@ class TaskProgress:
     training_seconds: float
     peak_memory_bytes: int
     measured: MeasuredWork
+    guest_memory_bytes: int = 0  # left for adapters of tasks that may join
 
 
 @dataclass(frozen=True)
@@ -179,19 +180,6 @@ class CheckpointWritten:
     seconds: float
 
 
-Event = (
-    TaskStarted
-    | TrialStarted
-    | TrialProgress
-    | TrialEvaluated
-    | TrialDecided
-    | TrialFinished
-    | TaskProgress
-    | TickHalved
-    | CheckpointWritten
-)
-
-
 class TaskState(enum.StrEnum):
     """How a run of the executor ended."""
 
@@ -203,7 +191,7 @@ class TaskState(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `Executor.run` returns for one task; `trials` is empty of those that have not finished (paused)."""
+    """What became of one task; `trials` is empty of those that have not finished (paused)."""
 
     task_id: str
     state: TaskState
@@ -214,3 +202,31 @@ class Outcome:
     def best(self) -> TrialFinished | None:
         """The trial with the lowest validation loss, None if none was ever evaluated."""
         return next((trial for trial in self.trials if trial.trial_id == self.best_trial_id), None)
+
+
+@dataclass(frozen=True)
+class TaskLeft:
+    """A task is not trained here any more: it has ended, or its user or a `trouble` made it leave.
+
+    Without an `outcome` it never began here. `is_own_trouble` says that it would have the same trouble alone; otherwise
+    it may go on alone from its last checkpoint.
+    """
+
+    task_id: str
+    outcome: Outcome | None
+    trouble: str = ""
+    is_own_trouble: bool = False
+
+
+Event = (
+    TaskStarted
+    | TrialStarted
+    | TrialProgress
+    | TrialEvaluated
+    | TrialDecided
+    | TrialFinished
+    | TaskProgress
+    | TickHalved
+    | CheckpointWritten
+    | TaskLeft
+)

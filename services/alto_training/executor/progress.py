@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,37 +13,54 @@ from alto_training.executor.events import MeasuredWork, TaskProgress
 from alto_training.executor.task_run import TaskRun
 
 
+@dataclass
+class _Counts:
+    """What was done, and the seconds of each part."""
+
+    ticks: int = 0
+    trained_tokens: int = 0
+    lora_rank_ticks: int = 0
+    training_s: float = 0.0
+    evaluated_tokens: int = 0
+    evaluation_s: float = 0.0
+    checkpoints: int = 0
+    checkpoint_s: float = 0.0
+
+
 class ProgressMeter:
-    """Counts ticks, tokens and seconds of this run. `clock` gives seconds; `begin` says that all is ready to train."""
+    """Counts ticks, tokens and seconds of this run, for each task from when it was taken in. `clock` gives seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._began = clock()
         self._told = float("-inf")
-        self._done_at_start: dict[str, float] = {}
-        self._ticks = self._trained_tokens = self._lora_rank_ticks = self._evaluated_tokens = self._checkpoints = 0
-        self._training_s = self._evaluation_s = self._checkpoint_s = 0.0
+        self._counts = _Counts()
+        self._before: dict[str, _Counts] = {}
+        self._began: dict[str, tuple[float, float]] = {}  # clock, and the share that was done
 
-    def begin(self) -> None:
-        """Note that the first tick is about to run."""
-        self._began = self._clock()
+    def take_in(self, task_id: str) -> None:
+        """Note that a task was taken in: what was done before is no business of its."""
+        self._before[task_id] = replace(self._counts)
+
+    def begin(self, task: TaskRun) -> None:
+        """Note that a task's first tick here is about to run."""
+        self._began[task.task_id] = self._clock(), fraction_done(task)
 
     def trained(self, tokens: int, lora_ranks: int, seconds: float) -> None:
         """Count one training tick of `tokens`, on which were adapters of `lora_ranks` in sum."""
-        self._ticks += 1
-        self._trained_tokens += tokens
-        self._lora_rank_ticks += lora_ranks
-        self._training_s += seconds
+        self._counts.ticks += 1
+        self._counts.trained_tokens += tokens
+        self._counts.lora_rank_ticks += lora_ranks
+        self._counts.training_s += seconds
 
     def evaluated(self, tokens: int, seconds: float) -> None:
         """Count tokens that went forward only."""
-        self._evaluated_tokens += tokens
-        self._evaluation_s += seconds
+        self._counts.evaluated_tokens += tokens
+        self._counts.evaluation_s += seconds
 
     def checkpointed(self, seconds: float) -> None:
         """Count one checkpoint."""
-        self._checkpoints += 1
-        self._checkpoint_s += seconds
+        self._counts.checkpoints += 1
+        self._counts.checkpoint_s += seconds
 
     def due(self, interval_s: float) -> bool:
         """Say whether `interval_s` has gone by since this last said yes."""
@@ -52,34 +70,40 @@ class ProgressMeter:
         self._told = now
         return True
 
-    def measure(self, task: TaskRun, tick: int, active_trials: int, device: torch.device) -> TaskProgress:
+    def measure(
+        self, task: TaskRun, tick: int, active_trials: int, device: torch.device, guest_memory_bytes: int
+    ) -> TaskProgress:
         """Return where a task stands. The time left assumes that no more trials are stopped early."""
         done = fraction_done(task)
-        elapsed = self._clock() - self._began
-        gained = done - self._done_at_start.setdefault(task.task_id, done)
-        remaining = (1.0 - done) / gained * elapsed if gained > 0.0 else None
+        began, done_before = self._began[task.task_id]
+        gained = done - done_before
+        remaining = (1.0 - done) / gained * (self._clock() - began) if gained > 0.0 else None
+        all_of_it, before = self._counts, self._before[task.task_id]
+        training_s = all_of_it.training_s - before.training_s
+        evaluation_s = all_of_it.evaluation_s - before.evaluation_s
         return TaskProgress(
             task_id=task.task_id,
             tick=tick,
             fraction_done=done,
             seconds_remaining=0.0 if task.done else remaining,
-            tokens_per_s=self._trained_tokens / self._training_s if self._training_s > 0.0 else 0.0,
+            tokens_per_s=all_of_it.trained_tokens / all_of_it.training_s if all_of_it.training_s > 0.0 else 0.0,
             active_trials=active_trials,
-            evaluation_seconds=self._evaluation_s,
-            training_seconds=self._training_s,
+            evaluation_seconds=evaluation_s,
+            training_seconds=training_s,
             peak_memory_bytes=peak_memory_bytes(device),
             measured=MeasuredWork(
-                ticks=self._ticks,
-                train_tokens=self._trained_tokens,
-                lora_rank_ticks=self._lora_rank_ticks,
-                training_seconds=self._training_s,
-                evaluation_tokens=self._evaluated_tokens,
-                evaluation_seconds=self._evaluation_s,
-                checkpoints=self._checkpoints,
-                checkpoint_seconds=self._checkpoint_s,
+                ticks=all_of_it.ticks - before.ticks,
+                train_tokens=all_of_it.trained_tokens - before.trained_tokens,
+                lora_rank_ticks=all_of_it.lora_rank_ticks - before.lora_rank_ticks,
+                training_seconds=training_s,
+                evaluation_tokens=all_of_it.evaluated_tokens - before.evaluated_tokens,
+                evaluation_seconds=evaluation_s,
+                checkpoints=all_of_it.checkpoints - before.checkpoints,
+                checkpoint_seconds=all_of_it.checkpoint_s - before.checkpoint_s,
                 share_trained=share_trained(task),
                 longest_steps_left=longest_steps_left(task),
             ),
+            guest_memory_bytes=guest_memory_bytes,
         )
 
 

@@ -59,9 +59,8 @@ class OneRank:
 class Ownership:
     """Which rank owns which trial. A trial that changes its rank takes its exact state along, as checkpoint files."""
 
-    def __init__(self, ranks: Ranks, store: CheckpointStore) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._store = store
         self._owners: WeakKeyDictionary[TrialRun, int] = WeakKeyDictionary()
 
     def owns(self, run: TrialRun) -> bool:
@@ -84,16 +83,21 @@ class Ownership:
             run.leave()
 
     def balance(
-        self, runs: Sequence[TrialRun], loads: Sequence[float], groups_of: Callable[[TrialRun], list[TensorGroup]]
+        self,
+        runs: Sequence[TrialRun],
+        loads: Sequence[float],
+        files_of: Callable[[TrialRun], tuple[CheckpointStore, list[TensorGroup]]],
     ) -> int:
-        """Deal these trials anew; return how many changed their rank."""
+        """Deal these trials anew; return how many changed their rank. `files_of` says what moves, and through where."""
         owners = [self._owners[run] for run in runs]
         dealt = self._ranks.deal(loads, owners)
         moving = [place for place, run in enumerate(runs) if dealt[place] != owners[place]]
         if not moving:
             return 0
-        mine = [place for place in moving if self.owns(runs[place])]
-        written = {str(place): self._store.write_groups(groups_of(runs[place])) for place in mine}
+        where = {place: files_of(runs[place]) for place in moving}
+        written = {
+            str(place): store.write_groups(groups) for place, (store, groups) in where.items() if self.owns(runs[place])
+        }
         files = self._ranks.united(written)
         for place in moving:
             run = runs[place]
@@ -101,7 +105,7 @@ class Ownership:
                 run.leave()
             self._owners[run] = dealt[place]
             if self.owns(run):
-                run.take_up(self._store.read_groups(files[str(place)]))
+                run.take_up(where[place][0].read_groups(files[str(place)]))
         # Nobody goes on, to write the next checkpoint and remove old files, before all have read these.
         self._ranks.united({})
         return len(moving)

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from alto_training.early_exit import Decision
-from alto_training.executor.checkpoint import TensorGroup
-from alto_training.executor.control import Cancel, Command, ReviveTrial, StopTrial
+from alto_training.executor.checkpoint import CheckpointStore, TensorGroup
+from alto_training.executor.control import Cancel, Command, Pause, ReviveTrial, StopTrial
 from alto_training.executor.errors import ExecutorError
 from alto_training.executor.events import Event, TrialDecided, TrialStarted, TrialState, Verdict
 from alto_training.executor.ranks import Ownership
@@ -27,16 +27,14 @@ class Roster:
 
     def __init__(
         self,
-        tasks: Sequence[TaskRun],
         slots: int,
         device: torch.device,
         emit: Callable[[Event], None],
         revivable_trials: int,
         ownership: Ownership,
     ) -> None:
-        self.tasks = tuple(tasks)
+        self.tasks: list[TaskRun] = []
         self.slots: Slots[TrialRun] = Slots(slots)
-        self.cancelled = False
         self._device = device
         self._emit = emit
         self._revivable_trials = revivable_trials
@@ -53,19 +51,30 @@ class Roster:
         """Return the task that a trial belongs to."""
         return self._task_of[run]
 
-    def admit_all(self) -> None:
-        """Make every trial ready and let it wait for a slot; one that cannot be trained fails, and no other."""
-        for task in self.tasks:
-            for trial in task.job.trials:
-                try:
-                    run = task.prepare(trial)
-                except ExecutorError as error:
-                    task.refuse(trial, str(error))
-                    self.apply(task, task.policy.trial_ended(trial.trial_id))
-                else:
-                    self._task_of[run] = task
-                    self._give_owner(run)
-                    self.slots.enqueue(run)
+    def has(self, run: TrialRun) -> bool:
+        """Whether a trial's task is still here."""
+        return run in self._task_of
+
+    def admit(self, task: TaskRun) -> None:
+        """Make every trial of a task ready and let it wait for a slot; one that cannot be trained fails alone."""
+        self.tasks.append(task)
+        for trial in task.job.trials:
+            try:
+                run = task.prepare(trial)
+            except ExecutorError as error:
+                task.refuse(trial, str(error))
+                self.apply(task, task.policy.trial_ended(trial.trial_id))
+            else:
+                self._task_of[run] = task
+                self._give_owner(run)
+                self.slots.enqueue(run)
+
+    def let_go(self, task: TaskRun) -> None:
+        """Let go of a task and all its trials; their slots are free."""
+        self.tasks.remove(task)
+        for run in [run for run, owner in self._task_of.items() if owner is task]:
+            self.slots.leave(run)
+            del self._task_of[run]
 
     def apply(self, task: TaskRun, decisions: Sequence[Decision]) -> None:
         """Act on a policy's decisions."""
@@ -127,39 +136,44 @@ class Roster:
 
     def fill_slots(self) -> None:
         """Give free slots to waiting trials."""
-        if not self.slots.waiting and not any(True for _ in self.slots):
-            self._release_parked()
+        self._release_parked()
         for slot, run in self.slots.fill():
             task = self._task_of[run]
             self._emit(TrialStarted(task.task_id, run.trial_id, slot, run.step, run.total_steps, run.adapter.size))
         active = list(self.slots)
         if active != self._balanced:
             loads = [self._task_of[run].remaining_tokens(run) for run in active]
-            self._ownership.balance(active, loads, self.tensor_groups)
+            self._ownership.balance(active, loads, self._files_of)
             self._balanced = active
         for run in active:
             run.adapter.move(self._device)
 
-    def tensor_groups(self, run: TrialRun) -> list[TensorGroup]:
-        """Return a trial's tensors, grouped by what changes together."""
+    def _files_of(self, run: TrialRun) -> tuple[CheckpointStore, list[TensorGroup]]:
         task = self._task_of[run]
-        return task.tensor_groups(run, f"task{self.tasks.index(task)}")
+        return task.store, task.tensor_groups(run)
 
     def _give_owner(self, run: TrialRun) -> None:
         loads = {other: task.remaining_tokens(other) for other, task in self._task_of.items()}
         self._ownership.admit(run, loads.pop(run), loads)
 
     def _release_parked(self) -> None:
-        """Carry on with parked trials that no one is left to release: a policy must not be able to hang a task."""
+        """Carry on with parked trials that no one is left to release: a policy must not be able to hang its task."""
+        moving = {self._task_of[run].task_id for run in (*self.slots, *self.slots.waiting)}
         for task in self.tasks:
-            for trial_id in sorted(task.parked):
-                self.slots.enqueue(task.runs[trial_id])
-            task.parked.clear()
+            if task.task_id not in moving:
+                for trial_id in sorted(task.parked):
+                    self.slots.enqueue(task.runs[trial_id])
+                task.parked.clear()
 
     def obey(self, command: Command) -> None:
-        """Carry out a command about trials."""
-        if isinstance(command, Cancel):
-            self._cancel(command.reason)
+        """Carry out a command about tasks that are here, or about their trials."""
+        if isinstance(command, Cancel | Pause):
+            for task in self.tasks:
+                if command.task_id in (None, task.task_id):
+                    if isinstance(command, Cancel):
+                        self._cancel(task, command.reason)
+                    else:
+                        task.paused = True
         elif isinstance(command, StopTrial):
             for task, run in self._named(command.task_id, command.trial_id):
                 if run.trial_id not in task.finished:
@@ -176,10 +190,10 @@ class Roster:
             if trial_id in task.runs and task_id in (None, task.task_id)
         ]
 
-    def _cancel(self, reason: str) -> None:
-        self.cancelled = True
-        for run, task in list(self._task_of.items()):
-            if run.trial_id in task.runs and run.trial_id not in task.finished:
+    def _cancel(self, task: TaskRun, reason: str) -> None:
+        task.cancelled = True
+        for run in list(task.runs.values()):
+            if run.trial_id not in task.finished:
                 self.end(run, TrialState.CANCELLED, reason)
 
     def _revive(self, task: TaskRun, run: TrialRun) -> None:
@@ -194,30 +208,34 @@ class Roster:
         self.decided(task, run, Verdict.REVIVE, "user", "revived by its user; no policy judges it any more")
         self.slots.enqueue(run, first=True)
 
-    def state(self) -> dict[str, Any]:
-        """Return who is where, as JSON; the tasks' own states are apart."""
+    def state(self, task: TaskRun) -> dict[str, Any]:
+        """Return where a task's trials are, as JSON; its own state is apart."""
         return {
-            "slots": [None if run is None else self._name(run) for run in self.slots.places],
-            "waiting": [self._name(run) for run in self.slots.waiting],
+            "slots": len(self.slots.places),
+            "in_slot": self._numbers_of(task, self.slots.places),
+            "in_line": self._numbers_of(task, self.slots.waiting),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Put the trials of tasks that have taken up their states where they were."""
-        for task in self.tasks:
+    def take_up(self, states: Sequence[tuple[TaskRun, dict[str, Any]]]) -> None:
+        """Put the trials of tasks that have taken up their own states where they were, as far as that is free.
+
+        Those that had a slot come first in line for another, then those that waited, in the order of them all.
+        """
+        in_line: list[tuple[int, int, TrialRun]] = []
+        for task, state in states:
+            self.tasks.append(task)
             for run in task.runs.values():
                 self._task_of[run] = task
                 self._give_owner(run)
-        self.slots = Slots(len(state["slots"]))
-        for slot, name in enumerate(state["slots"]):
-            if name is not None:
-                self.slots.places[slot] = self._by_name(name)
-        for name in state["waiting"]:
-            self.slots.enqueue(self._by_name(name))
+            for trial_id, slot in state["in_slot"].items():
+                if slot < len(self.slots.places) and self.slots.places[slot] is None:
+                    self.slots.places[slot] = task.runs[trial_id]
+                else:
+                    in_line.append((0, slot, task.runs[trial_id]))
+            in_line.extend((1, place, task.runs[trial_id]) for trial_id, place in state["in_line"].items())
+        for _, _, run in sorted(in_line, key=lambda one: one[:2]):
+            self.slots.enqueue(run)
 
-    def _name(self, run: TrialRun) -> tuple[int, str]:
-        return self.tasks.index(self._task_of[run]), run.trial_id
-
-    def _by_name(self, name: Sequence[Any]) -> TrialRun:
-        number, trial_id = name
-        run: TrialRun = self.tasks[number].runs[trial_id]
-        return run
+    def _numbers_of(self, task: TaskRun, runs: Sequence[TrialRun | None]) -> dict[str, int]:
+        numbered = [(number, run) for number, run in enumerate(runs) if run is not None]
+        return {run.trial_id: number for number, run in numbered if self._task_of[run] is task}

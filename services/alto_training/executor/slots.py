@@ -26,6 +26,10 @@ class Slots(Generic[T]):
         """Put someone at the end of the queue, or at its head."""
         self.waiting.insert(0 if first else len(self.waiting), newcomer)
 
+    def grow(self, count: int) -> None:
+        """Have at least `count` slots; the new ones come last."""
+        self.places.extend([None] * (count - len(self.places)))
+
     def leave(self, leaver: T) -> bool:
         """Take someone out of its slot or out of the queue; say whether it held a slot."""
         if leaver in self.waiting:

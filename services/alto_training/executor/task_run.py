@@ -17,10 +17,10 @@ from alto_training.early_exit import Observation, StoppingPolicy
 from alto_training.executor import passes
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone
-from alto_training.executor.checkpoint import TensorGroup
+from alto_training.executor.checkpoint import CheckpointStore, TensorGroup, checkpoints_folder
 from alto_training.executor.data_source import DataSource
 from alto_training.executor.errors import DatasetChangedError, EmptyDatasetError, JobChangedError
-from alto_training.executor.events import Event, TrialEvaluated, TrialFinished, TrialState
+from alto_training.executor.events import Event, Outcome, TaskState, TrialEvaluated, TrialFinished, TrialState
 from alto_training.executor.objectives import make_objective
 from alto_training.executor.peft_format import read_adapter, write_adapter
 from alto_training.executor.ranks import Ownership
@@ -33,6 +33,8 @@ _SAMPLED_ROWS = 64  # whose mean length stands for all
 class TaskRun:
     """The state of one task. It never runs the backbone but for references and evaluation, and knows nothing of slots.
 
+    `folder` receives adapters/ and checkpoints/, both the task's alone: others in the executor leave no trace in them.
+    `ticks` are those of the executor while it had the task, earlier attempts included.
     `runs` holds the trials that train or may be revived, `finished` how trials ended, `parked` those that the policy
     paused, `unjudged` those that their user revived: no policy decides about them any more.
     """
@@ -60,6 +62,10 @@ class TaskRun:
         self.finished: dict[str, TrialFinished] = {}
         self.parked: set[str] = set()
         self.unjudged: set[str] = set()
+        self.ticks = 0
+        self.cancelled = False
+        self.paused = False
+        self.store = CheckpointStore(checkpoints_folder(folder))
         self.base_validation_loss: float | None = None
         self._backbone = backbone
         self._folder = folder
@@ -82,6 +88,19 @@ class TaskRun:
     def done(self) -> bool:
         """Whether every trial has ended."""
         return len(self.finished) == len(self.job.trials)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What has become of it so far."""
+        if self.paused and not self.done:
+            state = TaskState.PAUSED
+        elif self.cancelled:
+            state = TaskState.CANCELLED
+        elif self.best_trial_id is None:
+            state = TaskState.FAILED
+        else:
+            state = TaskState.SUCCEEDED
+        return Outcome(self.task_id, state, tuple(self.finished.values()), self.best_trial_id)
 
     @property
     def rotates(self) -> bool:
@@ -226,15 +245,15 @@ class TaskRun:
             "references": [[*key, list(sums)] for key, sums in self._references.items()],
         }
 
-    def tensor_groups(self, run: TrialRun, prefix: str) -> list[TensorGroup]:
+    def tensor_groups(self, run: TrialRun) -> list[TensorGroup]:
         """Return a trial's tensors, grouped by what changes together: its buffers, then its best weights, if any."""
-        name = f"{prefix}-{self._number(run.trial_id)}"
+        name = f"trial{self._number(run.trial_id)}"
         groups = [TensorGroup(f"{name}-state", run.version, run.adapter.buffers)]
         if run.best_param is not None and run.best_step is not None:
             groups.append(TensorGroup(f"{name}-best", run.best_step, {"param": run.best_param}))
         return groups
 
-    def load_state(self, state: dict[str, Any], groups: dict[str, dict[str, torch.Tensor]], prefix: str) -> None:
+    def load_state(self, state: dict[str, Any], groups: dict[str, dict[str, torch.Tensor]]) -> None:
         """Take up a checkpoint. Raises when it is of another job or another dataset."""
         if state["job_fingerprint"] != job_fingerprint(self.job):
             raise JobChangedError(
@@ -254,8 +273,8 @@ class TaskRun:
         trials = {trial.trial_id: trial for trial in self.job.trials}
         for trial_id, saved in state["runs"].items():
             run = self.prepare(trials[trial_id])
-            best = groups.get(f"{prefix}-{self._number(trial_id)}-best", {}).get("param")
-            run.load_state(saved, groups[f"{prefix}-{self._number(trial_id)}-state"], best)
+            name = f"trial{self._number(trial_id)}"
+            run.load_state(saved, groups[f"{name}-state"], groups.get(f"{name}-best", {}).get("param"))
         for saved in state["finished"]:
             self.finished[saved["trial_id"]] = TrialFinished(**{**saved, "state": TrialState(saved["state"])})
         self.parked = set(state["parked"])

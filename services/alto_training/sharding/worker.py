@@ -25,11 +25,11 @@ from alto_common.dataset_rows import DatasetError
 from alto_common.tuning import TuningJob
 
 from alto_training.executor.backbone import Backbone
-from alto_training.executor.checkpoint import CheckpointStore
+from alto_training.executor.checkpoint import CheckpointStore, checkpoints_folder
 from alto_training.executor.control import Command, ControlQueue
 from alto_training.executor.data_source import DataSource
 from alto_training.executor.errors import ExecutorError
-from alto_training.executor.executor import Executor
+from alto_training.executor.executor import Executor, job_folder
 from alto_training.executor.loading import load_job_backbone, open_job_data
 from alto_training.executor.progress import peak_memory_bytes
 from alto_training.executor.settings import BackboneDtype, Backend, ExecutorSettings
@@ -102,7 +102,7 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
     backbone = _load(replace(order, settings=settings), device, beat)
     weights = CountedPasses(backbone.weights, beat)
     backbone.weights = weights
-    _check_checkpoint(order.workdir, ranks)
+    _check_checkpoints(order, ranks)
     with ExitStack() as stack:
         parent = _Parent(rank, stack)
         meter = stack.enter_context(TrafficMeter()) if order.count_traffic else TrafficMeter()
@@ -152,10 +152,11 @@ def _load(order: RankOrder, device: torch.device, beat: Callable[[], None]) -> B
     )
 
 
-def _check_checkpoint(workdir: Path, ranks: WorkerRanks) -> None:
+def _check_checkpoints(order: RankOrder, ranks: WorkerRanks) -> None:
     """Have rank 0 look at the checkpoints before the others do: it puts damaged ones aside."""
     if ranks.rank == 0:
-        CheckpointStore(workdir / "checkpoints").read()
+        for number in range(len(order.jobs)):
+            CheckpointStore(checkpoints_folder(job_folder(order.workdir, order.jobs, number))).read()
     ranks.united({})
 
 

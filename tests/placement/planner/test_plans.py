@@ -229,6 +229,7 @@ def test_a_task_joins_an_executor_over_the_same_backbone_when_that_pays() -> Non
         dataclasses.replace(guest, sharing=Sharing(200, 0.4)),
         dataclasses.replace(guest, backbone="qwen"),
         dataclasses.replace(guest, sharing=None),
+        dataclasses.replace(guest, choices=(Choice(8, Duration.certain(300.0), "a100"),)),
     ):
         assert not plan(Snapshot(0.0, [NODE], [refused], [host])).starting
 

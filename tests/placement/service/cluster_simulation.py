@@ -82,12 +82,16 @@ class Store:
 
 @dataclass
 class Worker:
-    """A worker process and its journal. `done` counts steps; `final` is the journal's last word."""
+    """What trains one task, and its journal. `done` counts steps; `final` is the journal's last word.
+
+    A guest is in the process of its `host`, and does not outlive it.
+    """
 
     assignment_id: str
     task_id: str
     epoch: int
     number: int
+    host: str = ""
     done: int = 0
     journal: deque = field(default_factory=deque)
     final: Ending | None = None
@@ -164,20 +168,35 @@ class Node:
             assert isinstance(order, TrialsStopOrder)
 
     def begin(self, row):
-        held = self.book.offer(row.assignment_id, row.task_id, row.epoch, row.gpu_indices, self.cluster.now)
+        host_id = row.host_assignment_id
+        held = self.book.offer(row.assignment_id, row.task_id, row.epoch, row.gpu_indices, self.cluster.now, host_id)
         if held is None:
             return
         for outdated in self.book.outdated_by(held):
-            self.workers.pop(outdated.assignment_id, None)
+            self.end_worker(outdated.assignment_id)
             self.book.drop(outdated.assignment_id)
+        host = self.workers.get(host_id)
+        if host_id and (host is None or not host.alive or host.host):
+            self.book.end(held.assignment_id, Ending(EndKind.STOPPED))
+            return
         done = self.checkpoints.get(row.task_id, 0)
         self.cluster.names += 1
-        self.workers[row.assignment_id] = Worker(row.assignment_id, row.task_id, row.epoch, self.cluster.names, done)
+        number = self.cluster.names
+        self.workers[row.assignment_id] = Worker(row.assignment_id, row.task_id, row.epoch, number, host_id, done)
+
+    def end_worker(self, assignment_id):
+        """End the worker of an assignment that is not this node's any more; its guests wait again."""
+        self.workers.pop(assignment_id, None)
+        for guest in self.guests_of(assignment_id):
+            guest.alive, guest.final = False, Ending(EndKind.STOPPED)
+
+    def guests_of(self, assignment_id):
+        return [worker for worker in self.workers.values() if worker.host == assignment_id and worker.alive]
 
     def stop(self, order):
         worker = self.workers.get(order.assignment_id)
         if order.reason is StopReason.SUPERSEDED:
-            self.workers.pop(order.assignment_id, None)
+            self.end_worker(order.assignment_id)
             self.book.drop(order.assignment_id)
         elif worker is not None and worker.alive:
             word = {StopReason.CANCELLED: "cancelled", StopReason.PAUSED: "paused"}.get(order.reason, "queued")
@@ -187,6 +206,8 @@ class Node:
         worker.alive = False
         worker.journal.append(word)
         worker.final = ending
+        for guest in self.guests_of(worker.assignment_id):
+            self.finish(guest, "queued", Ending(EndKind.STOPPED))
 
     def work(self, crash=False):
         """Let every worker do a step."""
@@ -194,8 +215,13 @@ class Node:
             if self.frozen or not worker.alive:
                 continue
             if crash:
-                worker.alive = False
-                worker.final = Ending(EndKind.FAILED_RETRIABLE, "EXECUTION_FAILED", "it crashed")
+                if worker.host:
+                    continue
+                guests = self.guests_of(worker.assignment_id)
+                crashed = Ending(EndKind.FAILED_RETRIABLE, "EXECUTION_FAILED", "it crashed")
+                for one in (worker, *guests):
+                    one.alive = False
+                    one.final = Ending(EndKind.UNSHARED) if guests else crashed
                 continue
             worker.done += 1
             self.checkpoints[worker.task_id] = worker.done
@@ -212,7 +238,7 @@ class Node:
                 if self.cluster.admission.report(worker.task_id, worker.epoch, worker.journal[0], worker.number):
                     worker.journal.popleft()
                 else:
-                    self.workers.pop(worker.assignment_id)
+                    self.end_worker(worker.assignment_id)
                     self.book.end(worker.assignment_id, Ending(EndKind.FAILED_RETRIABLE, "EPOCH_STALE", "superseded"))
                     continue
             if worker.final is not None and not worker.journal:
@@ -227,6 +253,8 @@ class Node:
             if worker is not None and worker.alive:
                 worker.alive = False
                 worker.final = Ending(EndKind.STOPPED)
+                for guest in self.guests_of(worker.assignment_id):
+                    guest.alive, guest.final = False, Ending(EndKind.STOPPED)
 
     def kill_workers(self):
         for worker in list(self.workers.values()):
@@ -337,6 +365,18 @@ class Cluster:
                         )
                     )
 
+    def share(self):
+        """Let each waiting task join what trains already."""
+        for task_id in list(self.state.tasks):
+            for row in list(self.state.assignments.values()):
+                self.names += 1
+                name = f"assignment-{self.names}"
+                self.commit(
+                    lambda draft, at, t=task_id, r=row, a=name: lifecycle.assign(
+                        draft, t, r.node_id, [], a, at, r.task_id
+                    )
+                )
+
     def restart_placement(self):
         self.state = self.store.load()
         self.links.clear()
@@ -387,6 +427,8 @@ class Cluster:
                 self.restart_placement()
             case "place":
                 self.place()
+            case "share":
+                self.share()
             case "pass time":
                 self.pass_time(0.5 + number % 4)
             case "drain":
@@ -412,6 +454,13 @@ class Cluster:
             if worker.alive
         ]
         assert len({task_id for task_id, _ in training}) == len(training), f"trained twice at once: {training}"
+        live = [row for row in self.store.assignments.values() if row.outcome is None]
+        held = [(row.node_id, index) for row in live for index in row.gpu_indices]
+        assert len(set(held)) == len(held), f"a GPU is held twice: {held}"
+        for node in self.nodes:
+            for worker in node.workers.values():
+                host = node.workers.get(worker.host)
+                assert not (worker.host and worker.alive) or (host is not None and host.alive), "no host for a guest"
         assert all(len(journals) == 1 for journals in self.admission.journals.values()), "two journals under one epoch"
         for task_id, story in self.admission.story.items():
             epochs = [epoch for epoch, _ in story]
@@ -451,6 +500,7 @@ class Cluster:
             words = [word for _, word in self.admission.story.get(task_id, [])]
             if task.ended is TaskState.GIVEN_UP:
                 assert task.failures == RULES.max_failures
+                assert task.attempts >= RULES.max_failures
             elif task_id not in self.dequeued:
                 assert "succeeded" in words, f"{task_id} finished without its result: {words}"
             assert replace(task, ended=None).assignment_id == ""
@@ -471,6 +521,7 @@ ACTIONS = {
     "late registration": 1,
     "restart placement": 2,
     "place": 30,
+    "share": 8,
     "pass time": 25,
     "drain": 1,
     "uncordon": 4,

@@ -95,10 +95,10 @@ def test_a_restarted_node_that_keeps_its_assignments_is_noticed(monkeypatch):
 def test_a_node_that_takes_up_old_assignments_is_noticed(monkeypatch):
     real = Assignments.offer
 
-    def offer(self, assignment_id, task_id, epoch, gpu_indices, now_s):
+    def offer(self, assignment_id, *rest):
         self._highest_epoch.clear()
         self.held.pop(assignment_id, None)
-        return real(self, assignment_id, task_id, epoch, gpu_indices, now_s)
+        return real(self, assignment_id, *rest)
 
     monkeypatch.setattr(Assignments, "offer", offer)
     assert is_noticed()

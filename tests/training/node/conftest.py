@@ -230,9 +230,9 @@ class House:
                 getattr(work, name).CopyFrom(value)
         return work
 
-    async def enqueue(self, work, gpus=1):
+    async def enqueue(self, work, gpus=1, tenant="acme", size=None):
         resources = tuning_pb2.Resources(gpus=gpus)
-        request = placement_service_pb2.EnqueueTaskRequest(tenant="acme", work=work, resources=resources)
+        request = placement_service_pb2.EnqueueTaskRequest(tenant=tenant, work=work, resources=resources, size=size)
         return await self.stub.EnqueueTask(request, metadata=METADATA, timeout=20, wait_for_ready=True)
 
     async def plan(self):

@@ -10,7 +10,7 @@ from alto.v1 import placement_pb2, placement_service_pb2, training_node_service_
 from alto_common.rpc.authentication import Scope
 from alto_common.rpc.status import reason_in
 from alto_training.servicer import SCOPES
-from alto_training.worker import without_host_paths
+from alto_training.worker_task import without_host_paths
 
 wire = placement_service_pb2
 

@@ -127,7 +127,7 @@ def test_nothing_is_in_a_checkpoint_that_was_not_told_before(task: TuningJob, tm
             return
         manifest = max((tmp_path / "checkpoints").glob("manifest-*.json"), default=None)
         if manifest is not None:
-            (saved,) = json.loads(json.loads(manifest.read_text())["payload"])["state"]["tasks"]
+            saved = json.loads(json.loads(manifest.read_text())["payload"])["state"]["task"]
             for trial_id, run in saved["runs"].items():
                 assert run["step"] <= told.get(trial_id, 0)
             checked += 1

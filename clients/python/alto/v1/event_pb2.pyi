@@ -314,12 +314,15 @@ class TaskProgressed(_message.Message):
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MEASURED_FIELD_NUMBER: _builtins.int
+    GUEST_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     fraction_done: _builtins.float
     """Share of the work done, in [0, 1]."""
     tokens_per_second: _builtins.float
     """Training tokens a second, over all adapters."""
     peak_memory_bytes: _builtins.int
     """Highest memory use so far, in bytes."""
+    guest_memory_bytes: _builtins.int
+    """Memory that its executor leaves free for adapters of other tasks, in bytes."""
     @_builtins.property
     def time_remaining(self) -> _duration_pb2.Duration:
         """Expected time to the end."""
@@ -336,10 +339,11 @@ class TaskProgressed(_message.Message):
         tokens_per_second: _builtins.float = ...,
         peak_memory_bytes: _builtins.int = ...,
         measured: Global___MeasuredWork | None = ...,
+        guest_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured", "time_remaining", b"time_remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fraction_done", b"fraction_done", "measured", b"measured", "peak_memory_bytes", b"peak_memory_bytes", "time_remaining", b"time_remaining", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fraction_done", b"fraction_done", "guest_memory_bytes", b"guest_memory_bytes", "measured", b"measured", "peak_memory_bytes", b"peak_memory_bytes", "time_remaining", b"time_remaining", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -146,6 +146,8 @@ class _AssignmentOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ass
     """Failed in a way that another attempt may not: the process died, memory ran out."""
     ASSIGNMENT_OUTCOME_FAILED: _AssignmentOutcome.ValueType  # 4
     """Failed in a way that another attempt would repeat; admission has been told."""
+    ASSIGNMENT_OUTCOME_UNSHARED: _AssignmentOutcome.ValueType  # 5
+    """The executor that it shared broke down, or had no room for it: nobody knows by whose fault. Alone it may go better."""
 
 class AssignmentOutcome(_AssignmentOutcome, metaclass=_AssignmentOutcomeEnumTypeWrapper):
     """How an assignment ended."""
@@ -160,6 +162,8 @@ ASSIGNMENT_OUTCOME_FAILED_RETRIABLE: AssignmentOutcome.ValueType  # 3
 """Failed in a way that another attempt may not: the process died, memory ran out."""
 ASSIGNMENT_OUTCOME_FAILED: AssignmentOutcome.ValueType  # 4
 """Failed in a way that another attempt would repeat; admission has been told."""
+ASSIGNMENT_OUTCOME_UNSHARED: AssignmentOutcome.ValueType  # 5
+"""The executor that it shared broke down, or had no room for it: nobody knows by whose fault. Alone it may go better."""
 Global___AssignmentOutcome: _TypeAlias = AssignmentOutcome  # noqa: Y015
 
 @_typing.final
@@ -387,10 +391,15 @@ class Assignment(_message.Message):
     GPU_INDICES_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
     STOPPED_TRIAL_IDS_FIELD_NUMBER: _builtins.int
+    HOST_ASSIGNMENT_ID_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """Unique."""
     epoch: _builtins.int
     """Fencing epoch: higher than that of every earlier assignment of the task. Every report carries it."""
+    host_assignment_id: _builtins.str
+    """The assignment on the same node in whose executor it is to be trained, as its guest, without GPUs of its own; empty
+    otherwise. A guest stops at a checkpoint when its host ends.
+    """
     @_builtins.property
     def gpu_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the node's GPUs."""
@@ -411,10 +420,11 @@ class Assignment(_message.Message):
         gpu_indices: _abc.Iterable[_builtins.int] | None = ...,
         work: Global___TuningWork | None = ...,
         stopped_trial_ids: _abc.Iterable[_builtins.str] | None = ...,
+        host_assignment_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "epoch", b"epoch", "gpu_indices", b"gpu_indices", "stopped_trial_ids", b"stopped_trial_ids", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "epoch", b"epoch", "gpu_indices", b"gpu_indices", "host_assignment_id", b"host_assignment_id", "stopped_trial_ids", b"stopped_trial_ids", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -82,6 +82,7 @@ class WorkSize(_message.Message):
     LONGEST_STEPS_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     LEAST_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    ADAPTER_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     train_tokens: _builtins.int
     """Training tokens when every trial trains to its last step."""
     evaluation_tokens: _builtins.int
@@ -102,6 +103,8 @@ class WorkSize(_message.Message):
     """Name of the shape of the search: tasks of one shape are expected to stop about the same share of their trials."""
     least_memory_bytes: _builtins.int
     """Memory without which no GPU can hold its part of the task, in bytes; 0 when not known."""
+    adapter_memory_bytes: _builtins.int
+    """Memory of the adapters of all its trials, their optimiser states included, in bytes; 0 when not known."""
     def __init__(
         self,
         *,
@@ -115,10 +118,11 @@ class WorkSize(_message.Message):
         longest_steps: _builtins.int = ...,
         shape: _builtins.str = ...,
         least_memory_bytes: _builtins.int = ...,
+        adapter_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_parameters", b"base_parameters", "evaluation_tokens", b"evaluation_tokens", "expected_share", b"expected_share", "least_memory_bytes", b"least_memory_bytes", "longest_steps", b"longest_steps", "shape", b"shape", "steps", b"steps", "total_lora_rank", b"total_lora_rank", "train_tokens", b"train_tokens", "trials", b"trials"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_memory_bytes", b"adapter_memory_bytes", "base_parameters", b"base_parameters", "evaluation_tokens", b"evaluation_tokens", "expected_share", b"expected_share", "least_memory_bytes", b"least_memory_bytes", "longest_steps", b"longest_steps", "shape", b"shape", "steps", b"steps", "total_lora_rank", b"total_lora_rank", "train_tokens", b"train_tokens", "trials", b"trials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -477,6 +481,7 @@ class AssignmentStatus(_message.Message):
     TIME_REMAINING_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     MEASURED_FIELD_NUMBER: _builtins.int
+    GUEST_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     assignment_id: _builtins.str
     """The assignment."""
     task_id: _builtins.str
@@ -487,6 +492,10 @@ class AssignmentStatus(_message.Message):
     """Share of the work done, in [0, 1]."""
     tokens_per_second: _builtins.float
     """Measured training speed in tokens a second; 0 when not known yet."""
+    guest_memory_bytes: _builtins.int
+    """Memory that its executor leaves free on its GPU, at a full tick, for adapters of guests, in bytes; 0 when it takes in
+    none, or when that is not known yet.
+    """
     @_builtins.property
     def time_remaining(self) -> _duration_pb2.Duration:
         """Expected time to the end; absent when not known yet."""
@@ -505,10 +514,11 @@ class AssignmentStatus(_message.Message):
         time_remaining: _duration_pb2.Duration | None = ...,
         tokens_per_second: _builtins.float = ...,
         measured: _event_pb2.MeasuredWork | None = ...,
+        guest_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured", "time_remaining", b"time_remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "epoch", b"epoch", "fraction_done", b"fraction_done", "measured", b"measured", "task_id", b"task_id", "time_remaining", b"time_remaining", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_id", b"assignment_id", "epoch", b"epoch", "fraction_done", b"fraction_done", "guest_memory_bytes", b"guest_memory_bytes", "measured", b"measured", "task_id", b"task_id", "time_remaining", b"time_remaining", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1083,10 +1083,17 @@ class TaskForecast(_message.Message):
     AHEAD_FIELD_NUMBER: _builtins.int
     FIRST_IN_LINE_TIME_FIELD_NUMBER: _builtins.int
     CHANGES_FIELD_NUMBER: _builtins.int
+    IS_GUEST_FIELD_NUMBER: _builtins.int
+    HOST_TASK_ID_FIELD_NUMBER: _builtins.int
+    GUEST_TASK_IDS_FIELD_NUMBER: _builtins.int
     waits_for_others: _builtins.int
     """How many tasks of other tenants do."""
     ahead: _builtins.int
     """Waiting tasks that are ahead of it."""
+    is_guest: _builtins.bool
+    """Whether it is trained, or about to be, in the executor of another task, without GPUs of its own."""
+    host_task_id: _builtins.str
+    """That task; empty when it is another tenant's."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it starts; absent once it has."""
@@ -1119,6 +1126,10 @@ class TaskForecast(_message.Message):
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ForecastChange]:
         """What would let it start earlier."""
 
+    @_builtins.property
+    def guest_task_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tasks of the same tenant that are trained in its own executor as guests."""
+
     def __init__(
         self,
         *,
@@ -1132,10 +1143,13 @@ class TaskForecast(_message.Message):
         ahead: _builtins.int = ...,
         first_in_line_time: _timestamp_pb2.Timestamp | None = ...,
         changes: _abc.Iterable[Global___ForecastChange] | None = ...,
+        is_guest: _builtins.bool = ...,
+        host_task_id: _builtins.str = ...,
+        guest_task_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["earliest_end_time", b"earliest_end_time", "end_time", b"end_time", "first_in_line_time", b"first_in_line_time", "latest_end_time", b"latest_end_time", "longest_end_time", b"longest_end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "changes", b"changes", "earliest_end_time", b"earliest_end_time", "end_time", b"end_time", "first_in_line_time", b"first_in_line_time", "latest_end_time", b"latest_end_time", "longest_end_time", b"longest_end_time", "start_time", b"start_time", "waits_for", b"waits_for", "waits_for_others", b"waits_for_others"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "changes", b"changes", "earliest_end_time", b"earliest_end_time", "end_time", b"end_time", "first_in_line_time", b"first_in_line_time", "guest_task_ids", b"guest_task_ids", "host_task_id", b"host_task_id", "is_guest", b"is_guest", "latest_end_time", b"latest_end_time", "longest_end_time", b"longest_end_time", "start_time", b"start_time", "waits_for", b"waits_for", "waits_for_others", b"waits_for_others"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,14 @@ def why_facts(task: tuning_pb2.TuningTask, now: datetime) -> Facts:
     return [("task", f"{name} {STOPS.get(task.state, 'is running')}"), *_running(task, now)]
 
 
+def sharing_text(forecast: tuning_pb2.TaskForecast) -> str:
+    """Return whose executor a task shares as a guest; empty when it has GPUs of its own."""
+    if not forecast.is_guest:
+        return ""
+    whose = f"{forecast.host_task_id}'s executor" if forecast.host_task_id else "the executor of another tenant's task"
+    return f"it shares {whose}: both are over the same base model"
+
+
 def end_text(forecast: tuning_pb2.TaskForecast, now: datetime) -> str:
     """Return when a task is expected to end, and how sure that is; empty when it is not known."""
     if not forecast.HasField("end_time"):
@@ -95,7 +103,8 @@ def _running(task: tuning_pb2.TuningTask, now: datetime) -> Facts:
     if stopped:
         done += f"; {plural(stopped, 'trial')} of {task.trial_count} stopped early"
     return [
-        ("why", "it has the GPUs it asked for"),
+        ("why", sharing_text(forecast) or "it has the GPUs it asked for"),
+        ("shared by", ", ".join(forecast.guest_task_ids)),
         ("node", task.node_id),
         ("started", moment_text(task.start_time, now) if task.HasField("start_time") else ""),
         ("done", done),
