@@ -325,7 +325,7 @@ class PlacementEngine:
             self.state, self._learning.forecasts, self._policy, usage_gpu_s, now, self._revision
         )
         plan = await self._think(snapshot)
-        self._facts = facts_of(plan, snapshot, left)
+        self._facts = await asyncio.to_thread(facts_of, plan, snapshot, left)
         for placement in plan.starting:
             part = placement.parts[0]
             row = await self._commit(

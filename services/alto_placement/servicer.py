@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import grpc
+from alto.v1 import placement_pb2, placement_service_pb2_grpc
 from alto.v1 import placement_service_pb2 as wire
-from alto.v1 import placement_service_pb2_grpc
 from alto_common.errors import DomainError, invalid_fields, unavailable
 from alto_common.rpc.authentication import Scope
 from alto_common.violations import Violation
@@ -17,6 +18,7 @@ from alto_common.violations import Violation
 from alto_placement.engine import PlacementEngine
 from alto_placement.links import NodeLink
 from alto_placement.settings import PlacementSettings
+from alto_placement.state import TaskRow
 from alto_placement.wire import (
     OUTCOMES,
     asked_from_wire,
@@ -87,7 +89,7 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
 
     async def GetPlan(self, request: wire.GetPlanRequest, context: Any) -> wire.GetPlanResponse:
         """Return the plan."""
-        return wire.GetPlanResponse(plan=plan_to_wire(self._engine.view()))
+        return wire.GetPlanResponse(plan=await self._plan())
 
     async def WatchPlan(self, request: wire.WatchPlanRequest, context: Any) -> AsyncIterator[wire.WatchPlanResponse]:
         """Stream the plan."""
@@ -98,10 +100,15 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
                 watch.changed.clear()
                 if self._engine.is_stopping:
                     raise unavailable("placement is shutting down")
-                yield wire.WatchPlanResponse(plan=plan_to_wire(self._engine.view(watch.take_ended())))
+                yield wire.WatchPlanResponse(plan=await self._plan(watch.take_ended()))
                 await asyncio.sleep(1 / PLANS_PER_S)
         finally:
             self._engine.close_watch(watch)
+
+    async def _plan(self, ended: Sequence[TaskRow] = ()) -> placement_pb2.Plan:
+        """Make the message of the plan in a thread: that of a long queue takes longer than a heartbeat may wait."""
+        view = self._engine.view(ended)
+        return await asyncio.to_thread(plan_to_wire, dataclasses.replace(view, state=view.state.copy()))
 
     async def RegisterNode(self, request: wire.RegisterNodeRequest, context: Any) -> wire.RegisterNodeResponse:
         """Make a node known."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from alto_placement.durations import NOTHING_DONE, Measured
@@ -227,6 +227,10 @@ class ClusterState:
     progress: dict[str, Progress] = field(default_factory=dict)
     # Node -> wall time of its latest heartbeat.
     last_seen_s: dict[str, float] = field(default_factory=dict)
+
+    def copy(self) -> ClusterState:
+        """Return the state as it is now, for another thread: rows are frozen, the tables are its own."""
+        return ClusterState(**{table.name: dict(getattr(self, table.name)) for table in fields(self)})
 
     def apply(self, changes: Changes) -> None:
         """Take over what an operation changed, once it is kept."""

@@ -1,6 +1,7 @@
 """PlacementService over a real socket: what callers see, and the conversation with a node."""
 
 import asyncio
+import threading
 
 import grpc
 import pytest
@@ -8,7 +9,7 @@ from alto.v1 import event_pb2, placement_pb2, placement_service_pb2, placement_s
 from alto_common.rpc.authentication import Scope
 from alto_common.rpc.channel import bearer_metadata, service_channel
 from alto_common.rpc.status import reason_in
-from alto_placement import engine
+from alto_placement import engine, servicer
 from alto_placement.policy import TenantShare
 from alto_placement.server import PlacementServer
 from alto_placement.servicer import SCOPES
@@ -546,6 +547,23 @@ async def test_orders_that_leave_long_tasks_waiting_are_thought_over(settings, m
     thought_over = [row for (waiting, starting), row in budgets.items() if 0 < starting < waiting]
     assert [0.05, 0.6] in [row[:2] for row in thought_over]
     assert all(set(row) == {0.05} for (waiting, starting), row in budgets.items() if starting in (0, waiting))
+
+
+async def test_the_message_of_a_plan_is_made_beside_the_loop_from_one_moment(stub, monkeypatch):
+    await enqueue(stub)
+    made, began, go_on = servicer.plan_to_wire, threading.Event(), threading.Event()
+
+    def slowly(view):
+        began.set()
+        assert go_on.wait(10)
+        return made(view)
+
+    monkeypatch.setattr(servicer, "plan_to_wire", slowly)
+    asked = asyncio.create_task(plan_of(stub))
+    assert await asyncio.to_thread(began.wait, 10)
+    await enqueue(stub, "another")  # answered while the message is being made
+    go_on.set()
+    assert [task.task_id for task in (await asked).tasks] == ["task"]
 
 
 async def test_the_last_good_plan_stays_when_none_can_be_made(placement, stub, monkeypatch):
