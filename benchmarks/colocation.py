@@ -38,7 +38,7 @@ JOIN_STEP = 5
 def make_job(task_id: str, steps: int, length: int) -> TuningJob:
     config = TrialConfig(lora_rank=8, batch_size=1, max_steps=steps, max_length=length, adam_epsilon=1e-3, seed=1)
     return TuningJob(
-        task_id, "random", "", "", (Trial("trial", config),), EarlyExit("none"), evaluation=Evaluation(1, 1)
+        task_id, "random", "", "", (Trial("trial", config),), early_exit=EarlyExit("none"), evaluation=Evaluation(1, 1)
     )
 
 
