@@ -207,9 +207,8 @@ def main() -> None:
     print("other arrivals", file=sys.stderr)
     size = options.nodes, options.gpus_per_node
     result["others"] = others(jobs, options.load, *size, objective)
-    result["others_without_bound"] = others(
-        jobs, options.load, *size, dataclasses.replace(objective, patience=4.0, backlog_patience=float("inf"))
-    )
+    by_duration = dataclasses.replace(objective, patience=4.0, min_patience_s=4 * 3600.0, backlog_patience=float("inf"))
+    result["others_by_duration_alone"] = others(jobs, options.load, *size, by_duration)
     print("a queue emptied, tasks ending early", file=sys.stderr)
     result["early_exits"] = with_early_exits(jobs, options.per_class)
     result |= {
