@@ -23,9 +23,10 @@ from alto_placement.planner.model import Placement, Plan, Snapshot
 from alto_placement.planner.preempting import preemptions
 from alto_placement.planner.sharing import candidates, joins
 
-# CP-SAT improves plan and bound of small instances; above this size it finds nothing in the time of a plan.
-EXACT_TASKS = 50
-EXACT_SHARE, EXACT_SHARE_UNPACKED = 0.3, 0.7  # of the budget; packing, where it applies, is the better search
+# CP-SAT improves plan and bound of small instances; above this size it finds nothing in the time of a plan. Where
+# packing applies that is the better search, and CP-SAT is left less time and fewer tasks.
+EXACT_TASKS, EXACT_TASKS_PACKED = 50, 24
+EXACT_SHARE, EXACT_SHARE_PACKED = 0.7, 0.3  # of the budget
 LEAST_EXACT_BUDGET_S = 0.5
 WORTH_PROVING = 1e-4
 
@@ -78,13 +79,12 @@ def plan(
         rest = [task for task in snapshot.waiting if task.task_id not in joined]
         remaining = dataclasses.replace(snapshot, waiting=rest)
         read = _read(reader, remaining)
-    small = budget_s >= LEAST_EXACT_BUDGET_S and exact.applicable(remaining, read, EXACT_TASKS)
+    packs = all(task.choices[0].gpus.bit_count() == 1 for task in remaining.waiting[: EXACT_TASKS + 1])
+    most_tasks, share = (EXACT_TASKS_PACKED, EXACT_SHARE_PACKED) if packs else (EXACT_TASKS, EXACT_SHARE)
+    small = budget_s >= LEAST_EXACT_BUDGET_S and exact.applicable(remaining, read, most_tasks)
     if exact_steps is not None:
         small = exact_steps > 0
-    exact_s = 0.0
-    if small:
-        packs = all(task.choices[0].gpus.bit_count() == 1 for task in remaining.waiting)
-        exact_s = budget_s * (EXACT_SHARE if packs else EXACT_SHARE_UNPACKED)
+    exact_s = budget_s * share if small else 0.0
     solution = alto_planner.solve(read, budget_s - exact_s, seed, rounds)
     bound, steps = solution.makespan_bound_s, 0
     if small and solution.makespan_s > bound * (1 + WORTH_PROVING):
