@@ -242,10 +242,11 @@ def check_targets(facts: ModelFacts, config: TrialConfig, field_prefix: str = ""
         cure = "the target modules do not occur in these layers: choose others"
         found.append(Violation(field_prefix + "layers", config.layers, cure))
     if selected:
-        narrowest = min(selected, key=lambda name: min(facts.linear_modules[name]))
-        width = min(facts.linear_modules[narrowest])
+        # Of grouped-query attention the keys' side is narrow: a rank up to the wider side is what ranks up to 256 need.
+        narrowest = min(selected, key=lambda name: max(facts.linear_modules[name]))
+        width = max(facts.linear_modules[narrowest])
         if config.lora_rank > width:
-            cure = f"give at most {width}: {narrowest} is only that wide"
+            cure = f"give at most {width}: {narrowest} is no wider on either side"
             found.append(Violation(field_prefix + "lora_rank", config.lora_rank, cure))
     if config.max_length > facts.context_length:
         cure = f"give at most {facts.context_length} tokens, the context of this model"

@@ -101,7 +101,7 @@ async def test_validate_only_keeps_nothing(admission, placement):
             {"search_space": grid(lora_rank=[2, 64])},
             "CONFIGURATION_UNFIT",
             "spec.search_space.grid.dimensions[lora_rank]",
-            "at most 24",
+            "at most 48",
         ),
         (
             {"search_space": grid(target_modules=[["q_proj"], ["w_proj"]])},

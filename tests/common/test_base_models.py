@@ -202,7 +202,7 @@ def test_selection_is_that_of_peft(targets: list[str], layers: list[int] | None)
     [
         ({"target_modules": ("q_proj", "c_attn")}, "target_modules", "down_proj, gate_proj, k_proj"),
         ({"layers": (0, 3)}, "layers", "layers 0 to 2"),
-        ({"lora_rank": 25, "target_modules": ("q_proj", "k_proj")}, "lora_rank", "at most 24"),
+        ({"lora_rank": 49, "target_modules": ("q_proj", "k_proj")}, "lora_rank", "at most 48"),
         ({"max_length": 129}, "max_length", "at most 128"),
     ],
 )

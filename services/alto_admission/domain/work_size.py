@@ -122,6 +122,6 @@ def peak_memory_bytes(
     on_cpu = gpu_kind == CPU_KIND
     tokens = TOKENS_PER_TICK[on_cpu]
     lengths = [Row(length, length // 2) for length in rows.token_lengths] or [Row(tokens, tokens // 2)]
-    machine = Machine(len(trials), tokens, 2 * tokens, parked_beside=on_cpu)
+    machine = Machine(len(trials), tokens, tokens, parked_beside=on_cpu)
     load = search_load(facts, trials, lengths, rows.train, lengths, rows.validation, evaluation, early_exit, machine)
     return round(load.peak_bytes(prior(facts, BYTES_PER_VALUE[on_cpu], flops_per_s=1.0)))

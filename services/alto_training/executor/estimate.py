@@ -86,6 +86,6 @@ def measure_costs(
 def _machine(job: TuningJob, settings: ExecutorSettings, facts: ModelFacts, costs: CostModel) -> Machine:
     configs = [trial.config for trial in job.trials]
     budget = choose_budget(settings, facts, costs, configs, backbone_loaded=False)
-    evaluation_tokens = settings.evaluation_tokens_per_tick or 2 * budget.tokens_per_tick
+    evaluation_tokens = settings.evaluation_tokens_per_tick or budget.tokens_per_tick
     on_host = torch.device(settings.device).type == "cpu"
     return Machine(budget.slots, budget.tokens_per_tick, evaluation_tokens, parked_beside=on_host)

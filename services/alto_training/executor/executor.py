@@ -128,7 +128,7 @@ class Executor:
         # What is free now: whoever joins later shares it with those who are here.
         self._memory_limit_bytes = memory_limit_bytes(self._settings, facts)
         budget = self._budget(self._jobs, self._settings.tokens_per_tick)
-        evaluation_tokens = self._settings.evaluation_tokens_per_tick or 2 * budget.tokens_per_tick
+        evaluation_tokens = self._settings.evaluation_tokens_per_tick or budget.tokens_per_tick
         self._passes = FittingPasses(
             backbone,
             budget.tokens_per_tick,

@@ -29,12 +29,13 @@ class ExecutorSettings:
     """Settings of one run.
 
     `tokens_per_tick` bounds the tokens of one forward and backward pass (a longer single sequence still runs alone);
-    None lets the memory model choose. `slots` None means one for every trial that memory allows. `recompute` trades
-    time for memory: activations of a layer are computed again in the backward pass. `cache_dir` holds tokenised
-    datasets; None puts them under the work folder. `checkpoint_every_ticks`, when given, is used besides the interval.
-    `calibrate` measures a dozen ticks before the first run over a backbone on this kind of device, and keeps what they
-    cost in `calibrations`, else `cache_dir` (None: on accelerators only, where they take seconds). The state of the
-    last `revivable_trials` that a policy stopped is kept, so that their user can revive them.
+    None lets the memory model choose. `evaluation_tokens_per_tick` bounds a pass without gradients; None: the same.
+    `slots` None means one for every trial that memory allows. `recompute` trades time for memory: activations of a
+    layer are computed again in the backward pass. `cache_dir` holds tokenised datasets; None puts them under the work
+    folder. `checkpoint_every_ticks`, when given, is used besides the interval. `calibrate` measures a dozen ticks
+    before the first run over a backbone on this kind of device, and keeps what they cost in `calibrations`, else
+    `cache_dir` (None: on accelerators only, where they take seconds). The state of the last `revivable_trials` that a
+    policy stopped is kept, so that their user can revive them.
     """
 
     device: str = "cpu"
