@@ -27,7 +27,7 @@ from alto_training.executor.events import (
 )
 from alto_training.executor.executor import Executor
 from alto_training.executor.settings import Backend, ExecutorSettings
-from alto_training.sharding.errors import InputRefusedError, RankFailedError
+from alto_training.sharding.errors import DatasetRefusedError, RankFailedError
 from alto_training.sharding.rank_processes import RankProcesses
 from alto_training.sharding.run import RankedRun, RankSettings
 from alto_training.sharding.strategy import EngineName, Strategy
@@ -159,7 +159,7 @@ def test_a_refusal_is_told_and_not_tried_again(task: TuningJob, tmp_path: Path) 
     job = replace(task, validation_path=str(empty))
     attempts: list[RankProcesses] = []
     ranks = RankSettings(2, Strategy.REPLICATED)
-    with pytest.raises(InputRefusedError, match=r"empty\.jsonl"):
+    with pytest.raises(DatasetRefusedError, match=r"empty\.jsonl"):
         RankedRun(job, tmp_path, lambda event: None, SETTINGS, None, ranks, watch=attempts.append).run_all()
     assert len(attempts) == 1
 
