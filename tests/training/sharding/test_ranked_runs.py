@@ -15,6 +15,7 @@ import torch
 from alto_common.base_models import UnknownModelError, resolve
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig, TuningJob
 from alto_training.executor.control import ControlQueue, StopTrial
+from alto_training.executor.errors import DatasetRefusedError
 from alto_training.executor.events import (
     CheckpointWritten,
     Event,
@@ -27,7 +28,7 @@ from alto_training.executor.events import (
 )
 from alto_training.executor.executor import Executor
 from alto_training.executor.settings import Backend, ExecutorSettings
-from alto_training.sharding.errors import DatasetRefusedError, RankFailedError
+from alto_training.sharding.errors import RankFailedError
 from alto_training.sharding.rank_processes import RankProcesses
 from alto_training.sharding.run import RankedRun, RankSettings
 from alto_training.sharding.strategy import EngineName, Strategy
