@@ -11,8 +11,9 @@ from alto_common.base_models import ModelFacts
 from alto_common.cost_model import AdapterShape, CostModel, Load, adapter_shape
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig
 
-# An adapter that waits for its first slot has weights alone; see cost_model.ADAPTER_BYTES_PER_PARAMETER.
-WAITING_SHARE = 0.2
+# Weights alone, of all that an adapter holds (cost_model.ADAPTER_BYTES_PER_PARAMETER): what one has that waits for its
+# first slot, and what its best weights are, of which there is a copy once it was evaluated.
+WEIGHTS_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def search_load(
         largest_tick=_largest_tick(batches, slots, machine.tokens_per_tick, training_ticks),
         # All trials that are due are evaluated together.
         largest_evaluation_tokens=min(machine.evaluation_tokens_per_tick, slots * validated.tokens),
-        held_parameters=_held([shape.parameters for shape in shapes], slots, early_exit, machine.parked_beside),
+        held_parameters=_held(
+            [shape.parameters for shape in shapes], slots, evaluation, early_exit, machine.parked_beside
+        ),
         expected_share=expected_share(early_exit, len(trials)),
     )
 
@@ -178,14 +181,16 @@ def _largest_tick(batches: Sequence[_Batch], slots: int, tokens_per_tick: int, t
     )
 
 
-def _held(parameters: Sequence[int], slots: int, early_exit: EarlyExit, parked_beside: bool) -> float:
+def _held(parameters: Sequence[int], slots: int, evaluation: Evaluation, early_exit: EarlyExit, on_host: bool) -> float:
     """Return the parameters of all adapters that are held at a time, those not in slots by the share of them there."""
     ordered = sorted(parameters, reverse=True)
-    if not parked_beside:
+    if not on_host:
         return float(sum(ordered[:slots]))
+    # Who is evaluated at the last step alone has no best weights while it trains.
+    training = 1.0 if evaluation.count > 1 else 1.0 - WEIGHTS_SHARE
     # Under a policy trials are parked with all their state; without one they wait with their weights alone.
-    share = WAITING_SHARE if early_exit.policy == "none" else 1.0
-    return sum(ordered[:slots]) + share * sum(ordered[slots:])
+    waiting = WEIGHTS_SHARE if early_exit.policy == "none" else 1.0
+    return training * sum(ordered[:slots]) + waiting * sum(ordered[slots:])
 
 
 def _items(config: TrialConfig, rows: int) -> int:

@@ -14,11 +14,18 @@ MACHINE = Machine(slots=2, tokens_per_tick=1000, evaluation_tokens_per_tick=2000
 NONE = EarlyExit(policy="none")
 TRAIN = [Row(10, 4), Row(30, 20)]
 VALIDATION = [Row(20, 10)]
+FIVE_TIMES = Evaluation(count=5)
 
 
-def of(*configs: TrialConfig, early_exit: EarlyExit = NONE, machine: Machine = MACHINE, **changes: int) -> SearchLoad:
+def of(
+    *configs: TrialConfig,
+    early_exit: EarlyExit = NONE,
+    machine: Machine = MACHINE,
+    evaluation: Evaluation = FIVE_TIMES,
+    **changes: int,
+) -> SearchLoad:
     trials = [Trial(f"trial-{number}", config) for number, config in enumerate(configs)]
-    return search_load(FACTS, trials, TRAIN, 10, VALIDATION, 4, Evaluation(count=5), early_exit, machine, **changes)
+    return search_load(FACTS, trials, TRAIN, 10, VALIDATION, 4, evaluation, early_exit, machine, **changes)
 
 
 def test_tokens_of_all_steps_are_counted_as_they_are_cut() -> None:
@@ -61,6 +68,11 @@ def test_adapters_that_wait_hold_weights_and_those_that_are_parked_hold_all() ->
     assert of(*trials, early_exit=EarlyExit("paper")).held_parameters == 5 * each
     beside = dataclasses.replace(MACHINE, parked_beside=False)
     assert of(*trials, early_exit=EarlyExit("paper"), machine=beside).held_parameters == 2 * each
+
+
+def test_who_is_evaluated_at_the_end_alone_has_no_best_weights_while_it_trains() -> None:
+    trials = [TrialConfig(lora_rank=8)] * 2
+    assert of(*trials, evaluation=Evaluation(count=1)).held_parameters == pytest.approx(0.8 * 2 * 8 * (128 + 256))
 
 
 def test_pairs_have_two_sequences_a_row_and_a_reference() -> None:
