@@ -6,7 +6,7 @@ import signal
 import pytest
 from alto.v1 import placement_pb2, placement_service_pb2, tuning_pb2
 
-STEPS = 60
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
