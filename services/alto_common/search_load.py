@@ -181,10 +181,12 @@ def _largest_tick(batches: Sequence[_Batch], slots: int, tokens_per_tick: int, t
     )
 
 
-def _held(parameters: Sequence[int], slots: int, evaluation: Evaluation, early_exit: EarlyExit, on_host: bool) -> float:
+def _held(
+    parameters: Sequence[int], slots: int, evaluation: Evaluation, early_exit: EarlyExit, parked_beside: bool
+) -> float:
     """Return the parameters of all adapters that are held at a time, those not in slots by the share of them there."""
     ordered = sorted(parameters, reverse=True)
-    if not on_host:
+    if not parked_beside:
         return float(sum(ordered[:slots]))
     # Who is evaluated at the last step alone has no best weights while it trains.
     training = 1.0 if evaluation.count > 1 else 1.0 - WEIGHTS_SHARE

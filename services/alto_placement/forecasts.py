@@ -105,7 +105,7 @@ class Forecasts:
         size = task.size
         steps_left = progress.longest_steps_left / max(1, size.longest_steps)
         run = self._runs.get(row.assignment_id)
-        done = Measured() if run is not None and run.is_shared else progress.measured
+        done = NOTHING_DONE if run is not None and run.is_shared else progress.measured
         left = self.model.remaining(
             _hardware(task, gpu_kind),
             _work(size),

@@ -75,7 +75,7 @@ class Learning:
         """Learn from a heartbeat; return whether a task will end so much sooner or later that a new plan is due."""
         now = self._clock()
         moved = False
-        slower = slowdowns(state.guests(), state, self.forecasts)
+        slower = slowdowns(state.guests(node_id), state, self.forecasts)
         for status in reported:
             row = state.assignments.get(status.assignment_id)
             if row is None or row.node_id != node_id or row.epoch != status.epoch:

@@ -247,10 +247,10 @@ class ClusterState:
         """Yield the live assignments of a node."""
         return (row for row in self.assignments.values() if row.node_id == node_id)
 
-    def guests(self) -> dict[str, list[AssignmentRow]]:
-        """Return the live guests of each assignment that has any."""
+    def guests(self, node_id: str | None = None) -> dict[str, list[AssignmentRow]]:
+        """Return the live guests of each assignment (of one node; None: of all) that has any."""
         found: dict[str, list[AssignmentRow]] = {}
-        for row in self.assignments.values():
+        for row in self.assignments.values() if node_id is None else self.on_node(node_id):
             if row.host_assignment_id:
                 found.setdefault(row.host_assignment_id, []).append(row)
         return found

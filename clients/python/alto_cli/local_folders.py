@@ -12,8 +12,6 @@ from pathlib import Path
 from alto_cli import exit_codes
 from alto_cli.failures import CommandError
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-
 
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
@@ -33,6 +31,8 @@ def locked(work: Path) -> Iterator[None]:
 
 def check_output(output: Path, work: Path, force: bool) -> None:
     """Refuse, before anything is trained, an output folder that could not be written or holds another adapter."""
+    from alto_training.executor.peft_format import WEIGHTS_NAME
+
     there = next(folder for folder in (output, *output.parents) if folder.exists())
     if not there.is_dir():
         raise CommandError(f"output: {there} is a file", "name a folder with --output")

@@ -7,6 +7,7 @@ One worker makes it repeatable: it goes through the same plans again.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ def applicable(snapshot: Snapshot, read: alto_planner.ReadSnapshot, most_tasks: 
 
 def load() -> None:
     """Import OR-Tools, which takes a second: call it in a thread before the first plan that needs it."""
-    from ortools.sat.python import cp_model  # noqa: F401
+    importlib.import_module("ortools.sat.python.cp_model")
 
 
 def improve(

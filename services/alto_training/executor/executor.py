@@ -49,10 +49,10 @@ class Executor:
     `workdir` receives adapters/ (PEFT format, best validation loss) and checkpoints/; running again over the same
     folder carries on from the last good checkpoint. Each task has a folder of its own (companions below tasks/) and can
     be carried on with from there, alone or beside others. More tasks may `Join` through `control`; each leaves when it
-    has ended. `events` is called on the executor's thread, in order. `backbone`
-    saves loading one that is at hand; `open_data` replaces how datasets are opened. `ranks` says that other processes
-    run the same over the same folder, and shares the trials out among all. `before_checkpoint` returns when whatever
-    `events` was told is safe: a run that carries on from the checkpoint does not tell it again.
+    has ended. `events` is called on the executor's thread, in order. `backbone` saves loading one that is at hand;
+    `open_data` replaces how datasets are opened. `ranks` says that other processes run the same over the same folder,
+    and shares the trials out among all. `before_checkpoint` returns when whatever `events` was told is safe: a run that
+    carries on from the checkpoint does not tell it again.
     """
 
     def __init__(
@@ -161,7 +161,10 @@ class Executor:
         self._checkpointed_at, self._checkpointed_tick = self._clock(), self._tick
 
     def _budget(self, jobs: Sequence[TuningJob], tokens_per_tick: int | None) -> Budget:
-        """Return the budget of these jobs for all ranks: tokens that fit on each, and the slots of all together."""
+        """Return the budget of these jobs for all ranks: tokens that fit on each, and the slots of all together.
+
+        What it leaves for guests is noted, and told with every progress.
+        """
         limit = self._memory_limit_bytes
         settings = replace(self._settings, tokens_per_tick=tokens_per_tick, memory_limit_bytes=limit)
         configs = [trial.config for job in jobs for trial in job.trials]

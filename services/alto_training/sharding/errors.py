@@ -22,4 +22,4 @@ class RankFailedError(ExecutorError):
 
 
 class InputRefusedError(ExecutorError):
-    """The dataset or the base model cannot be used; the message is that of the error that says so."""
+    """The base model cannot be used; the message is that of the error that says so."""

@@ -21,7 +21,6 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 from alto_common.base_models import BaseModelError
-from alto_common.dataset_rows import DatasetError
 from alto_common.tuning import TuningJob
 
 from alto_training.executor.backbone import Backbone
@@ -61,7 +60,7 @@ def run(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     try:
         _run(folder, order, rank)
-    except (ExecutorError, DatasetError, BaseModelError) as error:
+    except (ExecutorError, BaseModelError) as error:
         if isinstance(error, ExecutorError):
             failure = RankFailure(
                 type(error).__name__, error.message, error.cure, getattr(error, "tokens_per_tick", None)

@@ -231,9 +231,9 @@ def test_a_disk_without_room_is_said_and_what_was_whole_is_kept(task_file, monke
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", no_room)
         patched.setattr("alto_training.executor.data.cache._flush", lambda _path: None)
-        result = train(task_file, "--work", str(task_file.parent / "work"))
+        result = train(task_file, "--work", str(task_file.parent / "half-way"))
     assert (result.exit_code, type(result.exception)) == (1, SystemExit)
-    assert re.search(r"error: .*/work/\S+: No space left on device", result.stderr)
+    assert re.search(r"error: .*/half-way/\S+: No space left on device", result.stderr)
     assert "free some space" in result.stderr
-    assert not list((task_file.parent / "work").glob("**/.*.partial"))
-    assert train(task_file, "--work", str(task_file.parent / "work")).exit_code == 0
+    assert not list((task_file.parent / "half-way").glob("**/.*.partial"))
+    assert train(task_file, "--work", str(task_file.parent / "half-way")).exit_code == 0
