@@ -9,6 +9,8 @@ small random Llama on this CPU, and every tick is kept. Then the service's own f
 error       each search is profiled for 50 ticks, by a model that has seen the searches before it; `error` is that of
             the time that was then left. `error_total` counts the 50 ticks in; `error_before` is that of the whole
             search before its first tick.
+noise       with --twice, `identical_runs_differ` is how far the time left after 50 ticks lies apart in two runs of the same
+            search: no prediction can be closer than the machine is to itself.
 coverage    many tasks, RESAMPLED from those ticks: each takes blocks of consecutive ticks of one real search, so that
             what was slow together stays together. Half of them exit early: their shares are DRAWN from a distribution
             of each tenant and shape. `coverage` is the part whose duration lay in the 90 % interval predicted before
@@ -254,6 +256,16 @@ def errors(searches: list[Search]) -> dict[str, Any]:
     }
 
 
+def noise(searches: list[Search], again: list[Search]) -> float:
+    """Return the mean relative difference of what is left after the profiled ticks between runs of the same search."""
+    found = []
+    for one, other in zip(searches, again, strict=True):
+        if len(one.progress) >= 1.5 * PROFILED:
+            rests = [search.seconds - search.progress[PROFILED - 1].measured.seconds for search in (one, other)]
+            found.append(abs(rests[0] - rests[1]) / statistics.fmean(rests))
+    return statistics.fmean(found)
+
+
 def differences(search: Search) -> list[Measured]:
     before = Measured()
     ticks = []
@@ -330,6 +342,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds: for a machine that is busy")
+    parser.add_argument(
+        "--twice", action="store_true", help="how far is the machine from itself?"
+    )
     arguments = parser.parse_args()
 
     import torch
@@ -338,6 +353,7 @@ def main() -> int:
     result = {
         **errors(searches),
         **coverage(searches, arguments),
+        **({"identical_runs_differ": noise(searches, run_searches(arguments))} if arguments.twice else {}),
         "ticks": sum(len(search.progress) for search in searches),
         "profiled_ticks": PROFILED,
         "threads": arguments.threads,

@@ -193,9 +193,14 @@ class HardwareModel:
 
 @dataclass
 class DurationModel:
-    """Predicts and learns. Plain state, no clock: the caller says what was measured."""
+    """Predicts and learns. Plain state, no clock: the caller says what was measured.
+
+    `shares` of finished searches are of the time that was predicted for all of their work, so that sizes which were
+    estimated wrongly are corrected, too; `trained` are of their samples.
+    """
 
     shares: ExitShares = field(default_factory=ExitShares)
+    trained: ExitShares = field(default_factory=ExitShares)
     hardware: dict[Hardware, HardwareModel] = field(default_factory=dict)
 
     def observe(self, hardware: Hardware, done: Measured) -> None:
@@ -245,21 +250,24 @@ class DurationModel:
         done. The expectation is never below 1 % of what has elapsed.
         """
         model = self.model(hardware)
-        full = model.seconds(model.features(work), work.evaluation_tokens)
         training = model.features(left)
         most = model.seconds(training, left.evaluation_tokens)
         so_far = model.seconds(done.training, done.evaluation_tokens)
         trust = done.ticks / (done.ticks + TRUSTED_TICKS)
         pace = (done.seconds / so_far) ** trust if done.seconds > 0 and so_far > 0 else 1.0
-        done_share, most_share = max(so_far / full, trained_share), most / full
-        share = self.shares.expect(tenant, shape, prior_share, done_share)
-        least = max(LEAST_LEFT, OVERSTAY * done.seconds / pace / full)
+        # In samples, as the node counts them: what is left at most is known, only who of it exits is not.
+        most_share = max(LEAST_LEFT, left.train_tokens / max(1.0, work.train_tokens))
+        share = self.trained.expect(tenant, shape, prior_share, trained_share)
+        least = max(LEAST_LEFT, OVERSTAY * done.seconds / (most * pace))
         left_share = Share(
-            *(max(least, min(most_share, total - done_share)) for total in (share.expected, share.low, share.high))
+            *(
+                max(least, min(1.0, (total - trained_share) / most_share))
+                for total in (share.expected, share.low, share.high)
+            )
         )
         low, high = model.error_interval(training)
         low, high = (end * (1.0 - 0.5 * trust) for end in (low, high))
-        return _duration(0.0, full * pace, left_share, max(most, least * full) * pace, (low, high))
+        return _duration(0.0, most * pace, left_share, most * max(1.0, least) * pace, (low, high))
 
     def throughput_share(self, hardware: Hardware, work: Work) -> float:
         """Return how fast `work` is alone, in tokens a second, as a share of full ticks' speed; in (0, 1].

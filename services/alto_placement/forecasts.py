@@ -181,19 +181,25 @@ class Forecasts:
                 # This attempt did a part only, or not it alone; the node knows how many of the planned samples were
                 # trained in all.
                 self.model.shares.observe(*key, run.share_trained)
+            self.model.trained.observe(*key, run.share_trained)
             self._changed.add(key)
 
     def changed(self) -> Records:
         """Return what was learned since the last call."""
         records: dict[str, Any] = {}
         for key in self._changed:
+            contents: list[tuple[list[Any], Any]]
             if isinstance(key, Hardware):
                 name = ["hardware", key.backbone, key.gpu_kind, key.gpus, key.parameters]
-                content: Any = self.model.hardware[key].state()
+                contents = [(name, self.model.hardware[key].state())]
             else:
-                name, content = ["share", *key], self.model.shares.state(*key)
-            if len(text := json.dumps(name, ensure_ascii=False)) <= LONGEST_NAME:
-                records[text] = content
+                contents = [
+                    (["share", *key], self.model.shares.state(*key)),
+                    (["trained", *key], self.model.trained.state(*key)),
+                ]
+            for name, content in contents:
+                if len(text := json.dumps(name, ensure_ascii=False)) <= LONGEST_NAME:
+                    records[text] = content
         self._told, self._changed = self._changed, set()
         return records
 
@@ -210,6 +216,8 @@ class Forecasts:
                     self.model.hardware[Hardware(*key)] = HardwareModel.from_state(content)
                 elif kind == "share":
                     self.model.shares.load(key[0], key[1], content)
+                elif kind == "trained":
+                    self.model.trained.load(key[0], key[1], content)
             except (TypeError, ValueError, KeyError, IndexError, ArithmeticError):
                 # Of another version, or damaged: it is learned again.
                 log.warning("what was learned cannot be read; it is learned again", name=name)

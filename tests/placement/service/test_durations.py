@@ -142,6 +142,18 @@ def test_exits_that_have_happened_shorten_what_is_left():
     assert after.upper_s < 0.6 * before.upper_s
 
 
+def test_where_nobody_exits_all_that_the_node_says_is_left_is_expected():
+    """Admission's estimate of the whole was too low: what was done counts for more than its samples say."""
+    model, work = DurationModel(), Work(4_000_000, 1000, 64_000)
+    for share in (0.98, 1.0, 1.02):
+        model.shares.observe("ada", "none", share)
+        model.trained.observe("ada", "none", 1.0)
+    model.observe(GPU, measured(50))
+    done = measured(600)
+    left = model.remaining(GPU, work, Work(2_000_000, 500, 32_000), done, 0.5, "ada", "none")
+    assert left.expected_s == pytest.approx(500 * 0.3, rel=0.05)
+
+
 def test_hardware_that_was_never_measured_is_guessed_from_what_is_like_it():
     model, work = DurationModel(), Work(4_000_000, 1000, 64_000)
     known = Hardware("m", "gpu", 1, 10**9)
@@ -175,6 +187,7 @@ def test_what_was_learned_survives_as_records():
     again = Forecasts()
     again.load(records)
     assert again.whole(TASK, "cpu") == forecasts.whole(TASK, "cpu") != Forecasts().whole(TASK, "cpu")
+    assert again.model.trained == forecasts.model.trained != Forecasts().model.trained
     assert "measured" in again.basis("m", "cpu", 1)
     assert "never measured" in again.basis("m", "gpu", 1)
 
