@@ -9,7 +9,7 @@ small random Llama on this CPU, and every tick is kept. Then the service's own f
 error       each search is profiled for 50 ticks, by a model that has seen the searches before it; `error` is that of
             the time that was then left. `error_total` counts the 50 ticks in; `error_before` is that of the whole
             search before its first tick.
-noise       with --twice, `identical_runs_differ` is how far the time left after 50 ticks lies apart in two runs of the same
+noise       with --twice, `identical_runs_differ` is how far the time left after 50 ticks lies apart in two runs of one
             search: no prediction can be closer than the machine is to itself.
 coverage    many tasks, RESAMPLED from those ticks: each takes blocks of consecutive ticks of one real search, so that
             what was slow together stays together. Half of them exit early: their shares are DRAWN from a distribution
@@ -342,9 +342,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds: for a machine that is busy")
-    parser.add_argument(
-        "--twice", action="store_true", help="how far is the machine from itself?"
-    )
+    parser.add_argument("--twice", action="store_true", help="how far is the machine from itself?")
     arguments = parser.parse_args()
 
     import torch
