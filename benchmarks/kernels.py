@@ -5,8 +5,9 @@
 
 Each cell is one bundle of linear layers, forward and backward with the gradients of x and of all adapters, bf16, 8192
 tokens. Columns: the frozen product alone; `loop`: one adapter after another, as PEFT would; `grouped_mm`: two
-torch._grouped_mm over stacked weights padded to the largest rank; `ours`. Eager and replayed from a CUDA graph. The
-last line is one JSON object.
+torch._grouped_mm over stacked weights padded to the largest rank; `ours`, which adds to the gradients of A and B in
+place, and `ours_fresh`, which overwrites them (the first tick of an effective batch). Eager and replayed from a CUDA
+graph. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def grouped_step(cell: Cell, problem: Problem) -> Step:
     return step
 
 
-def our_step(cell: Cell, problem: Problem, dropout: float = 0.0) -> Step:
+def our_step(cell: Cell, problem: Problem, fresh: bool = False, dropout: float = 0.0) -> Step:
     table = AdapterTable(BUNDLES[cell.bundle], cell.adapters, "cuda", "cutlass")
     for slot, rank in enumerate(cell.lora_ranks()):
         weights = {}
@@ -149,7 +150,7 @@ def our_step(cell: Cell, problem: Problem, dropout: float = 0.0) -> Step:
             weights[module] = (a[slot], b[slot], torch.zeros_like(a[slot]), torch.zeros_like(b[slot]))
         table.set_slot(slot, rank=rank, scale=2.0, weights=weights, dropout=dropout)
     row_keys = torch.arange(TOKENS, dtype=torch.int32)
-    plan = TickPlan(table, range(cell.adapters), cell.offsets(), row_keys)
+    plan = TickPlan(table, range(cell.adapters), cell.offsets(), row_keys, fresh=range(cell.adapters) if fresh else ())
     modules = range(len(problem.weights))
 
     def step() -> None:
@@ -197,6 +198,7 @@ def measure(cell: Cell, repeats: int, peers: bool) -> dict[str, object]:
     steps: dict[str, Callable[[], Step]] = {
         "frozen": lambda: frozen_step(problem),
         "ours": lambda: our_step(cell, problem),
+        "ours_fresh": lambda: our_step(cell, problem, fresh=True),
     }
     if peers:
         steps["grouped_mm"] = lambda: grouped_step(cell, problem)

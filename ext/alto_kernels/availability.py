@@ -9,7 +9,6 @@ from types import ModuleType
 import torch
 
 _CUTLASS_DTYPES = (torch.bfloat16, torch.float16)
-_HOPPER_DTYPES = (torch.bfloat16,)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -58,7 +57,7 @@ def usable_kernels(
     major, minor = capability
     listed = [name.split("-")[0] for name in architectures.split(",")]
     found = []
-    if capability == (9, 0) and "90a" in listed and dtype in _HOPPER_DTYPES:
+    if capability == (9, 0) and "90a" in listed:
         found.append(CudaKernels.HOPPER)
     numbers = [int(name.rstrip("af")) for name in listed if name.rstrip("af").isdigit()]
     if any(number // 10 == major and number % 10 <= minor for number in numbers):

@@ -38,6 +38,7 @@ target_sources(alto_kernels_module PRIVATE
   csrc/cuda/pools.cu
   csrc/cuda/schedule.cpp
   csrc/cuda/tensor_map.cpp
+  csrc/cuda/tick_layout.cpp
 )
 alto_cuda_settings(alto_kernels_module)
 set_target_properties(alto_kernels_module PROPERTIES CUDA_ARCHITECTURES "${ALTO_CUDA_ARCHITECTURES}")
@@ -47,8 +48,10 @@ target_link_libraries(alto_kernels_module PRIVATE CUDA::cudart_static)
 
 if(ALTO_CUDA_ARCHITECTURES MATCHES "90a")
   add_library(alto_kernels_hopper OBJECT
-    csrc/cuda/lora_gemm_backward.cu
-    csrc/cuda/lora_gemm_forward.cu
+    csrc/cuda/lora_gemm_backward_bfloat16.cu
+    csrc/cuda/lora_gemm_backward_float16.cu
+    csrc/cuda/lora_gemm_forward_bfloat16.cu
+    csrc/cuda/lora_gemm_forward_float16.cu
   )
   alto_cuda_settings(alto_kernels_hopper)
   set_target_properties(alto_kernels_hopper PROPERTIES CUDA_ARCHITECTURES "90a")

@@ -21,22 +21,12 @@ _PAIRS_IN_GROUP = 8
 
 
 class LaunchShape(NamedTuple):
-    """The shape of one launch: features summed over, features of the output, and those of the gradients of B and A."""
+    """The shape of one launch; its schedule depends on nothing else of the modules."""
 
-    contraction: int
-    outputs: int
-    grad_b_features: int
-    grad_a_features: int
-
-    @staticmethod
-    def forward(in_features: int, out_features: int) -> LaunchShape:
-        """Return the shape of a module's forward launch."""
-        return LaunchShape(in_features, out_features, 0, 0)
-
-    @staticmethod
-    def backward(in_features: int, out_features: int, needs_dx: bool) -> LaunchShape:
-        """Return the shape of a module's backward launch."""
-        return LaunchShape(out_features, in_features if needs_dx else 0, out_features, in_features)
+    backward: bool
+    wants_output: bool  # backward: whether dX is
+    in_features: int
+    out_features: tuple[int, ...]
 
 
 class Schedule(NamedTuple):
@@ -47,7 +37,7 @@ class Schedule(NamedTuple):
 
 
 class TickJobs:
-    """The layout of a tick on tiles and, for each shape of layer, the schedule of its launches.
+    """The layout of a tick on tiles and, for each shape of launch, its schedule: made and uploaded on first use.
 
     Launches of one plan must follow each other on one stream: they share counters.
     """
@@ -61,34 +51,27 @@ class TickJobs:
         self._layout = require_compiled().TickLayout(
             tokens=plan.tokens,
             segments=[
-                (s.slot, s.start, s.stop, s.rank, pools.first_column(s.slot), s.scale, s.dropout) for s in plan.segments
+                (s.slot, s.start, s.stop, s.rank, pools.first_column(s.slot), s.scale, s.dropout, s.slot in plan.fresh)
+                for s in plan.segments
             ],
         )
         self.saved_shape = (max(self._layout.saved_rows, _BLOCK_ROWS), BLOCK_COLUMNS)
         self.ready = torch.zeros(self._layout.tiles + 2, dtype=torch.int32, device=self._device)
-        # C++ launches by module and shape, made on first use.
-        self.launches: dict[tuple[int, LaunchShape], object] = {}
+        # C++ launches by modules and shape, made on first use.
+        self.launches: dict[tuple[tuple[int, ...], LaunchShape], object] = {}
         self._keep: list[torch.Tensor] = []
         self._schedules: dict[LaunchShape, Schedule] = {}
-        shapes = set()
-        for in_features, out_features in plan.table.module_shapes:
-            shapes.add(LaunchShape.forward(in_features, out_features))
-            if plan.training:
-                shapes.add(LaunchShape.backward(in_features, out_features, True))
-        parts = [self._layout.extras(), self._layout.ready_target(), *_by_token(plan)]
-        ordered = sorted(shapes)
-        for shape in ordered:
-            parts.extend(self._make(shape))
-        addresses = self._upload(parts)
-        self.extras, self.ready_target, self.thresholds, self.keep_factors = addresses[:4]
-        for i, shape in enumerate(ordered):
-            self._schedules[shape] = Schedule(*addresses[4 + 2 * i : 6 + 2 * i])
+        layout = self._layout
+        parts = [layout.extras(), layout.owners(), layout.ready_target(), *_by_token(plan)]
+        self.extras, self.owners, self.ready_target, self.thresholds, self.keep_factors = self._upload(parts)
 
     def schedule(self, shape: LaunchShape) -> Schedule:
-        """Return the schedule for `shape`; those of the table's modules are there already."""
-        if shape not in self._schedules:
-            self._schedules[shape] = Schedule(*self._upload(self._make(shape)))
-        return self._schedules[shape]
+        """Return the schedule for `shape`; a first use makes it and copies it to the device."""
+        found = self._schedules.get(shape)
+        if found is None:
+            found = Schedule(*self._upload(self._make(shape)))
+            self._schedules[shape] = found
+        return found
 
     def _make(self, shape: LaunchShape) -> tuple[bytes, bytes]:
         made: tuple[bytes, bytes] = self._layout.schedule(

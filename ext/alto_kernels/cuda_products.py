@@ -1,4 +1,4 @@
-"""Back end `cutlass`: a frozen product with all its adapters in one launch, and its whole backward pass in another."""
+"""Back end `cutlass`: frozen products of one x with all their adapters in a launch, their backward pass in another."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from alto_kernels.cuda_jobs import LaunchShape, TickJobs
 from alto_kernels.cuda_pools import CudaPools
 from alto_kernels.plan import TickPlan
 
+_MAX_MODULES = 4  # of one launch
+
 
 def linears_forward(
     x_TK: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], plan: TickPlan, modules: Sequence[int]
 ) -> list[Tensor]:
-    """Return the outputs of the modules and then their S blocks, see `linear`. All tensors are bf16."""
-    x_TK = _matrix(x_TK, "x_TK")
+    """Return the outputs of the modules and then their S blocks, see `linear`. All tensors are of the pools' dtype."""
+    dtype = _dtype(plan)
+    x_TK = _matrix(x_TK, "x_TK", dtype)
     outputs = [_empty(x_TK, x_TK.shape[0], weight.shape[0]) for weight in weights]
     saved = [_empty(x_TK, plan.saved_rows, plan.saved_columns) for _ in weights]
     if plan.tokens == 0:
         return outputs + saved
+    weights = [_matrix(weight, "weight_NK", dtype) for weight in weights]
+    given = [None if bias is None else _matrix(bias, "bias_N", dtype) for bias in biases]
     stream = torch.cuda.current_stream(x_TK.device).cuda_stream
-    for weight, bias, y_TN, blocks, module in zip(weights, biases, outputs, saved, modules, strict=True):
-        shape = LaunchShape.forward(*plan.table.module_shapes[module])
-        _launch(plan, module, shape).forward(
+    for part in _parts(len(weights), _MAX_MODULES):
+        _launch(plan, tuple(modules[part]), backward=False, wants_output=True).forward(
             x_TK.data_ptr(),
-            _matrix(weight, "weight_NK").data_ptr(),
-            0 if bias is None else _matrix(bias, "bias_N").data_ptr(),
-            blocks.data_ptr(),
-            y_TN.data_ptr(),
+            _addresses(weights[part]),
+            [0 if bias is None else bias.data_ptr() for bias in given[part]],
+            _addresses(saved[part]),
+            _addresses(outputs[part]),
             stream,
         )
     return outputs + saved
@@ -46,68 +50,99 @@ def linears_backward(
     modules: Sequence[int],
     needs_dx: bool,
 ) -> Tensor | None:
-    """Return dx of all modules together, None where it is not needed; add to the gradients of A and B."""
-    x_TK = _matrix(x_TK, "x_TK")
-    stream = torch.cuda.current_stream(x_TK.device).cuda_stream
+    """Return dx of all modules together, None where it is not needed; add to the gradients of A and B.
+
+    One launch sums dx in fp32. With dropout there is a launch for each module, whose mask is its own, and with more
+    than four modules there are several: then each adds to dx in its dtype.
+    """
+    dtype = _dtype(plan)
+    x_TK = _matrix(x_TK, "x_TK", dtype)
     dx_TK = _empty(x_TK, *x_TK.shape)
-    for i, (dy, weight, s_blocks, module) in enumerate(zip(dys, weights, saved, modules, strict=True)):
-        if plan.tokens > 0:
-            shape = LaunchShape.backward(*plan.table.module_shapes[module], needs_dx)
-            _launch(plan, module, shape).backward(
-                _matrix(dy, "dy_TN").data_ptr(),
-                x_TK.data_ptr(),
-                _matrix(weight, "weight_NK").data_ptr(),
-                s_blocks.data_ptr(),
-                _empty(s_blocks, *s_blocks.shape).data_ptr(),
-                dx_TK.data_ptr(),
-                i > 0,
-                stream,
-            )
+    if plan.tokens == 0:
+        return dx_TK if needs_dx else None
+    dys = [_matrix(dy, "dy_TN", dtype) for dy in dys]
+    weights = [_matrix(weight, "weight_NK", dtype) for weight in weights]
+    s_gradients = [_empty(blocks, *blocks.shape) for blocks in saved]
+    stream = torch.cuda.current_stream(x_TK.device).cuda_stream
+    for part in _parts(len(weights), 1 if plan.row_keys is not None else _MAX_MODULES):
+        _launch(plan, tuple(modules[part]), backward=True, wants_output=needs_dx).backward(
+            _addresses(dys[part]),
+            x_TK.data_ptr(),
+            _addresses(weights[part]),
+            _addresses(saved[part]),
+            _addresses(s_gradients[part]),
+            dx_TK.data_ptr(),
+            part.start > 0,
+            stream,
+        )
     return dx_TK if needs_dx else None
 
 
-def _launch(plan: TickPlan, module: int, shape: LaunchShape) -> Any:
+def _launch(plan: TickPlan, modules: tuple[int, ...], *, backward: bool, wants_output: bool) -> Any:
     jobs = plan.jobs
     assert isinstance(jobs, TickJobs)
-    found = jobs.launches.get((module, shape))
+    shapes = [plan.table.module_shapes[module] for module in modules]
+    shape = LaunchShape(backward, wants_output, shapes[0][0], tuple(out_features for _, out_features in shapes))
+    found = jobs.launches.get((modules, shape))
     if found is not None:
         return found
     pools = plan.table.pools
     assert isinstance(pools, CudaPools)
     schedule = jobs.schedule(shape)
-    in_features, out_features = plan.table.module_shapes[module]
     launch = require_compiled().Launch(
-        backward=shape.grad_b_features > 0,
-        a_pool=(pools.a_PK[module].data_ptr(), *pools.a_PK[module].shape),
-        b_pool=(pools.b_NP[module].data_ptr(), *pools.b_NP[module].shape),
+        backward=backward,
+        is_float16=_dtype(plan) == torch.float16,
+        modules=[
+            (
+                module,
+                plan.table.module_shapes[module][1],
+                pools.a_PK[module].data_ptr(),
+                pools.b_NP[module].data_ptr(),
+                pools.pointers[module].data_ptr(),
+            )
+            for module in modules
+        ],
+        pool_columns=pools.capacity,
         addresses={
             "items": schedule.items,
             "item_offsets": schedule.offsets,
             "extras": jobs.extras,
+            "owners": jobs.owners,
             "ready_target": jobs.ready_target,
             "ready": jobs.ready.data_ptr(),
-            "slots": pools.pointers[module].data_ptr(),
             "slot_is_bad": pools.slot_is_bad.data_ptr(),
             "row_keys": 0 if plan.row_keys is None else plan.row_keys.data_ptr(),
             "thresholds": jobs.thresholds,
             "keep_factors": jobs.keep_factors,
         },
         tokens=plan.tokens,
-        in_features=in_features,
-        out_features=out_features,
+        in_features=shape.in_features,
         saved_rows=plan.saved_rows,
-        module=module,
         clusters=jobs.clusters,
     )
-    jobs.launches[module, shape] = launch
+    jobs.launches[modules, shape] = launch
     return launch
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _dtype(plan: TickPlan) -> torch.dtype:
+    pools = plan.table.pools
+    assert isinstance(pools, CudaPools)
+    return pools.a_PK[0].dtype
 
 
 def _empty(like: Tensor, rows: int, columns: int) -> Tensor:
     return torch.empty(rows, columns, dtype=like.dtype, device=like.device)
 
 
-def _matrix(tensor: Tensor, name: str) -> Tensor:
-    if tensor.dtype != torch.bfloat16:
-        raise ValueError(f"{name}: dtype {tensor.dtype}, back end 'cutlass' takes torch.bfloat16")
+def _matrix(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name}: dtype {tensor.dtype}, the table's back end 'cutlass' takes {dtype}")
     return tensor.contiguous()

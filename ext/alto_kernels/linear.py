@@ -67,6 +67,7 @@ def low_rank_backward(
 ) -> None:
     """Add the gradients of A and B to the table's buffers and, unless None, the low-rank part to `dx_TK`, in place."""
     plan.check_current()
+    plan.clear_fresh(module_index)
     _products(plan).low_rank_backward(dy_TN, x_TK, saved, plan, module_index, dx_TK)
 
 
@@ -159,6 +160,7 @@ def linears_backward(
     products = _products(plan)
     total_TK: Tensor | None = None
     for dy_TN, weight, saved_TR, module in zip(dys, weights, saved, modules, strict=True):
+        plan.clear_fresh(module)
         if needs_dx:
             total_TK = dy_TN @ weight if total_TK is None else total_TK.addmm_(dy_TN, weight)
         products.low_rank_backward(dy_TN, x, saved_TR, plan, module, total_TK)

@@ -36,6 +36,9 @@ class TickPlan:
     plan names no slot twice. `row_keys` [T] int32 is each token's dropout key, which carries the trial's seed, its
     sequence and its position (see `reference.keep_mask`); a training plan needs it where a slot drops.
 
+    `fresh` names slots whose gradients backward overwrites instead of adding to them, whatever they held: for the first
+    tick of an effective batch, in place of clearing them. Each needs tokens, and each module one backward pass.
+
     Keep the plan alive until the backward pass is done; a table whose slots changed since refuses it.
     """
 
@@ -46,9 +49,11 @@ class TickPlan:
         offsets: Sequence[int],
         row_keys: torch.Tensor | None = None,
         training: bool = True,
+        fresh: Sequence[int] = (),
     ) -> None:
         """Check the ranges and fix the layout; ValueError names the argument that is wrong."""
         _check_ranges(slots, offsets, training)
+        self.fresh = _check_fresh(fresh, slots, offsets, training)
         self.table = table
         self.training = training
         self.tokens = int(offsets[-1])
@@ -82,6 +87,14 @@ class TickPlan:
     def weights(self, segment: Segment, module: int) -> AdapterWeights | None:
         """Return the tensors of `segment`'s adapter for `module`, None where it does not adapt it."""
         return self.table.occupant(segment.slot).weights.get(module)
+
+    def clear_fresh(self, module: int) -> None:
+        """Zero the gradients of the `fresh` slots for `module`: for back ends that only add."""
+        for segment in self.segments:
+            weights = self.weights(segment, module) if segment.slot in self.fresh else None
+            if weights is not None:
+                weights.grad_a_RK.zero_()
+                weights.grad_b_NR.zero_()
 
     def check_current(self) -> None:
         """Raise ValueError when a slot of the table changed since this plan was made."""
@@ -122,6 +135,16 @@ def _check_ranges(slots: Sequence[int], offsets: Sequence[int], training: bool) 
     seated = [slot for slot in slots if slot != NO_ADAPTER]
     if training and len(set(seated)) != len(seated):
         raise ValueError("slots: a slot is named twice in a training plan")
+
+
+def _check_fresh(fresh: Sequence[int], slots: Sequence[int], offsets: Sequence[int], training: bool) -> frozenset[int]:
+    if fresh and not training:
+        raise ValueError("fresh: only a training plan has gradients")
+    with_tokens = {slot for slot, (start, stop) in zip(slots, itertools.pairwise(offsets), strict=True) if stop > start}
+    for slot in fresh:
+        if slot == NO_ADAPTER or slot not in with_tokens:
+            raise ValueError(f"fresh: slot {slot} has no tokens in this plan")
+    return frozenset(fresh)
 
 
 def _check_row_keys(row_keys: torch.Tensor | None, plan: TickPlan) -> torch.Tensor | None:

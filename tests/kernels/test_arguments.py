@@ -35,7 +35,7 @@ def test_back_ends_without_a_gpu() -> None:
         ("80,90a", (8, 0), torch.bfloat16, (CudaKernels.GROUPED,)),
         ("80,90a", (8, 9), torch.float16, (CudaKernels.GROUPED,)),
         ("80,90a", (9, 0), torch.bfloat16, (CudaKernels.HOPPER, CudaKernels.GROUPED)),
-        ("80,90a", (9, 0), torch.float16, (CudaKernels.GROUPED,)),
+        ("80,90a", (9, 0), torch.float16, (CudaKernels.HOPPER, CudaKernels.GROUPED)),
         ("80,90a", (9, 0), torch.float32, ()),
         ("80,90a", (7, 5), torch.float16, ()),
         ("80,90a", (10, 0), torch.bfloat16, ()),
@@ -92,6 +92,16 @@ def test_set_slot_refuses(arguments: dict[str, object], message: str) -> None:
 def test_plan_refuses(slots: list[int], offsets: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TickPlan(table(), slots, offsets)
+
+
+@pytest.mark.parametrize("fresh", [[0], [-1], [7]])
+def test_plan_refuses_fresh_slots_without_tokens(fresh: list[int]) -> None:
+    made = table()
+    made.set_slot(0, rank=4, scale=1.0, weights={0: tensors()})
+    with pytest.raises(ValueError, match="fresh: slot"):
+        TickPlan(made, [1, 0, -1], [0, 3, 3, 5], fresh=fresh)
+    with pytest.raises(ValueError, match="fresh: only a training plan"):
+        TickPlan(made, [1], [0, 3], training=False, fresh=[1])
 
 
 def test_plan_with_dropout_needs_keys() -> None:

@@ -44,6 +44,7 @@ class Variant:
 
 VARIANTS = {
     "hopper-bf16": Variant(CudaKernels.HOPPER, torch.bfloat16, 6e-3),
+    "hopper-fp16": Variant(CudaKernels.HOPPER, torch.float16, 8e-4),
     "grouped-bf16": Variant(CudaKernels.GROUPED, torch.bfloat16, 6e-3),
     "grouped-fp16": Variant(CudaKernels.GROUPED, torch.float16, 8e-4),
 }
@@ -148,6 +149,9 @@ SHAPE_CLASSES = {
     "odd sizes": ([(200, 72)], 3, 300, (1, 7, 200)),
     "largest rank": ([(512, 512)], 2, 500, (256, 100)),
     "shared input": ([(4096, 4096), (4096, 1024), (4096, 1024)], 4, 1500, (16, 64)),
+    "neighbours of unequal depth": ([(320, 192), (320, 512)], 9, 900, (8, 256, 200, 8)),
+    "shared input of five": ([(512, 256), (512, 72), (512, 1024), (512, 520), (512, 8)], 6, 900, (8, 100, 200)),
+    "shared input, small ranks": ([(1024, 2816), (1024, 2816)], 40, 3000, (8, 16, 24)),
 }
 
 
@@ -234,6 +238,31 @@ def test_gradients_of_others_are_not_touched_by_nan(variant: Variant) -> None:
     found = gradients(case, [0])
     for slot in (0, 2, 3):
         assert all(torch.equal(a, b) for a, b in zip(found[slot, 0], clean.grads[slot, 0], strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_fresh_gradients_are_overwritten(variant: Variant, dropout: float) -> None:
+    shapes = [(512, 1024), (512, 256)]
+    case = mixed_case(shapes, 7, 1000, (8, 3, 100, 16), dropout)
+    x, weights, dys = inputs(variant, case, [0, 1])
+    table = variant.table(case)
+    zeroed = {slot: {m: [t.clone() for t in four] for m, four in each.items()} for slot, each in case.tensors.items()}
+    results = []
+    for fresh in ((), (1, 4)):
+        for slot, each in case.tensors.items():
+            for module, tensors in each.items():
+                for i in (2, 3):
+                    if slot not in (1, 4):
+                        tensors[i].copy_(zeroed[slot][module][i])
+                    elif fresh:
+                        tensors[i].fill_(float("nan"))
+                    else:
+                        tensors[i].zero_()
+        plan = TickPlan(table, case.slots, case.offsets, case.plan(table).row_keys, fresh=fresh)
+        torch.autograd.backward(lora_linears(x.requires_grad_(), weights, plan, [0, 1]), dys)
+        results.append(gradients(case, [0, 1]))
+    for key, pair in results[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, results[1][key], strict=True)), key
 
 
 def test_bias(variant: Variant) -> None:

@@ -222,3 +222,23 @@ def test_operators_pass_torchs_own_checks() -> None:
 
 def _saved(plan: TickPlan) -> tuple[int, int]:
     return plan.saved_rows, plan.saved_columns
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fresh_gradients_are_overwritten_and_others_added_to(backend: str) -> None:
+    expected = run(MIXED, backend)
+    table = MIXED.table(backend)
+    before = {
+        (slot, module): tensors[2].clone()
+        for slot, weights in MIXED.tensors.items()
+        for module, tensors in weights.items()
+    }
+    for tensors in MIXED.tensors[3].values():
+        tensors[2].fill_(float("nan"))
+        tensors[3].fill_(float("nan"))
+    plan = TickPlan(table, MIXED.slots, MIXED.offsets, MIXED.plan(table).row_keys, fresh=[3])
+    x = MIXED.rows(70, 1).requires_grad_()
+    torch.autograd.backward(lora_linears(x, frozen(MIXED, (0, 1)), plan, (0, 1)), output_gradients(MIXED, (0, 1)))
+    for (slot, module), (grad_a, _) in expected.grads.items():
+        alone = grad_a - before[slot, module] if slot == 3 else grad_a
+        torch.testing.assert_close(MIXED.tensors[slot][module][2], alone, rtol=1e-5, atol=1e-5)

@@ -74,10 +74,47 @@ __device__ __forceinline__ void update(Element& e, float grad, const AdamwAdapte
               (of_b ? adapter.step_size_b : adapter.step_size) * (e.exp_avg / denominator);
 }
 
+// A vector of each of an adapter's four buffers, read and written past the caches: nothing comes back to it.
+struct Vectors {
+    float4 param;
+    float4 exp_avg;
+    float4 exp_avg_sq;
+    float4 grad;
+};
+
+__device__ __forceinline__ Vectors load_vectors(const AdamwAdapter& adapter, std::int64_t at) {
+    return {__ldcs(reinterpret_cast<const float4*>(adapter.param + at)),
+            __ldcs(reinterpret_cast<const float4*>(adapter.exp_avg + at)),
+            __ldcs(reinterpret_cast<const float4*>(adapter.exp_avg_sq + at)),
+            __ldcs(reinterpret_cast<const float4*>(adapter.grad + at))};
+}
+
+__device__ __forceinline__ void store_vectors(const AdamwAdapter& adapter, std::int64_t at, const Vectors& vectors) {
+    __stcs(reinterpret_cast<float4*>(adapter.param + at), vectors.param);
+    __stcs(reinterpret_cast<float4*>(adapter.exp_avg + at), vectors.exp_avg);
+    __stcs(reinterpret_cast<float4*>(adapter.exp_avg_sq + at), vectors.exp_avg_sq);
+}
+
+__device__ __forceinline__ void update(Vectors& v, const AdamwAdapter& adapter, float factor, std::int64_t at) {
+    Element e[4] = {{v.param.x, v.exp_avg.x, v.exp_avg_sq.x},
+                    {v.param.y, v.exp_avg.y, v.exp_avg_sq.y},
+                    {v.param.z, v.exp_avg.z, v.exp_avg_sq.z},
+                    {v.param.w, v.exp_avg.w, v.exp_avg_sq.w}};
+    update(e[0], v.grad.x, adapter, factor, at >= adapter.b_start);
+    update(e[1], v.grad.y, adapter, factor, at + 1 >= adapter.b_start);
+    update(e[2], v.grad.z, adapter, factor, at + 2 >= adapter.b_start);
+    update(e[3], v.grad.w, adapter, factor, at + 3 >= adapter.b_start);
+    v.param = {e[0].param, e[1].param, e[2].param, e[3].param};
+    v.exp_avg = {e[0].exp_avg, e[1].exp_avg, e[2].exp_avg, e[3].exp_avg};
+    v.exp_avg_sq = {e[0].exp_avg_sq, e[1].exp_avg_sq, e[2].exp_avg_sq, e[3].exp_avg_sq};
+}
+
+// Blocks in the opposite order of square_kernel: the last gradients that it read are still in the L2 cache.
 __global__ void update_kernel(AdamwArguments arguments) {
-    const int index = arguments.adapter_of_block[blockIdx.x];
+    const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+    const int index = arguments.adapter_of_block[block];
     const AdamwAdapter adapter = arguments.adapters[index];
-    const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - adapter.first_block) * kAdamwBlock;
+    const std::int64_t begin = (block - adapter.first_block) * kAdamwBlock;
     const std::int64_t end = min(begin + kAdamwBlock, adapter.count);
     const bool finite = arguments.finite[index];
     const float factor = arguments.factor[index];
@@ -85,29 +122,23 @@ __global__ void update_kernel(AdamwArguments arguments) {
         reinterpret_cast<std::uintptr_t>(adapter.param) | reinterpret_cast<std::uintptr_t>(adapter.grad) |
         reinterpret_cast<std::uintptr_t>(adapter.exp_avg) | reinterpret_cast<std::uintptr_t>(adapter.exp_avg_sq);
     std::int64_t scalar_from = begin;
-    if (addresses % 16 == 0) {
-        const std::int64_t vectors = (end - begin) / 4;
-        scalar_from = begin + vectors * 4;
-#pragma unroll 2
-        for (std::int64_t v = threadIdx.x; v < vectors; v += kThreads) {
-            const std::int64_t at = begin + v * 4;
-            if (finite) {
-                float4 p = *reinterpret_cast<const float4*>(adapter.param + at);
-                float4 m = *reinterpret_cast<const float4*>(adapter.exp_avg + at);
-                float4 s = *reinterpret_cast<const float4*>(adapter.exp_avg_sq + at);
-                const float4 g = *reinterpret_cast<const float4*>(adapter.grad + at);
-                Element e[4] = {{p.x, m.x, s.x}, {p.y, m.y, s.y}, {p.z, m.z, s.z}, {p.w, m.w, s.w}};
-                update(e[0], g.x, adapter, factor, at >= adapter.b_start);
-                update(e[1], g.y, adapter, factor, at + 1 >= adapter.b_start);
-                update(e[2], g.z, adapter, factor, at + 2 >= adapter.b_start);
-                update(e[3], g.w, adapter, factor, at + 3 >= adapter.b_start);
-                *reinterpret_cast<float4*>(adapter.param + at) = {e[0].param, e[1].param, e[2].param, e[3].param};
-                *reinterpret_cast<float4*>(adapter.exp_avg + at) = {e[0].exp_avg, e[1].exp_avg, e[2].exp_avg,
-                                                                    e[3].exp_avg};
-                *reinterpret_cast<float4*>(adapter.exp_avg_sq + at) = {e[0].exp_avg_sq, e[1].exp_avg_sq,
-                                                                       e[2].exp_avg_sq, e[3].exp_avg_sq};
+    if (finite && addresses % 16 == 0) {
+        // Two vectors of each buffer on their way at once: their loads must come before the first store, which could
+        // alias them for all that the compiler knows.
+        constexpr std::int64_t kStride = kThreads * 4;
+        const std::int64_t batches = (end - begin) / (2 * kStride);
+        scalar_from = begin + batches * 2 * kStride;
+        for (std::int64_t at = begin + threadIdx.x * 4; at < scalar_from; at += 2 * kStride) {
+            Vectors one = load_vectors(adapter, at);
+            Vectors two = load_vectors(adapter, at + kStride);
+            update(one, adapter, factor, at);
+            update(two, adapter, factor, at + kStride);
+            store_vectors(adapter, at, one);
+            store_vectors(adapter, at + kStride, two);
+            if (arguments.zero_grad) {
+                __stcs(reinterpret_cast<float4*>(adapter.grad + at), float4{0.0f, 0.0f, 0.0f, 0.0f});
+                __stcs(reinterpret_cast<float4*>(adapter.grad + at + kStride), float4{0.0f, 0.0f, 0.0f, 0.0f});
             }
-            if (arguments.zero_grad) *reinterpret_cast<float4*>(adapter.grad + at) = {0.0f, 0.0f, 0.0f, 0.0f};
         }
     }
     for (std::int64_t at = scalar_from + threadIdx.x; at < end; at += kThreads) {

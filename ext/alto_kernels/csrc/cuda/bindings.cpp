@@ -37,53 +37,64 @@ py::bytes as_bytes(const std::vector<T>& values) {
     return py::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
 }
 
-// (slot, start, stop, rank, pool column, scale, dropout)
-using SegmentFields = std::tuple<int, std::int64_t, std::int64_t, int, int, float, double>;
+// (slot, start, stop, rank, pool column, scale, dropout, fresh)
+using SegmentFields = std::tuple<int, std::int64_t, std::int64_t, int, int, float, double, bool>;
 
 TickLayout make_layout(std::int64_t tokens, const std::vector<SegmentFields>& fields) {
     if (tokens < 0 || tokens > (1 << 24)) throw std::invalid_argument("tokens: must be in [0, 2^24]");
     std::vector<Segment> segments;
-    for (const auto& [slot, start, stop, rank, pool_column, scale, dropout] : fields) {
+    for (const auto& [slot, start, stop, rank, pool_column, scale, dropout, fresh] : fields) {
         if (start < 0 || stop < start || stop > tokens)
             throw std::invalid_argument("segments: token ranges must lie within [0, tokens]");
+        if (pool_column % kGranule != 0) throw std::invalid_argument("segments: pool columns must be multiples of 16");
         segments.push_back({static_cast<int>(start), static_cast<int>(stop), rank, pool_column, slot,
                             dropout > 0.0 ? dropout_threshold(dropout) : std::numeric_limits<std::int32_t>::min(),
-                            scale, static_cast<float>(1.0 / (1.0 - dropout))});
+                            scale, static_cast<float>(1.0 / (1.0 - dropout)), fresh});
     }
     return TickLayout(tokens, std::move(segments));
 }
 
-py::tuple schedule_bytes(const TickLayout& layout, int contraction, int outputs, int grad_b_features,
-                         int grad_a_features, bool drops, int pairs_in_group, int clusters) {
+py::tuple schedule_bytes(const TickLayout& layout, bool backward, bool wants_output, int in_features,
+                         std::vector<int> out_features, bool drops, int pairs_in_group, int clusters) {
+    if (out_features.empty() || out_features.size() > kMaxModules)
+        throw std::invalid_argument("out_features: a launch has one to four modules");
+    if (backward && drops && out_features.size() > 1)
+        throw std::invalid_argument("out_features: backward with dropout is of one module");
     const Schedule schedule = make_schedule(
-        layout, {contraction, outputs, grad_b_features, grad_a_features, drops, pairs_in_group}, clusters);
+        layout, {backward, wants_output, in_features, std::move(out_features), drops, pairs_in_group}, clusters);
     return py::make_tuple(as_bytes(schedule.items), as_bytes(schedule.offsets));
 }
 
-// (address, rows, columns) of a contiguous matrix.
-using MatrixFields = std::tuple<Address, std::int64_t, std::int64_t>;
+// One module of a launch: (number in the table, out_features, A pool, B pool, slot pointers).
+using ModuleFields = std::tuple<std::uint32_t, int, Address, Address, Address>;
 
-CUtensorMap map_of(Address address, std::int64_t rows, std::int64_t columns, const char* name) {
-    return tensor_map({address, rows, columns, columns}, name);
-}
-
-// One module's launch of a tick: all but the activations is fixed when it is made.
+// A launch of a tick, of one or more modules with the same input: all but the activations is fixed when it is made.
 class Launch {
   public:
-    Launch(bool backward, const MatrixFields& a_pool, const MatrixFields& b_pool, const py::dict& addresses, int tokens,
-           int in_features, int out_features, std::int64_t saved_rows, std::uint32_t module, int clusters)
-        : backward_(backward), saved_rows_(saved_rows), clusters_(clusters) {
+    Launch(bool backward, bool is_float16, const std::vector<ModuleFields>& modules, std::int64_t pool_columns,
+           const py::dict& addresses, int tokens, int in_features, std::int64_t saved_rows, int clusters)
+        : backward_(backward), is_float16_(is_float16), saved_rows_(saved_rows), clusters_(clusters) {
+        if (modules.empty() || modules.size() > kMaxModules)
+            throw std::invalid_argument("modules: a launch has one to four");
+        fixed_.module_count = static_cast<int>(modules.size());
+        for (std::size_t i = 0; i < modules.size(); ++i) {
+            const auto& [number, out_features, a_pool, b_pool, slots] = modules[i];
+            const CUtensorMap a_map = map_of(a_pool, pool_columns, in_features, "a_pool");
+            const CUtensorMap b_map = map_of(b_pool, out_features, pool_columns, "b_pool");
+            ModuleArguments& module = fixed_.modules[i];
+            module.down_pool = backward ? b_map : a_map;
+            module.up_pool = backward ? a_map : b_map;
+            module.slots = pointer<const SlotPointers>(slots);
+            module.module = number;
+            module.out_features = out_features;
+        }
         const auto at = [&](const char* name) { return addresses[name].cast<Address>(); };
-        const CUtensorMap a_map = map_of(std::get<0>(a_pool), std::get<1>(a_pool), std::get<2>(a_pool), "a_pool");
-        const CUtensorMap b_map = map_of(std::get<0>(b_pool), std::get<1>(b_pool), std::get<2>(b_pool), "b_pool");
-        fixed_.down_pool = backward ? b_map : a_map;
-        fixed_.up_pool = backward ? a_map : b_map;
         fixed_.items = pointer<const Item>(at("items"));
         fixed_.item_offsets = pointer<const int>(at("item_offsets"));
         fixed_.extras = pointer<const Extra>(at("extras"));
+        fixed_.owners = pointer<const Owner>(at("owners"));
         fixed_.ready_target = pointer<const int>(at("ready_target"));
         fixed_.ready = pointer<int>(at("ready"));
-        fixed_.slots = pointer<const SlotPointers>(at("slots"));
         fixed_.slot_is_bad = pointer<const int>(at("slot_is_bad"));
         fixed_.row_keys = pointer<const std::uint32_t>(at("row_keys"));
         fixed_.thresholds = pointer<const std::int32_t>(at("thresholds"));
@@ -91,41 +102,54 @@ class Launch {
         fixed_.tokens = tokens;
         fixed_.tiles = (tokens + kTileRows - 1) / kTileRows;
         fixed_.in_features = in_features;
-        fixed_.out_features = out_features;
-        fixed_.module = module;
     }
 
-    void forward(Address x, Address weight, Address bias, Address saved, Address y, Address stream) const {
+    // Each list has one address a module; a bias may be 0.
+    void forward(Address x, const std::vector<Address>& weights, const std::vector<Address>& biases,
+                 const std::vector<Address>& saved, const std::vector<Address>& ys, Address stream) const {
         if (backward_) throw std::invalid_argument("launch: made for backward");
-        LoraGemmArguments arguments = fixed_;
-        arguments.operand = map_of(x, fixed_.tokens, fixed_.in_features, "x_TK");
-        arguments.weight = map_of(weight, fixed_.out_features, fixed_.in_features, "weight_NK");
-        arguments.blocks = map_of(saved, saved_rows_, kStepDepth, "saved");
-        arguments.output = map_of(y, fixed_.tokens, fixed_.out_features, "y_TN");
-        arguments.saved = arguments.blocks;
-        arguments.input = arguments.operand;
-        arguments.block_data = pointer<__nv_bfloat16>(saved);
-        arguments.bias = pointer<const __nv_bfloat16>(bias);
-        check(launch_forward(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm forward");
+        LoraGemmArguments arguments = with_weights(x, weights, ys, saved);
+        for (std::size_t i = 0; i < weights.size(); ++i) arguments.modules[i].bias = pointer<const void>(biases.at(i));
+        const auto run = is_float16_ ? &launch<Format::kFloat16, false> : &launch<Format::kBfloat16, false>;
+        check(run(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm forward");
     }
 
-    void backward(Address dy, Address x, Address weight, Address saved, Address ds, Address dx, bool adds_to_dx,
+    void backward(const std::vector<Address>& dys, Address x, const std::vector<Address>& weights,
+                  const std::vector<Address>& saved, const std::vector<Address>& ds, Address dx, bool adds_to_dx,
                   Address stream) const {
         if (!backward_) throw std::invalid_argument("launch: made for forward");
-        LoraGemmArguments arguments = fixed_;
-        arguments.operand = map_of(dy, fixed_.tokens, fixed_.out_features, "dy_TN");
-        arguments.weight = map_of(weight, fixed_.out_features, fixed_.in_features, "weight_NK");
-        arguments.blocks = map_of(ds, saved_rows_, kStepDepth, "ds");
-        arguments.output = map_of(dx, fixed_.tokens, fixed_.in_features, "dx_TK");
-        arguments.saved = map_of(saved, saved_rows_, kStepDepth, "saved");
-        arguments.input = map_of(x, fixed_.tokens, fixed_.in_features, "x_TK");
-        arguments.block_data = pointer<__nv_bfloat16>(ds);
+        LoraGemmArguments arguments = with_weights(x, weights, dys, ds);
+        for (std::size_t i = 0; i < weights.size(); ++i)
+            arguments.modules[i].saved = map_of(saved.at(i), saved_rows_, kStepDepth, "saved");
+        arguments.input_grads = map_of(dx, fixed_.tokens, fixed_.in_features, "dx_TK");
         arguments.adds_to_output = adds_to_dx;
-        check(launch_backward(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm backward");
+        const auto run = is_float16_ ? &launch<Format::kFloat16, true> : &launch<Format::kBfloat16, true>;
+        check(run(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm backward");
     }
 
   private:
+    CUtensorMap map_of(Address address, std::int64_t rows, std::int64_t columns, const char* name) const {
+        return tensor_map({address, rows, columns, columns}, is_float16_, name);
+    }
+
+    LoraGemmArguments with_weights(Address x, const std::vector<Address>& weights, const std::vector<Address>& rows,
+                                   const std::vector<Address>& blocks) const {
+        if (weights.size() != static_cast<std::size_t>(fixed_.module_count))
+            throw std::invalid_argument("weights: one for each module of the launch");
+        LoraGemmArguments arguments = fixed_;
+        arguments.input = map_of(x, fixed_.tokens, fixed_.in_features, "x_TK");
+        for (std::size_t i = 0; i < weights.size(); ++i) {
+            ModuleArguments& module = arguments.modules[i];
+            module.weight = map_of(weights[i], module.out_features, fixed_.in_features, "weight_NK");
+            module.rows = map_of(rows.at(i), fixed_.tokens, module.out_features, backward_ ? "dy_TN" : "y_TN");
+            module.blocks = map_of(blocks.at(i), saved_rows_, kStepDepth, backward_ ? "ds" : "saved");
+            module.block_data = pointer<void>(blocks[i]);
+        }
+        return arguments;
+    }
+
     bool backward_;
+    bool is_float16_;
     std::int64_t saved_rows_;
     int clusters_;
     LoraGemmArguments fixed_{};
@@ -133,7 +157,7 @@ class Launch {
 
 int count_clusters() {
     int clusters = 0;
-    check(resident_clusters(&clusters), "resident_clusters");
+    check(resident_clusters<Format::kBfloat16, true>(&clusters), "resident_clusters");
     return clusters;
 }
 
@@ -195,16 +219,17 @@ void bind(py::module_& module) {
         .def_readonly("tiles", &TickLayout::tiles)
         .def_readonly("saved_rows", &TickLayout::saved_rows)
         .def("extras", [](const TickLayout& layout) { return as_bytes(layout.extras); })
+        .def("owners", [](const TickLayout& layout) { return as_bytes(layout.owners); })
         .def("ready_target", [](const TickLayout& layout) { return as_bytes(layout.ready_target); })
-        .def("schedule", &schedule_bytes, py::kw_only(), py::arg("contraction"), py::arg("outputs"),
-             py::arg("grad_b_features"), py::arg("grad_a_features"), py::arg("drops"), py::arg("pairs_in_group"),
+        .def("schedule", &schedule_bytes, py::kw_only(), py::arg("backward"), py::arg("wants_output"),
+             py::arg("in_features"), py::arg("out_features"), py::arg("drops"), py::arg("pairs_in_group"),
              py::arg("clusters"));
     py::class_<Launch>(module, "Launch")
-        .def(py::init<bool, const MatrixFields&, const MatrixFields&, const py::dict&, int, int, int, std::int64_t,
-                      std::uint32_t, int>(),
-             py::kw_only(), py::arg("backward"), py::arg("a_pool"), py::arg("b_pool"), py::arg("addresses"),
-             py::arg("tokens"), py::arg("in_features"), py::arg("out_features"), py::arg("saved_rows"),
-             py::arg("module"), py::arg("clusters"))
+        .def(py::init<bool, bool, const std::vector<ModuleFields>&, std::int64_t, const py::dict&, int, int,
+                      std::int64_t, int>(),
+             py::kw_only(), py::arg("backward"), py::arg("is_float16"), py::arg("modules"), py::arg("pool_columns"),
+             py::arg("addresses"), py::arg("tokens"), py::arg("in_features"), py::arg("saved_rows"),
+             py::arg("clusters"))
         .def("forward", &Launch::forward)
         .def("backward", &Launch::backward);
     module.def("resident_clusters", &count_clusters);

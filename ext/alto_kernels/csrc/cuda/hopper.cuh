@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
@@ -18,7 +20,7 @@ namespace alto::cuda {
 using Major = cute::SM90::GMMA::Major;
 using ScaleOut = cute::SM90::GMMA::ScaleOut;
 
-// All operand tiles are boxes of 64 x 64 bf16 in 128-byte swizzle: 64 rows of 128 bytes.
+// All operand tiles are boxes of 64 x 64 16-bit elements in 128-byte swizzle: 64 rows of 128 bytes.
 constexpr std::uint32_t kBoxBytes = 64 * 64 * 2;
 
 // Descriptor of an operand whose contraction index is contiguous (K-major) or whose other index is (MN-major).
@@ -33,22 +35,36 @@ __device__ __forceinline__ std::uint64_t operand(std::uint32_t shared_address, i
     return address | (leading << 16) | (static_cast<std::uint64_t>(1024 >> 4) << 32) | (1ull << 62);
 }
 
-template <typename Mma, int count, std::size_t... index>
-__device__ __forceinline__ void issue(std::uint64_t a, std::uint64_t b, float (&sum)[count], ScaleOut keep,
+// The wgmma of 64 rows by 2 `count` columns by a depth of 16 whose accumulator has `count` registers a thread.
+template <typename Element, int count, Major a, Major b>
+struct Mma;
+template <Major a, Major b>
+struct Mma<__nv_bfloat16, 32, a, b> : cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<a, b> {};
+template <Major a, Major b>
+struct Mma<__nv_bfloat16, 64, a, b> : cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<a, b> {};
+template <Major a, Major b>
+struct Mma<__nv_bfloat16, 96, a, b> : cute::SM90::GMMA::MMA_64x192x16_F32BF16BF16_SS<a, b> {};
+template <Major a, Major b>
+struct Mma<__nv_bfloat16, 128, a, b> : cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<a, b> {};
+template <Major a, Major b>
+struct Mma<__half, 32, a, b> : cute::SM90::GMMA::MMA_64x64x16_F32F16F16_SS<a, b> {};
+template <Major a, Major b>
+struct Mma<__half, 64, a, b> : cute::SM90::GMMA::MMA_64x128x16_F32F16F16_SS<a, b> {};
+template <Major a, Major b>
+struct Mma<__half, 96, a, b> : cute::SM90::GMMA::MMA_64x192x16_F32F16F16_SS<a, b> {};
+template <Major a, Major b>
+struct Mma<__half, 128, a, b> : cute::SM90::GMMA::MMA_64x256x16_F32F16F16_SS<a, b> {};
+
+template <typename Atom, int first, int size, std::size_t... index>
+__device__ __forceinline__ void issue(std::uint64_t a, std::uint64_t b, float (&sum)[size], ScaleOut keep,
                                       std::index_sequence<index...>) {
-    Mma::fma(a, b, sum[index]..., keep);
+    Atom::fma(a, b, sum[first + index]..., keep);
 }
 
-// sum += a b over a depth of 16, or sum = a b where keep is Zero.
-template <Major major_a, Major major_b>
-__device__ __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, float (&sum)[128], ScaleOut keep) {
-    issue<cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<major_a, major_b>>(a, b, sum, keep,
-                                                                            std::make_index_sequence<128>{});
-}
-template <Major major_a, Major major_b>
-__device__ __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, float (&sum)[32], ScaleOut keep) {
-    issue<cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<major_a, major_b>>(a, b, sum, keep,
-                                                                           std::make_index_sequence<32>{});
+// sum += a b over a depth of 16, or sum = a b where keep is Zero, of the `count` accumulators from `first` on.
+template <typename Element, Major major_a, Major major_b, int first, int count, int size>
+__device__ __forceinline__ void multiply(std::uint64_t a, std::uint64_t b, float (&sum)[size], ScaleOut keep) {
+    issue<Mma<Element, count, major_a, major_b>, first>(a, b, sum, keep, std::make_index_sequence<count>{});
 }
 
 template <int count>
@@ -79,7 +95,7 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* fr
                  : "memory");
 }
 
-// The same, added to what the matrix holds, in bf16.
+// The same, added to what the matrix holds, in the matrix's format.
 __device__ __forceinline__ void add_box(const CUtensorMap& map, const void* from, int column, int row) {
     cute::SM90_TMA_REDUCE_ADD_2D::copy(&map, from, column, row);
 }
@@ -109,6 +125,24 @@ __device__ __forceinline__ void add_to(float* address, float first, float second
     asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(first), "f"(second)
                  : "memory");
 }
+
+// 16 bytes to shared memory, in the background.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(cute::cast_smem_ptr_to_uint(to)), "l"(from)
+                 : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ std::uint32_t rounded_pair(float first, float second, __nv_bfloat16 /*format*/) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+}
+__device__ __forceinline__ std::uint32_t rounded_pair(float first, float second, __half /*format*/) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 
 __device__ __forceinline__ void store_matrices(std::uint32_t shared_address, std::uint32_t r0, std::uint32_t r1,
                                                std::uint32_t r2, std::uint32_t r3) {

@@ -1,10 +1,11 @@
 // The persistent kernel behind lora_gemm.hpp: one TMA producer warp and two wgmma warpgroups a block, two blocks a
 // cluster that share the weight tile by multicast. Its items are of several kinds (work.hpp): the low-rank products
-// ride along in the same pipeline as the frozen product, so that their traffic hides behind its arithmetic and the
-// output is written once. docs/design/030-kernels-one-persistent-launch.md says why.
+// ride along in the same pipeline as the frozen product, and the output is written once.
+// docs/design/030-kernels-one-persistent-launch.md says why.
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "../dropout.hpp"
 #include "hopper.cuh"
@@ -13,32 +14,49 @@
 namespace alto::cuda {
 
 constexpr int kStages = 4;
-// A stage has six boxes of 64 x 64. Boxes by kind of item:
-//   base        0-1 128 tokens of the operand, 2-5 256 features of the weight
-//   down        0-1 128 tokens of the operand, 2-3 their next 64 features, 4-5 64 rank columns of the pool for each
-//   gradients   0-3 64 tokens by 256 features, 4 their S block
+// A stage has six boxes of 64 x 64. Boxes by kind of item, P its parts:
+//   base              0-1 128 tokens of the operand, 2-5 256 features of the weight
+//   down, P = 1       0-1 128 tokens of the operand, 2-3 their next 64 features, 4-5 the pool's columns for each
+//   down, P > 1       0-1 128 tokens of the operand, 2-... each part's pool columns
+//   gradients, P = 1  0-3 64 tokens by 256 features, 4     the part's S block
+//   gradients, P > 1  0-1 64 tokens by 128 features, 2-... each part's S block
 constexpr int kStageBytes = 6 * kBoxBytes;
 constexpr int kWeightBox = 2;
-constexpr int kPoolBox = 4;
-constexpr int kSavedBox = 4;
 constexpr int kStagingBytes = 4 * kBoxBytes;  // two boxes for each consumer warpgroup
 constexpr int kThreads = 384;
 
 constexpr int kItemSlots = 4;
 constexpr int kConsumerWarps = 8;
 
+__host__ __device__ constexpr int down_depth(int parts) { return parts == 1 ? 2 * kStepDepth : kStepDepth; }
+__host__ __device__ constexpr int pool_box(int parts) { return parts == 1 ? 4 : 2; }
+__host__ __device__ constexpr int gradient_boxes(int parts) { return parts == 1 ? 4 : 2; }  // of 64 features
+
+// Whether the low-rank part of dX is masked, and thus made before the frozen part. In forward it does not matter.
+__device__ __forceinline__ bool drops_in_backward(const LoraGemmArguments& arguments) {
+    return arguments.row_keys != nullptr;
+}
+
 // An item on its way from the producer to the consumers, who read it where it lies and not into registers.
 struct ItemSlot {
     Item item;
-    float* gradient;  // what a gradient item adds to; null: skip it, the adapter does not adapt this module
+    // What the parts of a gradient item go to; null where the adapter does not adapt the module.
+    float* gradients[kMaxParts];
 };
 
+// Whether any part of a gradient item has somewhere to go.
+__device__ __forceinline__ bool adds_anything(const ItemSlot& slot) {
+    bool found = false;
+    for (int part = 0; part < slot.item.part_count; ++part) found |= slot.gradients[part] != nullptr;
+    return found;
+}
+
 struct Control {
+    ItemSlot slots[kItemSlots];
     std::uint64_t full[kStages];
     std::uint64_t empty[kStages];
     std::uint64_t item_full[kItemSlots];
     std::uint64_t item_empty[kItemSlots];
-    ItemSlot slots[kItemSlots];
 };
 constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes + static_cast<int>(sizeof(Control)) + 1024;
 static_assert(kSharedBytes <= 227 * 1024);
@@ -68,18 +86,6 @@ struct SharedView {
     }
 };
 
-__device__ __forceinline__ Item load_item(const LoraGemmArguments& arguments, int pair, int block) {
-    constexpr int kWords = sizeof(Item) / sizeof(int4);
-    const int4* from = reinterpret_cast<const int4*>(arguments.items + pair * kClusterSize + block);
-    union {
-        int4 words[kWords];
-        Item item;
-    } result;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) result.words[i] = __ldg(from + i);
-    return result.item;
-}
-
 }  // namespace alto::cuda
 
 #include "lora_gemm_consumer.cuh"
@@ -87,9 +93,10 @@ __device__ __forceinline__ Item load_item(const LoraGemmArguments& arguments, in
 
 namespace alto::cuda {
 
-template <bool kBackward>
+template <Format format, bool kBackward>
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     lora_gemm_kernel(const __grid_constant__ LoraGemmArguments arguments) {
+    using Element = std::conditional_t<format == Format::kFloat16, __half, __nv_bfloat16>;
     extern __shared__ unsigned char shared_memory[];
     unsigned char* aligned = shared_memory + (1024 - (cute::cast_smem_ptr_to_uint(shared_memory) & 1023)) % 1024;
     const SharedView shared{aligned, aligned + kStages * kStageBytes,
@@ -111,15 +118,15 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
 
     const int block = static_cast<int>(cute::block_rank_in_cluster());
     const int cluster = blockIdx.x / kClusterSize;
-    const int first = arguments.item_offsets[cluster];
-    const int last = arguments.item_offsets[cluster + 1];
     const int warpgroup = threadIdx.x / 128;
     if (warpgroup == 2) {
         cutlass::arch::warpgroup_reg_dealloc<56>();
-        if (threadIdx.x == 2 * 128) produce<kBackward>(arguments, shared, first, last, block);
+        if (threadIdx.x == 2 * 128)
+            produce<kBackward>(arguments, shared, arguments.item_offsets[cluster], arguments.item_offsets[cluster + 1],
+                               block);
     } else {
         cutlass::arch::warpgroup_reg_alloc<224>();
-        consume<kBackward>(arguments, shared, warpgroup);
+        consume<Element, kBackward>(arguments, shared, warpgroup);
     }
 
     // No block leaves while its peer may still signal it; the last of all clears the counters for the next launch.
@@ -132,13 +139,36 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
     }
 }
 
-template <bool kBackward>
+template <Format format, bool backward>
 cudaError_t launch(const LoraGemmArguments& arguments, int clusters, cudaStream_t stream) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(lora_gemm_kernel<kBackward>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    const cudaError_t status = cudaFuncSetAttribute(lora_gemm_kernel<format, backward>,
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (status != cudaSuccess) return status;
-    lora_gemm_kernel<kBackward><<<clusters * kClusterSize, kThreads, kSharedBytes, stream>>>(arguments);
+    lora_gemm_kernel<format, backward><<<clusters * kClusterSize, kThreads, kSharedBytes, stream>>>(arguments);
     return cudaGetLastError();
+}
+
+template <Format format, bool backward>
+cudaError_t resident_clusters(int* clusters) {
+    cudaError_t status = cudaFuncSetAttribute(lora_gemm_kernel<format, backward>,
+                                              cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (status != cudaSuccess) return status;
+    int device = 0;
+    int processors = 0;
+    status = cudaGetDevice(&device);
+    if (status != cudaSuccess) return status;
+    status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (status != cudaSuccess) return status;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(processors / kClusterSize * kClusterSize));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = kSharedBytes;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {kClusterSize, 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    return cudaOccupancyMaxActiveClusters(clusters, lora_gemm_kernel<format, backward>, &config);
 }
 
 }  // namespace alto::cuda

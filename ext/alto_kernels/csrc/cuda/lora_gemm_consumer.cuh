@@ -4,7 +4,11 @@
 
 namespace alto::cuda {
 
-template <bool kBackward>
+// The accumulators of a thread, the same registers for items of all kinds: each kind's own would all stay alive, since
+// wgmma reads them before they are written.
+using Sum = float[128];
+
+template <typename Element, bool kBackward>
 struct Consumer {
     // The weight's tile has the output features along its contiguous index in backward, across it in forward.
     static constexpr Major kWeightMajor = kBackward ? Major::MN : Major::K;
@@ -31,14 +35,14 @@ struct Consumer {
             EmptyBarrier::arrive(&shared.control->empty[stage], static_cast<std::uint32_t>(thread), true);
     }
 
-    // sum += rows x weight, 64 deep, of two boxes of the stage.
-    template <Major major_rows, Major major_weight, int count>
-    __device__ __forceinline__ void multiply_boxes(std::uint32_t rows, std::uint32_t weight, float (&sum)[count],
+    // sum += rows x weight, 64 deep, of two boxes of the stage, for `count` accumulators from `first` on.
+    template <Major major_rows, Major major_weight, int first, int count, int size>
+    __device__ __forceinline__ void multiply_boxes(std::uint32_t rows, std::uint32_t weight, float (&sum)[size],
                                                    ScaleOut& keep) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            multiply<major_rows, major_weight>(operand<major_rows>(rows, i), operand<major_weight>(weight, i), sum,
-                                               keep);
+            multiply<Element, major_rows, major_weight, first, count>(operand<major_rows>(rows, i),
+                                                                      operand<major_weight>(weight, i), sum, keep);
             keep = ScaleOut::One;
         }
     }
@@ -52,41 +56,34 @@ struct Consumer {
         ring.advance();
     }
 
-    __device__ __forceinline__ void tile_step(float (&sum)[128], ScaleOut& keep) {
+    __device__ __forceinline__ void tile_step(Sum& sum, ScaleOut& keep) {
         fence_registers(sum);
         cute::warpgroup_arrive();
-        multiply_boxes<Major::K, kWeightMajor>(box(warpgroup), box(kWeightBox), sum, keep);
+        multiply_boxes<Major::K, kWeightMajor, 0, 128>(box(warpgroup), box(kWeightBox), sum, keep);
         commit_step();
         fence_registers(sum);
     }
 
-    template <int count>
-    __device__ __forceinline__ void finish(float (&sum)[count]) {
+    template <int size>
+    __device__ __forceinline__ void finish(float (&sum)[size]) {
         cute::warpgroup_wait<0>();
         fence_registers(sum);
         if (held >= 0) release(held);
         held = -1;
     }
 
-    // Zeroes, in two boxes of the stage that are this warpgroup's, the row of this thread where it is outside of the
-    // segment, and the elements that dropout drops. Set to zero, never multiplied: what is masked may be NaN. The first
-    // box holds `feature` and the 63 behind it, the second the next 64.
-    __device__ __forceinline__ void mask_boxes(int first_box, int second_box, bool inside, std::uint32_t row_bits,
-                                               std::int32_t threshold, int feature) {
-        mask_box(shared.box(ring.stage, first_box), inside, row_bits, threshold, feature);
-        mask_box(shared.box(ring.stage, second_box), inside, row_bits, threshold, feature + 64);
-        fence_async_shared();
-        warpgroup_barrier(warpgroup);
-    }
-
-    __device__ __forceinline__ void mask_box(unsigned char* box, bool inside, std::uint32_t row_bits,
-                                             std::int32_t threshold, int feature) {
+    // Zeroes, in a box of the stage that is this warpgroup's, the row of this thread where it is outside of the
+    // segment, and the elements that dropout drops. Set to zero, never multiplied: what is masked may be NaN. The box
+    // holds `feature` and the 63 behind it. masked() ends the masking of a stage.
+    __device__ __forceinline__ void mask_box(int box_index, bool inside, std::uint32_t row_bits, std::int32_t threshold,
+                                             int feature) {
+        unsigned char* box = shared.box(ring.stage, box_index);
         // Opaque, or the compiler would hash all features before the loop over steps and spill them.
         asm volatile("" : "+r"(feature));
         const int row = thread / 2;
         const bool drops = threshold != std::numeric_limits<std::int32_t>::min();
         if (!inside || drops) {
-#pragma unroll
+#pragma unroll 1
             for (int i = 0; i < 4; ++i) {
                 const int piece = thread % 2 * 4 + i;
                 uint4* at = reinterpret_cast<uint4*>(box + row * 128 + (piece ^ (row & 7)) * 16);
@@ -105,23 +102,13 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void extra_steps(const Item& item, float (&sum)[128], ScaleOut& keep) {
-#pragma unroll 1
-        for (int index = 0; index < item.extra_count; ++index) {
-            await_full();
-            tile_step(sum, keep);
-        }
-        finish(sum);
-        // The peer has more of them.
-        for (int index = item.extra_count; index < item.extra_steps; ++index) {
-            await_full();
-            release(ring.stage);
-            ring.advance();
-        }
+    __device__ __forceinline__ void masked() {
+        fence_async_shared();
+        warpgroup_barrier(warpgroup);
     }
 
     // The low-rank part of dX goes through the mask of the forward pass.
-    __device__ __forceinline__ void drop_low_rank(const Item& item, float (&sum)[128]) {
+    __device__ __forceinline__ void drop_low_rank(const Item& item, Sum& sum) {
         std::uint32_t row_bits[2] = {};
         std::int32_t threshold[2];
         float factor[2];
@@ -131,7 +118,7 @@ struct Consumer {
             const bool real = token < arguments.tokens;
             threshold[half] = real ? arguments.thresholds[token] : std::numeric_limits<std::int32_t>::min();
             factor[half] = real ? arguments.keep_factors[token] : 1.0f;
-            if (real) row_bits[half] = dropout_row(arguments.row_keys[token], arguments.module);
+            if (real) row_bits[half] = dropout_row(arguments.row_keys[token], arguments.modules[0].module);
         }
         const int first_feature = item.column + accumulator_column();
         // Rows and not features in the inner loop: the hash of a feature is used twice and not kept.
@@ -146,11 +133,60 @@ struct Consumer {
         }
     }
 
+    __device__ __forceinline__ void skip_step() {
+        await_full();
+        release(ring.stage);
+        ring.advance();
+    }
+
+    // Where the peer of the cluster has more extra steps, this block idles through them; first it gives back the stage
+    // that it holds, or both would wait for it once they have gone round the ring.
+    __device__ __forceinline__ void extra_steps(const Item& item, Sum& sum, ScaleOut& keep) {
+#pragma unroll 1
+        for (int m = 0; m < (kBackward ? arguments.module_count : 1); ++m) {
+#pragma unroll 1
+            for (int index = 0; index < item.extra_count; ++index) {
+                await_full();
+                tile_step(sum, keep);
+            }
+            if (item.extra_count == item.extra_steps) continue;
+            finish(sum);
+#pragma unroll 1
+            for (int index = item.extra_count; index < item.extra_steps; ++index) skip_step();
+        }
+    }
+
+    // With dropout, backward has the extra depth first: its product is masked before the frozen part is added.
+    __device__ __forceinline__ void base(const Item& item, Sum& sum) {
+        ScaleOut keep = ScaleOut::Zero;
+        const bool extra_first = drops_in_backward(arguments);
+        if (kBackward && extra_first) {
+            if (item.extra_count == 0) {
+#pragma unroll
+                for (int i = 0; i < 128; ++i) sum[i] = 0.0f;
+                keep = ScaleOut::One;
+            }
+            extra_steps(item, sum, keep);
+            finish(sum);
+            drop_low_rank(item, sum);
+        }
+#pragma unroll 1
+        for (int index = 0; index < item.steps; ++index) {
+            await_full();
+            tile_step(sum, keep);
+        }
+        if (!kBackward || !extra_first) extra_steps(item, sum, keep);
+        finish(sum);
+    }
+
     // Writes this warpgroup's 64 x 256 of the output, 64 columns at a time, through shared memory and TMA.
-    __device__ __forceinline__ void store_output(const Item& item, const float (&sum)[128]) {
+    __device__ __forceinline__ void store_output(const Item& item, const Sum& sum) {
+        const ModuleArguments& module = arguments.modules[kBackward ? 0 : item.module];
+        const CUtensorMap& output = kBackward ? arguments.input_grads : module.rows;
+        const int features = kBackward ? arguments.in_features : module.out_features;
+        const auto* bias = kBackward ? nullptr : static_cast<const Element*>(module.bias);
         const int lane = thread % 32;
         const int row = thread / 32 * 16 + lane % 8 + lane / 8 % 2 * 8;
-        const bool biased = !kBackward && arguments.bias != nullptr;
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
             unsigned char* staging = shared.staging + (warpgroup * 2 + quarter % 2) * kBoxBytes;
@@ -166,15 +202,14 @@ struct Consumer {
                     const int column_block = quarter * 8 + pair * 2 + i / 2;
                     const int index = column_block * 4 + i % 2 * 2;
                     float2 value{sum[index], sum[index + 1]};
-                    if (biased) {
+                    if (bias != nullptr) {
                         const int column = item.column + column_block * 8 + accumulator_column();
-                        if (column < arguments.out_features) {
-                            value.x += __bfloat162float(arguments.bias[column]);
-                            value.y += __bfloat162float(arguments.bias[column + 1]);
+                        if (column < features) {
+                            value.x += to_float(bias[column]);
+                            value.y += to_float(bias[column + 1]);
                         }
                     }
-                    const __nv_bfloat162 rounded = __float22bfloat162_rn(value);
-                    packed[i] = *reinterpret_cast<const std::uint32_t*>(&rounded);
+                    packed[i] = rounded_pair(value.x, value.y, Element{});
                 }
                 const int piece = pair * 2 + lane / 16;
                 store_matrices(row_address + static_cast<std::uint32_t>((piece ^ (row & 7)) * 16), packed[0], packed[1],
@@ -183,134 +218,169 @@ struct Consumer {
             fence_async_shared();
             warpgroup_barrier(warpgroup);
             const int column = item.column + quarter * 64;
-            if (thread == 0 && column < (kBackward ? arguments.in_features : arguments.out_features)) {
-                const int row_in_output = item.row + warpgroup * 64;
+            if (thread == 0 && column < features) {
                 if (kBackward && arguments.adds_to_output) {
-                    add_box(arguments.output, staging, column, row_in_output);
+                    add_box(output, staging, column, item.row + warpgroup * 64);
                 } else {
-                    store_box(arguments.output, staging, column, row_in_output);
+                    store_box(output, staging, column, item.row + warpgroup * 64);
                 }
             }
             if (thread == 0) cute::tma_store_arrive();
         }
     }
 
-    __device__ __forceinline__ void base(const Item& item, bool extra_first) {
-        float sum[128];
-        ScaleOut keep = ScaleOut::Zero;
-        if (extra_first) {
-            if (item.extra_count == 0) {
-#pragma unroll
-                for (int i = 0; i < 128; ++i) sum[i] = 0.0f;
-                keep = ScaleOut::One;
+    // S blocks from one pass over the operand.
+    template <int parts>
+    __device__ __forceinline__ void down(const Item& item, Sum& sum) {
+        const bool drops = !kBackward && (item.flags & kMasked) != 0;
+        std::uint32_t row_bits = 0;
+        std::int32_t threshold = std::numeric_limits<std::int32_t>::min();
+        if (drops) {
+            const int token = item.row + warpgroup * 64 + thread / 2;
+            if (token < arguments.tokens) {
+                row_bits = dropout_row(arguments.row_keys[token], arguments.modules[item.parts[0].module].module);
+                threshold = arguments.thresholds[token];
             }
-            extra_steps(item, sum, keep);
-            drop_low_rank(item, sum);
         }
-#pragma unroll 1
-        for (int index = 0; index < item.steps; ++index) {
-            await_full();
-            tile_step(sum, keep);
-        }
-        if (!extra_first) {
-            extra_steps(item, sum, keep);
-        } else {
-            finish(sum);
-        }
-        store_output(item, sum);
-    }
-
-    __device__ __forceinline__ void down(const Item& item) {
-        const int own_token = item.row + warpgroup * 64 + thread / 2;
-        const bool drops = !kBackward && item.threshold != std::numeric_limits<std::int32_t>::min();
-        const std::uint32_t row_bits =
-            drops && own_token < arguments.tokens ? dropout_row(arguments.row_keys[own_token], arguments.module) : 0;
-        const bool bad = arguments.slot_is_bad[item.slot] != 0;
-        float sum[32];
         ScaleOut keep = ScaleOut::Zero;
 #pragma unroll 1
         for (int index = 0; index < item.steps; ++index) {
             await_full();
-            if (drops) mask_boxes(warpgroup, 2 + warpgroup, true, row_bits, item.threshold, index * kDownDepth);
+            if (drops) {
+                const int feature = index * down_depth(parts);
+                mask_box(warpgroup, true, row_bits, threshold, feature);
+                if constexpr (parts == 1) mask_box(2 + warpgroup, true, row_bits, threshold, feature + 64);
+                masked();
+            }
             fence_registers(sum);
             cute::warpgroup_arrive();
-            multiply_boxes<Major::K, kWeightMajor>(box(warpgroup), box(kPoolBox), sum, keep);
-            multiply_boxes<Major::K, kWeightMajor>(box(2 + warpgroup), box(kPoolBox + 1), sum, keep);
+            multiply_boxes<Major::K, kWeightMajor, 0, 32 * parts>(box(warpgroup), box(pool_box(parts)), sum, keep);
+            if constexpr (parts == 1)
+                multiply_boxes<Major::K, kWeightMajor, 0, 32>(box(2 + warpgroup), box(pool_box(1) + 1), sum, keep);
             commit_step();
             fence_registers(sum);
         }
         finish(sum);
-        if (item.valid == 0) return;
+    }
 
-        const float factor = item.scale * (kBackward ? 1.0f : item.keep_factor);
-        const int columns = item.rank - item.chunk;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = warpgroup * 64 + accumulator_row() + half * 8;
-            const int token = item.row + row;
-            const bool inside = token >= item.start && token < item.stop;
-            __nv_bfloat16* to = arguments.block_data + static_cast<std::int64_t>(item.s_row + row) * kStepDepth;
-#pragma unroll
-            for (int block = 0; block < 8; ++block) {
-                const int column = block * 8 + accumulator_column();
-                float2 value{sum[block * 4 + half * 2] * factor, sum[block * 4 + half * 2 + 1] * factor};
-                if (bad) value.x = value.y = __int_as_float(0x7FC00000);
-                if (!inside || column >= columns) value.x = 0.0f;
-                if (!inside || column + 1 >= columns) value.y = 0.0f;
-                *reinterpret_cast<__nv_bfloat162*>(to + column) = __float22bfloat162_rn(value);
-            }
+    // One bit for each 16 columns of the parts: whether their owner's weights are not finite. Asked before the
+    // products, so that nobody waits for the answer after them; the owners are then in the L1 cache too.
+    __device__ __forceinline__ std::uint32_t bad_owners(const Item& item) const {
+        const int lane = thread % 32;
+        bool bad = false;
+        if (lane < item.part_count * kGranules && item.parts[lane / kGranules].detail >= 0) {
+            const Owner* owner = arguments.owners + item.parts[lane / kGranules].detail * kGranules + lane % kGranules;
+            bad = owner->start < owner->stop && arguments.slot_is_bad[owner->slot] != 0;
         }
-        // The block is read by TMA in other blocks: order these stores before it, then count this half as done.
+        return __ballot_sync(0xFFFFFFFFu, bad);
+    }
+
+    __device__ __forceinline__ void write_blocks(const Item& item, std::uint32_t bad, const Sum& sum) {
+        int written = 0;
+#pragma unroll
+        for (int part = 0; part < kMaxParts; ++part) {
+            if (part >= item.part_count || item.parts[part].detail < 0) continue;
+            write_block(item, item.parts[part], bad >> (part * kGranules), part * 32, sum);
+            ++written;
+        }
+        // The blocks are read by TMA in other thread blocks: order these stores before it, then count them as done.
         fence_async_proxy();
         __threadfence();
         warpgroup_barrier(warpgroup);
-        if (thread == 0) {
-            add_release(arguments.ready + item.row / kTileRows, 1);
-            add_release(arguments.ready + arguments.tiles, 1);
+        if (thread == 0 && written > 0) {
+            add_release(arguments.ready + item.row / kTileRows, written);
+            add_release(arguments.ready + arguments.tiles, written);
         }
     }
 
-    // Adds this warpgroup's product, 64 features by 64 rank columns, to the gradient.
-    __device__ __forceinline__ void add_gradient(const Item& item, float* gradient, int first_feature,
-                                                 const float (&sum)[32]) {
+    // Writes this warpgroup's rows of an S block: each owner's columns for its own tokens, zero elsewhere.
+    __device__ __forceinline__ void write_block(const Item& item, const Part& part, std::uint32_t bad_owners,
+                                                const int first, const Sum& sum) {
+        auto* const data = static_cast<Element*>(arguments.modules[part.module].block_data);
+        const int row = warpgroup * 64 + accumulator_row();
+        Element* to = data + static_cast<std::int64_t>(part.s_row + row) * kStepDepth + accumulator_column();
+#pragma unroll
+        for (int granule = 0; granule < kGranules; ++granule) {
+            const Owner owner = arguments.owners[part.detail * kGranules + granule];
+            const float factor = owner.scale * (kBackward ? 1.0f : owner.keep_factor);
+            const bool bad = (bad_owners >> granule & 1) != 0;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int token = item.row + row + half * 8;
+                const bool inside = token >= owner.start && token < owner.stop;
+#pragma unroll
+                for (int block = 0; block < 2; ++block) {
+                    const int column = block * 8 + accumulator_column();
+                    const int at = first + (granule * 2 + block) * 4 + half * 2;
+                    float2 value{sum[at] * factor, sum[at + 1] * factor};
+                    if (bad) value.x = value.y = __int_as_float(0x7FC00000);
+                    if (!inside || column >= owner.columns) value.x = 0.0f;
+                    if (!inside || column + 1 >= owner.columns) value.y = 0.0f;
+                    *reinterpret_cast<std::uint32_t*>(to + half * 8 * kStepDepth + granule * kGranule + block * 8) =
+                        rounded_pair(value.x, value.y, Element{});
+                }
+            }
+        }
+    }
+
+    // Adds (or writes) a product of 64 features by 64 columns of an S block to the gradient: the segment's columns.
+    template <int size>
+    __device__ __forceinline__ void add_gradient(const Item& item, const Part& part, float* gradient, int first_feature,
+                                                 const int first, const float (&sum)[size]) {
         const bool of_a = item.kind == Kind::kGradA;
-        const int features = of_a ? arguments.in_features : arguments.out_features;
+        const int features = of_a ? arguments.in_features : arguments.modules[part.module].out_features;
         const float factor = of_a ? item.keep_factor : 1.0f;
-        const int columns = item.rank - item.chunk - accumulator_column();
+        const int columns = item.rank - part.detail;
+        int column = accumulator_column() - part.column;  // among the segment's, of this part
         const int feature = first_feature + accumulator_row();
         const std::int64_t row_stride = of_a ? 1 : item.rank;
         const std::int64_t column_stride = of_a ? features : 1;
-        float* at = gradient + feature * row_stride + (item.chunk + accumulator_column()) * column_stride;
+        float* at = gradient + feature * row_stride + (part.detail + column) * column_stride;
         const bool paired = !of_a && item.rank % 2 == 0 && reinterpret_cast<std::uintptr_t>(gradient) % 8 == 0;
+        const bool fresh = (item.flags & kFresh) != 0;
 #pragma unroll
         for (int block = 0; block < 8; ++block) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float first = sum[block * 4 + half * 2] * factor;
-                const float second = sum[block * 4 + half * 2 + 1] * factor;
+                const float one = sum[first + block * 4 + half * 2] * factor;
+                const float two = sum[first + block * 4 + half * 2 + 1] * factor;
                 float* const here = at + half * 8 * row_stride;
-                if (feature + half * 8 < features && block * 8 < columns) {
+                if (feature + half * 8 < features && column >= 0 && column < columns) {
                     if (paired) {
-                        add_to(here, first, second);
+                        if (fresh) {
+                            *reinterpret_cast<float2*>(here) = float2{one, two};
+                        } else {
+                            add_to(here, one, two);
+                        }
                     } else {
-                        add_to(here, first);
-                        if (block * 8 + 1 < columns) add_to(here + column_stride, second);
+                        const bool both = column + 1 < columns;
+                        if (fresh) {
+                            *here = one;
+                            if (both) here[column_stride] = two;
+                        } else {
+                            add_to(here, one);
+                            if (both) add_to(here + column_stride, two);
+                        }
                     }
                 }
             }
             // Opaque: one address at a time, not all of them in registers.
+            column += 8;
             at += 8 * column_stride;
-            asm volatile("" : "+l"(at));
+            asm volatile("" : "+l"(at), "+r"(column));
         }
     }
 
-    __device__ __forceinline__ void gradient(const Item& item, float* gradient) {
-        const bool of_a = item.kind == Kind::kGradA;
-        const std::int32_t threshold = of_a ? item.threshold : std::numeric_limits<std::int32_t>::min();
+    template <int parts>
+    __device__ __forceinline__ void gradient(const ItemSlot& slot, Sum& sum) {
+        constexpr int kOwnBoxes = gradient_boxes(parts) / 2;
+        const Item& item = slot.item;
+        const std::int32_t threshold =
+            item.kind == Kind::kGradA ? item.threshold : std::numeric_limits<std::int32_t>::min();
         const bool drops = threshold != std::numeric_limits<std::int32_t>::min();
-        const int feature = item.column + warpgroup * 128;
-        float first_sum[32];
-        float second_sum[32];
+        const int feature = item.column + warpgroup * kOwnBoxes * 64;
+        [[maybe_unused]] float first[32] = {};
+        [[maybe_unused]] float second[32] = {};
         ScaleOut keep = ScaleOut::Zero;
 #pragma unroll 1
         for (int index = 0; index < item.steps; ++index) {
@@ -320,44 +390,86 @@ struct Consumer {
                 const int own_token = token + thread / 2;
                 const bool inside = own_token >= item.start && own_token < item.stop;
                 const std::uint32_t row_bits =
-                    drops && inside ? dropout_row(arguments.row_keys[own_token], arguments.module) : 0;
-                mask_boxes(2 * warpgroup, 2 * warpgroup + 1, inside, row_bits, threshold, feature);
+                    drops && inside
+                        ? dropout_row(arguments.row_keys[own_token], arguments.modules[item.parts[0].module].module)
+                        : 0;
+#pragma unroll
+                for (int own = 0; own < kOwnBoxes; ++own)
+                    mask_box(warpgroup * kOwnBoxes + own, inside, row_bits, threshold, feature + own * 64);
+                masked();
             }
-            fence_registers(first_sum);
-            fence_registers(second_sum);
-            cute::warpgroup_arrive();
-            ScaleOut keep_second = keep;
-            multiply_boxes<Major::MN, Major::MN>(box(2 * warpgroup), box(kSavedBox), first_sum, keep);
-            multiply_boxes<Major::MN, Major::MN>(box(2 * warpgroup + 1), box(kSavedBox), second_sum, keep_second);
-            commit_step();
-            fence_registers(first_sum);
-            fence_registers(second_sum);
+            if constexpr (parts == 1) {
+                // Accumulators of their own, set to zero: two chains within the shared ones make ptxas wait for each.
+                fence_registers(first);
+                fence_registers(second);
+                cute::warpgroup_arrive();
+                ScaleOut keep_second = keep;
+                multiply_boxes<Major::MN, Major::MN, 0, 32>(box(2 * warpgroup), box(4), first, keep);
+                multiply_boxes<Major::MN, Major::MN, 0, 32>(box(2 * warpgroup + 1), box(4), second, keep_second);
+                commit_step();
+                fence_registers(first);
+                fence_registers(second);
+            } else {
+                fence_registers(sum);
+                cute::warpgroup_arrive();
+                multiply_boxes<Major::MN, Major::MN, 0, 32 * parts>(box(warpgroup), box(2), sum, keep);
+                commit_step();
+                fence_registers(sum);
+            }
         }
-        finish(first_sum);
-        fence_registers(second_sum);
-        add_gradient(item, gradient, feature, first_sum);
-        add_gradient(item, gradient, feature + 64, second_sum);
+        if constexpr (parts == 1) {
+            finish(first);
+            fence_registers(second);
+            float* const gradient = slot.gradients[0];
+            add_gradient(item, item.parts[0], gradient, feature, 0, first);
+            add_gradient(item, item.parts[0], gradient, feature + 64, 0, second);
+        } else {
+            finish(sum);
+        }
+    }
+
+    // Of parts that were made together.
+    __device__ __forceinline__ void add_gradients(const ItemSlot& slot, const Sum& sum) {
+#pragma unroll
+        for (int part = 0; part < kMaxParts; ++part)
+            if (part < slot.item.part_count && slot.gradients[part] != nullptr)
+                add_gradient(slot.item, slot.item.parts[part], slot.gradients[part], slot.item.column + warpgroup * 64,
+                             part * 32, sum);
+    }
+
+    __device__ __forceinline__ void work(const ItemSlot& slot, Sum& sum) {
+        const Item& item = slot.item;
+        if (item.kind == Kind::kBase) {
+            base(item, sum);
+            store_output(item, sum);
+        } else if (item.kind == Kind::kDown) {
+            const std::uint32_t bad = bad_owners(item);
+            if (item.part_count == 1) down<1>(item, sum);
+            if (item.part_count == 2) down<2>(item, sum);
+            if (item.part_count == 3) down<3>(item, sum);
+            if (item.part_count == 4) down<4>(item, sum);
+            write_blocks(item, bad, sum);
+        } else if (kBackward && adds_anything(slot)) {
+            if (item.part_count == 1) gradient<1>(slot, sum);
+            if (item.part_count == 2) gradient<2>(slot, sum);
+            if (item.part_count == 3) gradient<3>(slot, sum);
+            if (item.part_count == 4) gradient<4>(slot, sum);
+            if (item.part_count > 1) add_gradients(slot, sum);
+        }
     }
 };
 
-template <bool kBackward>
+template <typename Element, bool kBackward>
 __device__ void consume(const LoraGemmArguments& arguments, const SharedView& shared, int warpgroup) {
-    Consumer<kBackward> consumer{arguments, shared, warpgroup, static_cast<int>(threadIdx.x % 128)};
-    const bool extra_first = kBackward && arguments.row_keys != nullptr;
+    Consumer<Element, kBackward> consumer{arguments, shared, warpgroup, static_cast<int>(threadIdx.x % 128)};
     Ring<kItemSlots> items{};
+    Sum sum;
 #pragma unroll 1
     for (;;) {
         EmptyBarrier::wait(&shared.control->item_full[items.stage], items.phase);
         const ItemSlot& slot = shared.control->slots[items.stage];
-        const Kind kind = slot.item.kind;
-        if (kind == Kind::kEnd) break;
-        if (kind == Kind::kBase) {
-            consumer.base(slot.item, extra_first);
-        } else if (kind == Kind::kDown) {
-            consumer.down(slot.item);
-        } else if (kBackward && slot.gradient != nullptr) {
-            consumer.gradient(slot.item, slot.gradient);
-        }
+        if (slot.item.kind == Kind::kEnd) break;
+        consumer.work(slot, sum);
         __syncwarp();
         if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared.control->item_empty[items.stage]);
         items.advance();

@@ -3,10 +3,20 @@
 
 namespace alto::cuda {
 
-cudaError_t launch_forward(const LoraGemmArguments&, int, cudaStream_t) { return cudaErrorNoKernelImageForDevice; }
+template <Format format, bool backward>
+cudaError_t launch(const LoraGemmArguments&, int, cudaStream_t) {
+    return cudaErrorNoKernelImageForDevice;
+}
 
-cudaError_t launch_backward(const LoraGemmArguments&, int, cudaStream_t) { return cudaErrorNoKernelImageForDevice; }
+template <Format format, bool backward>
+cudaError_t resident_clusters(int*) {
+    return cudaErrorNoKernelImageForDevice;
+}
 
-cudaError_t resident_clusters(int*) { return cudaErrorNoKernelImageForDevice; }
+template cudaError_t launch<Format::kBfloat16, false>(const LoraGemmArguments&, int, cudaStream_t);
+template cudaError_t launch<Format::kBfloat16, true>(const LoraGemmArguments&, int, cudaStream_t);
+template cudaError_t launch<Format::kFloat16, false>(const LoraGemmArguments&, int, cudaStream_t);
+template cudaError_t launch<Format::kFloat16, true>(const LoraGemmArguments&, int, cudaStream_t);
+template cudaError_t resident_clusters<Format::kBfloat16, true>(int*);
 
 }  // namespace alto::cuda

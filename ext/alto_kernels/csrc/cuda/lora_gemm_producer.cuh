@@ -12,26 +12,42 @@ struct Producer {
     Ring<kItemSlots> items{};
     bool all_ready = false;
 
-    // Hands an item to the consumers; returns where it lies, which stays as it is until the next call but three.
-    __device__ __forceinline__ const ItemSlot& hand_over(const Item& item) {
-        float* gradient = nullptr;
-        if (item.kind == Kind::kGradA) gradient = arguments.slots[item.slot].grad_a;
-        if (item.kind == Kind::kGradB) gradient = arguments.slots[item.slot].grad_b;
+    // Starts to copy an item to the slot that is next, or puts the end there.
+    __device__ __forceinline__ void fetch(int pair, int last) {
         EmptyBarrier::wait(&shared.control->item_empty[items.stage], items.phase ^ 1);
+        Item* to = &shared.control->slots[items.stage].item;
+        if (pair < last) {
+            const auto* from = reinterpret_cast<const int4*>(arguments.items + pair * kClusterSize + block);
+#pragma unroll
+            for (int i = 0; i < static_cast<int>(sizeof(Item) / sizeof(int4)); ++i)
+                copy_async(reinterpret_cast<int4*>(to) + i, from + i);
+        } else {
+            to->kind = Kind::kEnd;
+        }
+    }
+
+    // Hands the fetched item to the consumers; returns where it lies, which stays as it is until the fetch after next.
+    __device__ __forceinline__ const ItemSlot& hand_over() {
+        await_copies();
         ItemSlot& slot = shared.control->slots[items.stage];
-        slot.item = item;
-        slot.gradient = gradient;
+        const Item& item = slot.item;
+        if (kBackward && (item.kind == Kind::kGradA || item.kind == Kind::kGradB)) {
+            for (int part = 0; part < item.part_count; ++part) {
+                const SlotPointers* pointers = arguments.modules[item.parts[part].module].slots + item.slot;
+                slot.gradients[part] = item.kind == Kind::kGradA ? pointers->grad_a : pointers->grad_b;
+            }
+        }
         EmptyBarrier::arrive(&shared.control->item_full[items.stage]);
         items.advance();
         return slot;
     }
 
-    // Waits until both blocks' consumers are done with the stage, then announces `bytes`; returns the barrier to fill.
-    __device__ __forceinline__ std::uint64_t* open(std::uint32_t bytes) {
+    // Waits until both blocks' consumers are done with the stage, then announces so many boxes; returns the barrier.
+    __device__ __forceinline__ std::uint64_t* open(int boxes) {
         EmptyBarrier::wait(&shared.control->empty[ring.stage], ring.phase ^ 1);
         std::uint64_t* barrier = &shared.control->full[ring.stage];
-        if (bytes != 0) {
-            FullBarrier::arrive_and_expect_tx(barrier, bytes);
+        if (boxes != 0) {
+            FullBarrier::arrive_and_expect_tx(barrier, static_cast<std::uint32_t>(boxes) * kBoxBytes);
         } else {
             FullBarrier::arrive(barrier);
         }
@@ -41,47 +57,61 @@ struct Producer {
     __device__ __forceinline__ void load(const CUtensorMap& map, std::uint64_t* barrier, int box, int column, int row) {
         load_box(map, barrier, shared.box(ring.stage, box), column, row);
     }
+    __device__ __forceinline__ void load_for_both(const CUtensorMap& map, std::uint64_t* barrier, int box, int column,
+                                                  int row) {
+        load_box_for_both(map, barrier, shared.box(ring.stage, box), column, row);
+    }
 
-    // Returns once the S blocks of the tile at token `row` (of all tiles: row < 0) are written.
+    // Returns once the S blocks of the tile with token `row`, which must exist, are written.
     __device__ __forceinline__ void await_blocks(int row) {
         if (all_ready) return;
         const int total = arguments.tiles;
-        const int tile = row < 0 ? total : row / kTileRows;
-        if (tile < total || row < 0) {
-            while (load_acquire(arguments.ready + tile) < arguments.ready_target[tile]) __nanosleep(64);
-        }
-        all_ready = row < 0 || load_acquire(arguments.ready + total) >= arguments.ready_target[total];
+        const int tile = row / kTileRows;
+        while (load_acquire(arguments.ready + tile) < arguments.ready_target[tile] * arguments.module_count)
+            __nanosleep(64);
+        all_ready = load_acquire(arguments.ready + total) >= arguments.ready_target[total] * arguments.module_count;
         fence_async_proxy();
     }
 
-    __device__ __forceinline__ void base_step(const Item& item, int step) {
-        std::uint64_t* barrier = open(kStageBytes);
-        const int depth = step * kStepDepth;
-        load(arguments.operand, barrier, 0, depth, item.row);
-        load(arguments.operand, barrier, 1, depth, item.row + 64);
+    // 256 features of a weight or pool for both blocks of the cluster, of which this block loads its half.
+    __device__ __forceinline__ void load_weight(const CUtensorMap& map, std::uint64_t* barrier, int feature,
+                                                int depth) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int box = 2 * block + half;
-            const int feature = item.column + box * 64;
-            load_box_for_both(arguments.weight, barrier, shared.box(ring.stage, kWeightBox + box),
-                              kBackward ? feature : depth, kBackward ? depth : feature);
+            const int at = feature + box * 64;
+            load_for_both(map, barrier, kWeightBox + box, kBackward ? at : depth, kBackward ? depth : at);
         }
-        ring.advance();
     }
 
-    __device__ __forceinline__ void extra_steps(const Item& item) {
-        if (item.extra_count > 0) await_blocks(item.row);
+    __device__ __forceinline__ void base_steps(const Item& item, const CUtensorMap& operand, const CUtensorMap& weight,
+                                               int steps) {
+        for (int step = 0; step < steps; ++step) {
+            std::uint64_t* barrier = open(6);
+            const int depth = step * kStepDepth;
+            load(operand, barrier, 0, depth, item.row);
+            load(operand, barrier, 1, depth, item.row + 64);
+            load_weight(weight, barrier, item.column, depth);
+            ring.advance();
+        }
+    }
+
+    __device__ __forceinline__ void extra_steps(const Item& item, const ModuleArguments& module) {
         for (int step = 0; step < item.extra_steps; ++step) {
             if (step < item.extra_count) {
                 const Extra extra = arguments.extras[item.extra_begin + step];
-                std::uint64_t* barrier = open(kStageBytes);
-                load(arguments.blocks, barrier, 0, 0, extra.s_row);
-                load(arguments.blocks, barrier, 1, 0, extra.s_row + 64);
+                std::uint64_t* barrier = open(6);
+                load(module.blocks, barrier, 0, 0, extra.s_row);
+                load(module.blocks, barrier, 1, 0, extra.s_row + 64);
+                if (item.flags & kShared) {
+                    load_weight(module.up_pool, barrier, item.column, extra.pool_column);
+                } else {
 #pragma unroll
-                for (int box = 0; box < 4; ++box) {
-                    const int feature = item.column + box * 64;
-                    load(arguments.up_pool, barrier, kWeightBox + box, kBackward ? feature : extra.pool_column,
-                         kBackward ? extra.pool_column : feature);
+                    for (int box = 0; box < 4; ++box) {
+                        const int feature = item.column + box * 64;
+                        load(module.up_pool, barrier, kWeightBox + box, kBackward ? feature : extra.pool_column,
+                             kBackward ? extra.pool_column : feature);
+                    }
                 }
             } else {
                 open(0);
@@ -90,32 +120,86 @@ struct Producer {
         }
     }
 
+    __device__ __forceinline__ void all_extra_steps(const Item& item) {
+        if (item.extra_count > 0) await_blocks(item.row);
+        const int first = kBackward ? 0 : item.module;
+        const int last = kBackward ? arguments.module_count : item.module + 1;
+        for (int m = first; m < last; ++m) extra_steps(item, arguments.modules[m]);
+    }
+
+    // Forward: a tile of one module's output. Backward: of dX, whose contraction runs through all modules.
+    __device__ __forceinline__ void base(const Item& item) {
+        if constexpr (kBackward) {
+            const bool extra_first = drops_in_backward(arguments);
+            if (extra_first) all_extra_steps(item);
+            for (int m = 0; m < arguments.module_count; ++m) {
+                const ModuleArguments& module = arguments.modules[m];
+                base_steps(item, module.rows, module.weight, (module.out_features + kStepDepth - 1) / kStepDepth);
+            }
+            if (!extra_first) all_extra_steps(item);
+        } else {
+            base_steps(item, arguments.input, arguments.modules[item.module].weight, item.steps);
+            all_extra_steps(item);
+        }
+    }
+
+    __device__ __forceinline__ void load_pool(const Item& item, const Part& part, std::uint64_t* barrier, int box,
+                                              int depth, bool for_both) {
+        const CUtensorMap& map = arguments.modules[part.module].down_pool;
+        const int column = kBackward ? part.column : depth;
+        const int row = kBackward ? depth : part.column;
+        if (for_both) {
+            load_for_both(map, barrier, box, column, row);
+        } else {
+            load(map, barrier, box, column, row);
+        }
+    }
+
     __device__ __forceinline__ void down(const Item& item) {
+        const CUtensorMap& operand = kBackward ? arguments.modules[item.parts[0].module].rows : arguments.input;
+        const int parts = item.part_count;
+        const bool for_both = (item.flags & kShared) != 0;
+        int boxes = 2;
+        for (int part = 0; part < parts; ++part) boxes += item.parts[part].detail >= 0 ? 1 : 0;
+        if (parts == 1) boxes *= 2;
         for (int step = 0; step < item.steps; ++step) {
-            std::uint64_t* barrier = open(kStageBytes);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int depth = step * kDownDepth + half * 64;
-                load(arguments.operand, barrier, 2 * half, depth, item.row);
-                load(arguments.operand, barrier, 2 * half + 1, depth, item.row + 64);
-                load(arguments.down_pool, barrier, kPoolBox + half, kBackward ? item.column : depth,
-                     kBackward ? depth : item.column);
+            std::uint64_t* barrier = open(boxes);
+            const int depth = step * down_depth(parts);
+            load(operand, barrier, 0, depth, item.row);
+            load(operand, barrier, 1, depth, item.row + 64);
+            if (parts == 1) {
+                load(operand, barrier, 2, depth + 64, item.row);
+                load(operand, barrier, 3, depth + 64, item.row + 64);
+                if (item.parts[0].detail >= 0) {
+                    for (int half = 0; half < 2; ++half)
+                        if (!for_both || half == block)
+                            load_pool(item, item.parts[0], barrier, pool_box(1) + half, depth + half * 64, for_both);
+                }
+            } else {
+                for (int part = 0; part < parts; ++part)
+                    if (item.parts[part].detail >= 0 && (!for_both || ((part + step) & 1) == block))
+                        load_pool(item, item.parts[part], barrier, pool_box(parts) + part, depth, for_both);
             }
             ring.advance();
         }
     }
 
+    // The S blocks are the same for both blocks of the cluster, which take turns to load them.
     __device__ __forceinline__ void gradient(const Item& item) {
         const bool of_a = item.kind == Kind::kGradA;
-        if (of_a) await_blocks(-1);
-        const CUtensorMap& rows = of_a ? arguments.input : arguments.operand;
-        const CUtensorMap& blocks = of_a ? arguments.blocks : arguments.saved;
+        const CUtensorMap& rows = of_a ? arguments.input : arguments.modules[item.parts[0].module].rows;
+        const int boxes = gradient_boxes(item.part_count);
         for (int step = 0; step < item.steps; ++step) {
-            std::uint64_t* barrier = open(5 * kBoxBytes);
             const int token = item.row + step * 64;
-#pragma unroll
-            for (int box = 0; box < 4; ++box) load(rows, barrier, box, item.column + box * 64, token);
-            load(blocks, barrier, kSavedBox, 0, item.s_row + step * 64);
+            if (of_a) await_blocks(token);
+            std::uint64_t* barrier = open(boxes + item.part_count);
+            for (int box = 0; box < boxes; ++box) load(rows, barrier, box, item.column + box * 64, token);
+            for (int part = 0; part < item.part_count; ++part) {
+                if (((part + step) & 1) != block) continue;
+                const ModuleArguments& module = arguments.modules[item.parts[part].module];
+                load_for_both(of_a ? module.blocks : module.saved, barrier, boxes + part, 0,
+                              item.parts[part].s_row + step * 64);
+            }
             ring.advance();
         }
     }
@@ -124,27 +208,21 @@ struct Producer {
 template <bool kBackward>
 __device__ void produce(const LoraGemmArguments& arguments, const SharedView& shared, int first, int last, int block) {
     Producer<kBackward> producer{arguments, shared, block};
-    const bool extra_first = kBackward && arguments.row_keys != nullptr;
-    // The next item is read ahead: its latency passes behind the current one.
-    Item next{};
-    next.kind = Kind::kEnd;
-    if (first < last) next = load_item(arguments, first, block);
+    // The next item is fetched ahead: its latency passes behind the current one.
+    producer.fetch(first, last);
     for (int pair = first; pair < last; ++pair) {
-        const ItemSlot& slot = producer.hand_over(next);
+        const ItemSlot& slot = producer.hand_over();
         const Item& item = slot.item;
-        next.kind = Kind::kEnd;
-        if (pair + 1 < last) next = load_item(arguments, pair + 1, block);
+        producer.fetch(pair + 1, last);
         if (item.kind == Kind::kBase) {
-            if (extra_first) producer.extra_steps(item);
-            for (int step = 0; step < item.steps; ++step) producer.base_step(item, step);
-            if (!extra_first) producer.extra_steps(item);
+            producer.base(item);
         } else if (item.kind == Kind::kDown) {
             producer.down(item);
-        } else if (kBackward && slot.gradient != nullptr) {
+        } else if (kBackward && adds_anything(slot)) {
             producer.gradient(item);
         }
     }
-    producer.hand_over(next);
+    producer.hand_over();
 }
 
 }  // namespace alto::cuda

@@ -1,19 +1,23 @@
 #include "schedule.hpp"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
-#include <list>
+#include <queue>
 #include <utility>
 
 namespace alto::cuda {
 namespace {
 
-// Simulated costs in base steps (128 x 256 x 64 on one multiprocessor), from runs on an H100: there the L2 cache's
-// bandwidth is the common limit, so a step costs what it loads.
-constexpr double kDownStep = 1.25;
-constexpr double kGradStep = 1.05;
-constexpr double kMaskCost = 1.5;  // of dropout, for each step
-constexpr double kItemCost = 2.0;
+// Simulated costs in base steps (128 x 256 x 64 on one multiprocessor, 0.65 us), from the timeline of an H100: a step
+// costs its arithmetic, or what it loads from the L2 cache where that is more.
+constexpr double kBoxCost = 0.21;          // of loading 64 x 64
+constexpr double kGradientBoxCost = 0.26;  // the same among gradients, whose rows seldom are in the L2 cache
+constexpr double kMaskCost = 0.75;         // of dropout, for each 64 x 64 that a warpgroup masks
+constexpr double kMaskTileCost = 4.0;      // the same for the low-rank part of a tile of dX
+constexpr double kItemCost = 4.0;          // of an output tile or S block, around its steps
+constexpr double kGradientItemCost = 1.0;
+constexpr double kGradientColumnCost = 0.17;  // of writing a rank column of the item's features
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -22,211 +26,312 @@ struct Pair {
     double cost;
 };
 
-void fill_segment(Item& item, const Segment& segment, int chunk) {
-    item.slot = segment.slot;
-    item.chunk = chunk;
-    item.start = segment.start;
-    item.stop = segment.stop;
-    item.rank = segment.rank;
-    item.threshold = segment.threshold;
-    item.scale = segment.scale;
-    item.keep_factor = segment.keep_factor;
+// The size of groups of at most `limit` parts, as even as can be.
+int group_size(int parts, int limit) { return parts == 0 ? 1 : ceil_div(parts, ceil_div(parts, limit)); }
+
+std::vector<Part> down_parts(const TickLayout& layout, int tile, int first_module, int last_module) {
+    std::vector<Part> parts;
+    if (tile >= layout.tiles) return parts;
+    for (const auto& block : layout.blocks[static_cast<std::size_t>(tile)])
+        for (int module = first_module; module < last_module; ++module)
+            parts.push_back(
+                {block.s_row, layout.window_columns[static_cast<std::size_t>(block.window)], module, block.window});
+    return parts;
 }
 
-std::vector<Pair> down_pairs(const TickLayout& layout, const LaunchShape& shape) {
-    std::vector<Pair> pairs;
-    const int steps = ceil_div(shape.contraction, kDownDepth);
-    const bool masked = shape.drops && shape.grad_b_features == 0;
-    for (std::size_t first = 0; first < layout.downs.size(); first += kClusterSize) {
+// The S blocks of two tiles for modules [first_module, last_module), which are read from the same operand.
+void add_down_pairs(const TickLayout& layout, const LaunchShape& shape, int limit, int row_pair, int first_module,
+                    int last_module, std::vector<Pair>& pairs) {
+    const int contraction =
+        shape.backward ? shape.out_features[static_cast<std::size_t>(first_module)] : shape.in_features;
+    std::vector<Part> lists[kClusterSize];
+    bool masked = false;
+    int longest = 0;
+    for (int block = 0; block < kClusterSize; ++block) {
+        const int tile = row_pair * kClusterSize + block;
+        lists[block] = down_parts(layout, tile, first_module, last_module);
+        longest = std::max(longest, static_cast<int>(lists[block].size()));
+        masked |= !shape.backward && tile < layout.tiles && layout.drops[static_cast<std::size_t>(tile)];
+    }
+    const int size = group_size(longest, limit);
+    for (int first = 0; first < longest; first += size) {
+        const int count = std::min(size, longest - first);
+        bool shared = true;
+        for (int i = first; i < first + count; ++i) {
+            const auto at = static_cast<std::size_t>(i);
+            shared &= at < lists[0].size() && at < lists[1].size() && lists[0][at].detail == lists[1][at].detail;
+        }
         Pair pair{};
-        pair.cost = steps * (kDownStep + (masked ? kMaskCost : 0.0)) + kItemCost;
-        for (std::size_t block = 0; block < kClusterSize; ++block) {
-            const bool valid = first + block < layout.downs.size();
-            const auto& down = layout.downs[valid ? first + block : first];
+        for (int block = 0; block < kClusterSize; ++block) {
             Item& item = pair.items[block];
             item.kind = Kind::kDown;
-            item.row = down.tile * kTileRows;
-            item.column = layout.segments[static_cast<std::size_t>(down.segment)].pool_column + down.chunk;
-            item.steps = steps;
-            item.s_row = down.s_row;
-            item.valid = valid ? 1 : 0;
-            fill_segment(item, layout.segments[static_cast<std::size_t>(down.segment)], down.chunk);
+            item.flags = (shared ? kShared : 0) | (masked ? kMasked : 0);
+            item.row = (row_pair * kClusterSize + block) * kTileRows;
+            item.part_count = count;
+            item.steps = ceil_div(contraction, count == 1 ? 2 * kStepDepth : kStepDepth);
+            for (int i = 0; i < count; ++i) {
+                const auto at = static_cast<std::size_t>(first + i);
+                item.parts[i] = at < lists[block].size() ? lists[block][at] : Part{0, 0, first_module, -1};
+            }
         }
+        const double boxes = 2.0 + (shared ? 0.5 : 1.0) * count;
+        const double step = std::max(0.25 * count, kBoxCost * boxes) + (masked ? kMaskCost : 0.0);
+        pair.cost = ceil_div(contraction, kStepDepth) * step + kItemCost;
         pairs.push_back(pair);
     }
+}
+
+// `limit` parts at most in an item: more read the operand less often, fewer are done sooner.
+std::vector<Pair> down_pairs(const TickLayout& layout, const LaunchShape& shape, int limit) {
+    std::vector<Pair> pairs;
+    const int modules = static_cast<int>(shape.out_features.size());
+    // Each module has its own dY, and its own mask on X.
+    const bool together = !shape.backward && !shape.drops;
+    for (int row_pair = 0; row_pair < ceil_div(layout.tiles, kClusterSize); ++row_pair) {
+        if (together) {
+            add_down_pairs(layout, shape, limit, row_pair, 0, modules, pairs);
+        } else {
+            for (int module = 0; module < modules; ++module)
+                add_down_pairs(layout, shape, limit, row_pair, module, module + 1, pairs);
+        }
+    }
     return pairs;
+}
+
+// Whether the two tiles have the same windows, in the same order.
+bool same_windows(const TickLayout& layout, int row_pair) {
+    const int tile = row_pair * kClusterSize;
+    if (tile + 1 >= layout.tiles) return false;
+    const auto& one = layout.blocks[static_cast<std::size_t>(tile)];
+    const auto& two = layout.blocks[static_cast<std::size_t>(tile) + 1];
+    return std::equal(one.begin(), one.end(), two.begin(), two.end(),
+                      [](const auto& a, const auto& b) { return a.window == b.window; });
+}
+
+Pair base_pair(const TickLayout& layout, const LaunchShape& shape, int row_pair, int column, int module) {
+    int steps = 0;
+    int modules = 1;
+    if (shape.backward) {
+        for (const int features : shape.out_features) steps += ceil_div(features, kStepDepth);
+        modules = static_cast<int>(shape.out_features.size());
+    } else {
+        steps = ceil_div(shape.in_features, kStepDepth);
+    }
+    Pair pair{};
+    int extra_steps = 0;
+    const bool shared = same_windows(layout, row_pair);
+    for (int block = 0; block < kClusterSize; ++block) {
+        const int tile = row_pair * kClusterSize + block;
+        Item& item = pair.items[block];
+        item.kind = Kind::kBase;
+        item.flags = shared ? kShared : 0;
+        item.row = tile * kTileRows;
+        item.column = column;
+        item.steps = steps;
+        item.module = module;
+        if (tile < layout.tiles) {
+            const auto at = static_cast<std::size_t>(tile);
+            item.extra_begin = layout.extra_begin[at];
+            item.extra_count = layout.extra_begin[at + 1] - item.extra_begin;
+        }
+        extra_steps = std::max(extra_steps, item.extra_count);
+    }
+    for (Item& item : pair.items) item.extra_steps = extra_steps;
+    pair.cost = steps + modules * extra_steps * (shared ? 1.0 : 6 * kBoxCost) + kItemCost +
+                (shape.drops && shape.backward ? kMaskTileCost : 0.0);
+    return pair;
 }
 
 std::vector<Pair> base_pairs(const TickLayout& layout, const LaunchShape& shape) {
     std::vector<Pair> pairs;
-    const int steps = ceil_div(shape.contraction, kStepDepth);
+    if (shape.backward && !shape.wants_output) return pairs;
     const int row_pairs = ceil_div(layout.tiles, kClusterSize);
-    const int columns = ceil_div(shape.outputs, kTileColumns);
+    const int modules = shape.backward ? 1 : static_cast<int>(shape.out_features.size());
     for (int group = 0; group < row_pairs; group += shape.pairs_in_group) {
-        for (int column = 0; column < columns; ++column) {
-            for (int row_pair = group; row_pair < std::min(group + shape.pairs_in_group, row_pairs); ++row_pair) {
-                Pair pair{};
-                int extra_steps = 0;
-                for (int block = 0; block < kClusterSize; ++block) {
-                    const int tile = row_pair * kClusterSize + block;
-                    Item& item = pair.items[block];
-                    item.kind = Kind::kBase;
-                    item.row = tile * kTileRows;
-                    item.column = column * kTileColumns;
-                    item.steps = steps;
-                    if (tile < layout.tiles) {
-                        const auto at = static_cast<std::size_t>(tile);
-                        item.extra_begin = layout.extra_begin[at];
-                        item.extra_count = layout.extra_begin[at + 1] - item.extra_begin;
-                    }
-                    extra_steps = std::max(extra_steps, item.extra_count);
-                }
-                for (Item& item : pair.items) item.extra_steps = extra_steps;
-                pair.cost = steps + extra_steps + kItemCost + (shape.drops && shape.grad_b_features > 0 ? 4.0 : 0.0);
-                pairs.push_back(pair);
-            }
+        for (int module = 0; module < modules; ++module) {
+            const int outputs =
+                shape.backward ? shape.in_features : shape.out_features[static_cast<std::size_t>(module)];
+            for (int column = 0; column < outputs; column += kTileColumns)
+                for (int row_pair = group; row_pair < std::min(group + shape.pairs_in_group, row_pairs); ++row_pair)
+                    pairs.push_back(base_pair(layout, shape, row_pair, column, module));
         }
     }
     return pairs;
 }
 
-void add_gradient_pairs(const TickLayout& layout, Kind kind, int features, bool drops, std::vector<Pair>& pairs) {
-    for (const auto& run : layout.runs) {
-        for (int column = 0; column < features; column += kGradColumns * kClusterSize) {
+// The gradients of one segment for parts that are read with the same rows: those of dY (B) or of X (A).
+void add_gradient_pairs(const TickLayout& layout, const TickLayout::Run& run, Kind kind, int features,
+                        const std::vector<Part>& parts, std::vector<Pair>& pairs) {
+    const Segment& segment = layout.segments[static_cast<std::size_t>(run.segment)];
+    const bool masked = kind == Kind::kGradA && segment.threshold != std::numeric_limits<std::int32_t>::min();
+    const int size = group_size(static_cast<int>(parts.size()), kMaxParts);
+    for (int first = 0; first < static_cast<int>(parts.size()); first += size) {
+        const int count = std::min(size, static_cast<int>(parts.size()) - first);
+        const int boxes = count == 1 ? 4 : 2;
+        const double step = std::max(0.125 * boxes * count, kGradientBoxCost * (boxes + 0.5 * count)) +
+                            (masked ? kMaskCost * boxes / 2 : 0.0);
+        int rank_columns = 0;
+        for (int part = first; part < first + count; ++part)
+            rank_columns += std::min(segment.rank - parts[static_cast<std::size_t>(part)].detail, kStepDepth);
+        for (int column = 0; column < features; column += boxes * 64 * kClusterSize) {
             Pair pair{};
-            pair.cost = run.half_tiles * (kGradStep + (drops ? kMaskCost : 0.0)) + kItemCost;
+            pair.cost = run.half_tiles * step + kGradientItemCost + rank_columns * kGradientColumnCost * boxes / 4;
             for (int block = 0; block < kClusterSize; ++block) {
                 Item& item = pair.items[block];
                 item.kind = kind;
+                item.flags = segment.fresh ? kFresh : 0;
                 item.row = run.first_row;
-                item.column = column + block * kGradColumns;
+                item.column = column + block * boxes * 64;
                 item.steps = run.half_tiles;
-                item.s_row = run.s_row;
-                fill_segment(item, layout.segments[static_cast<std::size_t>(run.segment)], run.chunk);
+                item.part_count = count;
+                item.slot = segment.slot;
+                item.start = segment.start;
+                item.stop = segment.stop;
+                item.rank = segment.rank;
+                item.threshold = segment.threshold;
+                item.keep_factor = segment.keep_factor;
+                std::copy_n(parts.begin() + first, count, item.parts);
             }
             pairs.push_back(pair);
         }
     }
 }
 
-double total_cost(const std::vector<Pair>& pairs) {
+std::vector<Part> gradient_parts(const TickLayout::Run& run, int first_module, int last_module) {
+    std::vector<Part> parts;
+    for (const auto& piece : run.pieces)
+        for (int module = first_module; module < last_module; ++module)
+            parts.push_back({piece.s_row, piece.column, module, piece.chunk});
+    return parts;
+}
+
+std::vector<Pair> gradient_pairs(const TickLayout& layout, const LaunchShape& shape) {
+    std::vector<Pair> pairs;
+    if (!shape.backward) return pairs;
+    const int modules = static_cast<int>(shape.out_features.size());
+    for (const auto& run : layout.runs)
+        for (int module = 0; module < modules; ++module)
+            add_gradient_pairs(layout, run, Kind::kGradB, shape.out_features[static_cast<std::size_t>(module)],
+                               gradient_parts(run, module, module + 1), pairs);
+    for (const auto& run : layout.runs)
+        add_gradient_pairs(layout, run, Kind::kGradA, shape.in_features, gradient_parts(run, 0, modules), pairs);
+    return pairs;
+}
+
+// Indexes of pairs; see `deal`.
+using Order = std::vector<const Pair*>;
+
+double total_cost(const Order& order) {
     double total = 0.0;
-    for (const auto& pair : pairs) total += pair.cost;
+    for (const Pair* pair : order) total += pair->cost;
     return total;
 }
 
 // The order in which output tiles and gradients are dealt. First the gradients that take longer than a tile, which
-// would else stick out at the end; then the tiles, `share` of the other gradients spread among them; then the remaining
-// ones, which fill the wave that the tiles leave unfinished.
-std::vector<Pair> interleave(const std::vector<Pair>& base, const std::vector<Pair>& gradients, double share) {
-    if (base.empty()) return gradients;
-    std::vector<Pair> merged;
-    std::vector<Pair> shorter;
-    for (const auto& pair : gradients) (pair.cost > base.front().cost ? merged : shorter).push_back(pair);
-    std::stable_sort(merged.begin(), merged.end(), [](const Pair& a, const Pair& b) { return a.cost > b.cost; });
-    const double base_total = total_cost(base);
+// would else stick out at the end: those of B, and after a tile for each cluster those of A, which wait for all S
+// blocks. Then the tiles, `share` of the other gradients spread among them; then the remaining ones, longest first,
+// which fill the wave that the tiles leave unfinished.
+Order interleave(const std::vector<Pair>& base, const std::vector<Pair>& gradients, double share, int clusters) {
+    const auto longer = [](const Pair* a, const Pair* b) { return a->cost > b->cost; };
+    Order merged;
+    Order long_a;
+    Order shorter;
+    for (const auto& pair : gradients) {
+        const bool is_long = base.empty() || pair.cost > base.front().cost;
+        (!is_long ? shorter : pair.items[0].kind == Kind::kGradA ? long_a : merged).push_back(&pair);
+    }
+    std::stable_sort(merged.begin(), merged.end(), longer);
+    std::stable_sort(long_a.begin(), long_a.end(), longer);
+    double base_total = 0.0;
+    for (const auto& pair : base) base_total += pair.cost;
     const double spread = share * total_cost(shorter);
+    const std::size_t first_wave = std::min(base.size(), static_cast<std::size_t>(clusters));
     double base_done = 0.0;
     double shorter_done = 0.0;
     std::size_t next = 0;
-    for (const auto& pair : base) {
-        merged.push_back(pair);
-        base_done += pair.cost;
+    for (std::size_t i = 0; i < base.size(); ++i) {
+        if (i == first_wave) merged.insert(merged.end(), long_a.begin(), long_a.end());
+        merged.push_back(&base[i]);
+        base_done += base[i].cost;
         while (next < shorter.size() && shorter_done * base_total < spread * base_done) {
-            shorter_done += shorter[next].cost;
+            shorter_done += shorter[next]->cost;
             merged.push_back(shorter[next++]);
         }
     }
+    if (base.size() == first_wave) merged.insert(merged.end(), long_a.begin(), long_a.end());
+    std::stable_sort(shorter.begin() + static_cast<std::ptrdiff_t>(next), shorter.end(), longer);
     merged.insert(merged.end(), shorter.begin() + static_cast<std::ptrdiff_t>(next), shorter.end());
     return merged;
 }
 
 struct Dealt {
-    std::vector<std::vector<const Pair*>> lists;
+    std::vector<Order> lists;
     double makespan = 0.0;
 };
 
-// Deals `downs`, at most `downs_each` to a cluster, then each of `rest` to the cluster that is free first.
-Dealt deal(const std::vector<Pair>& downs, const std::vector<Pair>& rest, int downs_each, bool extra_first,
+// Deals `downs` to the first `down_clusters` in turn, then each of `rest` to the cluster that is free first.
+Dealt deal(const std::vector<Pair>& downs, const Order& rest, int down_clusters, bool extra_first, int row_pairs,
            int clusters) {
     Dealt dealt;
     dealt.lists.resize(static_cast<std::size_t>(clusters));
     std::vector<double> busy(static_cast<std::size_t>(clusters), 0.0);
-    const std::size_t used =
-        (downs.size() + static_cast<std::size_t>(downs_each) - 1) / static_cast<std::size_t>(downs_each);
+    std::vector<double> written(static_cast<std::size_t>(row_pairs), 0.0);  // when a pair of tiles has its S blocks
     for (std::size_t i = 0; i < downs.size(); ++i) {
-        const std::size_t cluster = i % used % busy.size();
+        const std::size_t cluster = i % static_cast<std::size_t>(down_clusters);
         dealt.lists[cluster].push_back(&downs[i]);
         busy[cluster] += downs[i].cost;
+        double& at = written[static_cast<std::size_t>(downs[i].items[0].row / kTileRows / kClusterSize)];
+        at = std::max(at, busy[cluster]);
     }
-    const double downs_done = *std::max_element(busy.begin(), busy.end());
-    for (const auto& pair : rest) {
-        const auto cluster = static_cast<std::size_t>(std::min_element(busy.begin(), busy.end()) - busy.begin());
-        const bool waits = pair.items[0].kind == Kind::kGradA || (pair.items[0].kind == Kind::kBase && extra_first);
-        const double start = waits ? std::max(busy[cluster], downs_done) : busy[cluster];
-        busy[cluster] = std::max(start + pair.cost, downs_done);
-        dealt.lists[cluster].push_back(&pair);
+    const double all_written = *std::max_element(busy.begin(), busy.end());
+    using Free = std::pair<double, std::size_t>;
+    std::priority_queue<Free, std::vector<Free>, std::greater<>> free;
+    for (std::size_t cluster = 0; cluster < busy.size(); ++cluster) free.emplace(busy[cluster], cluster);
+    for (const Pair* pair : rest) {
+        auto [start, cluster] = free.top();
+        free.pop();
+        const Item& item = pair->items[0];
+        double end = start + pair->cost;
+        if (item.kind == Kind::kBase) {
+            const double ready = written[static_cast<std::size_t>(item.row / kTileRows / kClusterSize)];
+            end = extra_first ? std::max(start, ready) + pair->cost : std::max(end, ready + kItemCost);
+        } else if (item.kind == Kind::kGradA) {
+            end = std::max(start, all_written) + pair->cost;
+        }
+        dealt.makespan = std::max(dealt.makespan, end);
+        dealt.lists[cluster].push_back(pair);
+        free.emplace(end, cluster);
     }
-    dealt.makespan = *std::max_element(busy.begin(), busy.end());
+    dealt.makespan = std::max(dealt.makespan, all_written);
     return dealt;
 }
 
 }  // namespace
 
-TickLayout::TickLayout(std::int64_t token_count, std::vector<Segment> given) : segments(std::move(given)) {
-    tokens = static_cast<int>(token_count);
-    tiles = ceil_div(tokens, kTileRows);
-    std::vector<std::vector<Extra>> by_tile(static_cast<std::size_t>(tiles));
-    int blocks = 0;
-    for (std::size_t i = 0; i < segments.size(); ++i) {
-        const Segment& segment = segments[i];
-        if (segment.start >= segment.stop) continue;
-        const int first_tile = segment.start / kTileRows;
-        const int last_tile = (segment.stop - 1) / kTileRows;
-        const int first_row = segment.start / kStepDepth * kStepDepth;
-        for (int chunk = 0; chunk < segment.rank; chunk += kStepDepth) {
-            for (int tile = first_tile; tile <= last_tile; ++tile) {
-                const int s_row = (blocks + tile - first_tile) * kTileRows;
-                downs.push_back({tile, static_cast<int>(i), chunk, s_row});
-                by_tile[static_cast<std::size_t>(tile)].push_back({s_row, segment.pool_column + chunk, {0, 0}});
-            }
-            runs.push_back({static_cast<int>(i), chunk, first_row, ceil_div(segment.stop - first_row, kStepDepth),
-                            blocks * kTileRows + first_row - first_tile * kTileRows});
-            blocks += last_tile - first_tile + 1;
-        }
-    }
-    saved_rows = blocks * kTileRows;
-    std::stable_sort(downs.begin(), downs.end(), [](const Down& a, const Down& b) { return a.tile < b.tile; });
-    extra_begin.push_back(0);
-    for (const auto& list : by_tile) {
-        extras.insert(extras.end(), list.begin(), list.end());
-        extra_begin.push_back(static_cast<int>(extras.size()));
-        ready_target.push_back(2 * static_cast<int>(list.size()));  // each block is written by two warpgroups
-    }
-    ready_target.push_back(2 * static_cast<int>(downs.size()));
-}
-
 Schedule make_schedule(const TickLayout& layout, const LaunchShape& shape, int clusters) {
-    const bool backward = shape.grad_b_features > 0;
-    const std::vector<Pair> downs = down_pairs(layout, shape);
-    const std::vector<Pair> base = shape.outputs > 0 ? base_pairs(layout, shape) : std::vector<Pair>{};
-    std::vector<Pair> gradients;
-    if (backward) {
-        add_gradient_pairs(layout, Kind::kGradB, shape.grad_b_features, false, gradients);
-        add_gradient_pairs(layout, Kind::kGradA, shape.grad_a_features, shape.drops, gradients);
-    }
-    const bool extra_first = backward && shape.drops;
+    const std::vector<Pair> base = base_pairs(layout, shape);
+    const std::vector<Pair> gradients = gradient_pairs(layout, shape);
+    const bool extra_first = shape.backward && shape.drops;
+    const int row_pairs = ceil_div(layout.tiles, kClusterSize);
 
-    // Of a few ways to deal, the one with the shortest simulated run; the more the gradients are spread the better,
-    // else.
+    // Of a few ways to deal, the one with the shortest simulated run; of equals the first: gradients spread as evenly
+    // as can be, S blocks from as few passes as can be. The lists of `best` point into all of these.
+    std::vector<std::vector<Pair>> downs;
+    for (const int limit : {kMaxParts, 2, 1}) {
+        downs.push_back(down_pairs(layout, shape, limit));
+        if (downs.size() > 1 && downs.back().size() == downs[downs.size() - 2].size()) downs.pop_back();
+    }
     Dealt best;
     best.makespan = std::numeric_limits<double>::max();
-    std::list<std::vector<Pair>> orders;  // Dealt points into them
     for (const double share : {1.0, 0.5, 0.0}) {
-        orders.push_back(interleave(base, gradients, share));
-        for (int downs_each = 1; downs_each <= (extra_first ? 1 : 4); ++downs_each) {
-            Dealt dealt = deal(downs, orders.back(), downs_each, extra_first, clusters);
-            if (dealt.makespan < best.makespan) best = std::move(dealt);
+        const Order order = interleave(base, gradients, share, clusters);
+        for (const auto& pairs : downs) {
+            for (const int each : {1, 2, 3}) {
+                const int wanted = ceil_div(static_cast<int>(pairs.size()), each);
+                if (each > 1 && wanted >= clusters) continue;
+                Dealt dealt = deal(pairs, order, std::clamp(wanted, 1, clusters), extra_first, row_pairs, clusters);
+                if (dealt.makespan < best.makespan) best = std::move(dealt);
+            }
         }
         if (gradients.empty()) break;
     }

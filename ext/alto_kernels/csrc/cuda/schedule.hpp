@@ -8,37 +8,43 @@
 
 namespace alto::cuda {
 
-// How the segments of a tick lie on tiles of 128 tokens. The same for all layers.
+// How the segments of a tick lie on tiles of 128 tokens and windows of 64 pool columns. The same for all layers.
 //
-// For each segment and 64 of its rank columns there is a run of S blocks, one for each tile that it touches; rows that
-// are not the segment's are zero in them.
+// Adapters of small rank whose pool columns are neighbours share a window. Where a window's adapters have tokens in a
+// tile there is one S block, whoever of them it is; rows and columns that do not belong together are zero in it.
 class TickLayout {
   public:
     TickLayout(std::int64_t tokens, std::vector<Segment> segments);
 
-    struct Down {
-        int tile;
-        int segment;
-        int chunk;
+    struct Block {
+        int window;
         int s_row;
     };
-    // The tokens of a segment in half tiles of 64, with the S rows they have.
+    // At most 64 of a segment's rank columns, which lie in one window.
+    struct Piece {
+        int chunk;   // the first of them
+        int column;  // where in the window
+        int s_row;   // of the segment's first half tile of tokens
+    };
+    // The tokens of a segment in half tiles of 64.
     struct Run {
         int segment;
-        int chunk;
         int first_row;
         int half_tiles;
-        int s_row;
+        std::vector<Piece> pieces;
     };
 
     int tokens = 0;
     int tiles = 0;
     int saved_rows = 0;
     std::vector<Segment> segments;
+    std::vector<int> window_columns;         // [windows] the first pool column of each
+    std::vector<Owner> owners;               // [windows * kGranules]
+    std::vector<std::vector<Block>> blocks;  // by tile
+    std::vector<bool> drops;                 // by tile: whether any of its segments has dropout
     std::vector<Extra> extras;
     std::vector<int> extra_begin;   // [tiles + 1]
     std::vector<int> ready_target;  // [tiles + 1]; the last is their sum
-    std::vector<Down> downs;
     std::vector<Run> runs;
 };
 
@@ -49,12 +55,12 @@ struct Schedule {
 };
 
 struct LaunchShape {
-    int contraction = 0;      // features summed over by the frozen product
-    int outputs = 0;          // features of its output; 0: no frozen product is wanted
-    int grad_b_features = 0;  // 0 in forward
-    int grad_a_features = 0;
-    bool drops = false;
-    int pairs_in_group = 8;  // pairs of tiles that share a stretch of the weight in the L2 cache
+    bool backward = false;
+    bool wants_output = true;  // backward: whether dX is
+    int in_features = 0;
+    std::vector<int> out_features;  // of each module
+    bool drops = false;             // then backward is of one module
+    int pairs_in_group = 8;         // pairs of tiles that share a stretch of the weight in the L2 cache
 };
 
 // Lists the work of a launch and deals it to clusters: the longest chain of a simulated run is kept short, S blocks

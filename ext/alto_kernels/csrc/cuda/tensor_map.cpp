@@ -27,7 +27,7 @@ Encode encoder() {
 
 }  // namespace
 
-CUtensorMap tensor_map(const Matrix& matrix, const std::string& name) {
+CUtensorMap tensor_map(const Matrix& matrix, bool is_float16, const std::string& name) {
     if (matrix.address == 0 || matrix.address % 16 != 0)
         throw std::invalid_argument(name + ": its address must be a multiple of 16 bytes");
     if (matrix.rows < 1 || matrix.columns < 1) throw std::invalid_argument(name + ": must not be empty");
@@ -37,11 +37,11 @@ CUtensorMap tensor_map(const Matrix& matrix, const std::string& name) {
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.stride) * 2};
     const cuuint32_t box[2] = {64, 64};
     const cuuint32_t element_strides[2] = {1, 1};
+    const CUtensorMapDataType type = is_float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     CUtensorMap map;
-    const CUresult status =
-        encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, reinterpret_cast<void*>(matrix.address), sizes, strides,
-                  box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult status = encoder()(&map, type, 2, reinterpret_cast<void*>(matrix.address), sizes, strides, box,
+                                      element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS)
         throw std::invalid_argument(name + ": TMA refused the matrix (error " + std::to_string(status) + ")");
     return map;

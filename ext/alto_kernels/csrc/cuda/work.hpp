@@ -7,47 +7,73 @@ namespace alto::cuda {
 
 constexpr int kTileRows = 128;     // tokens of a tile; one S block has as many rows
 constexpr int kTileColumns = 256;  // output features of a tile
-constexpr int kStepDepth = 64;     // contraction depth of one step; columns of an S block
-constexpr int kDownDepth = 128;    // contraction depth of one step of a down item
-constexpr int kGradColumns = 256;  // features of one gradient item
+constexpr int kStepDepth = 64;     // contraction depth of one step; columns of an S block and of a window
+constexpr int kGranule = 16;       // pool columns that have one owner
+constexpr int kGranules = kStepDepth / kGranule;
 constexpr int kClusterSize = 2;
+constexpr int kMaxModules = 4;  // of one launch
+constexpr int kMaxParts = 4;    // of one item
 
 enum class Kind : std::int32_t {
     kEnd = -1,   // no more items
-    kDown = 0,   // one S block: 128 tokens x 64 rank columns
+    kDown = 0,   // up to four S blocks of 128 tokens, from one pass over the operand
     kBase = 1,   // one output tile, with the rank as extra depth
-    kGradB = 2,  // 256 rows of a gradient of B: dY^T S over a segment's tokens
-    kGradA = 3,  // 256 columns of a gradient of A: dS^T X over a segment's tokens
+    kGradB = 2,  // rows of a gradient of B: dY^T S over a segment's tokens
+    kGradA = 3,  // columns of gradients of A: dS^T X over a segment's tokens
 };
 
-// One item of one block. Both blocks of a cluster walk through their items in step: same kind, same number of steps.
-// Everything about the segment is in the item, so that no load waits for another.
+enum Flag : std::int32_t {
+    kShared = 1,  // both blocks of the cluster read the same pool columns: each loads half of them for both
+    kMasked = 2,  // dropout has a part in the item
+    kFresh = 4,   // gradients: what they hold is overwritten, not added to
+};
+
+// An item works on up to four parts side by side, each 64 columns wide.
+struct alignas(16) Part {
+    std::int32_t s_row;   // down: where the S block is written; gradients: S row of the first step
+    std::int32_t column;  // down: first pool column; gradients: where the segment's columns begin in the S block
+    std::int32_t module;  // which of the launch's
+    std::int32_t detail;  // down: the window, -1 where the part only fills up; gradients: first rank column
+};
+
+// One item of one block. Both blocks of a cluster walk through their items in step: same kind, same number of parts and
+// of steps. Segments are in the item where a wait for them would be felt.
 struct alignas(16) Item {
     Kind kind;
-    std::int32_t row;          // first token: of the tile (down, base), of the segment's first half tile (gradients)
-    std::int32_t column;       // first output feature (base, gradients); pool column (down)
-    std::int32_t steps;        // of 64 features (base), 128 features (down), 64 tokens (gradients)
+    std::int32_t flags;
+    std::int32_t row;     // first token: of the tile (down, base), of the segment's first half tile (gradients)
+    std::int32_t column;  // first output feature (base), first feature (gradients)
+    std::int32_t steps;   // of 64 features (base), 128 or 64 features (down, one part or more), 64 tokens (gradients)
+    std::int32_t module;  // base, forward
     std::int32_t extra_begin;  // base: into the extras of this tile
     std::int32_t extra_count;
     std::int32_t extra_steps;  // base: the larger extra_count of the cluster; the shorter block idles
-    std::int32_t s_row;        // down: where the S block is written; gradients: its row for the first step
-    std::int32_t valid;        // 0: this block only keeps step with its peer
-    std::int32_t slot;         // the rest: down, gradients
-    std::int32_t chunk;        // first rank column in the segment's own count
+    std::int32_t part_count;   // down, gradients
+    std::int32_t slot;         // the rest: gradients
     std::int32_t start;
     std::int32_t stop;
     std::int32_t rank;
     std::int32_t threshold;  // of dropout; the smallest integer drops nothing
-    float scale;
-    float keep_factor;  // 1 / (1 - p)
-    std::int32_t unused[3];
+    float keep_factor;       // 1 / (1 - p)
+    Part parts[kMaxParts];
 };
-static_assert(sizeof(Item) == 80);
+static_assert(sizeof(Item) == 128);
 
-// One step of extra depth of a base tile: an S block times a piece of a pool.
+// One step of extra depth of a base tile: an S block times a window of a pool.
 struct alignas(16) Extra {
     std::int32_t s_row;
     std::int32_t pool_column;
+    std::int32_t unused[2];
+};
+
+// Whose 16 columns of a window these are, and for which tokens. A window has kGranules of them.
+struct alignas(16) Owner {
+    std::int32_t start;  // of its tokens; start == stop: nobody's
+    std::int32_t stop;
+    std::int32_t columns;  // that are the adapter's; the rest is padding
+    std::int32_t slot;
+    float scale;
+    float keep_factor;  // 1 / (1 - p)
     std::int32_t unused[2];
 };
 
@@ -60,6 +86,7 @@ struct Segment {
     std::int32_t threshold;  // of dropout; the smallest integer drops nothing
     float scale;
     float keep_factor;  // 1 / (1 - p)
+    bool fresh;         // its gradients are overwritten
 };
 
 // One (module, slot): fp32 masters and gradients, null where the adapter does not adapt the module.

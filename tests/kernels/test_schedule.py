@@ -1,0 +1,115 @@
+"""What the persistent kernel is told to do, checked without a GPU: everything once, and cluster mates in step."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections import Counter
+from typing import Any
+
+import pytest
+from alto_kernels.availability import compiled_module
+
+kernels = compiled_module()
+pytestmark = pytest.mark.skipif(kernels is None or not kernels.has_cuda, reason="built without CUDA")
+
+DOWN, BASE, GRAD_B, GRAD_A = range(4)
+CLUSTERS = 66
+_LAYOUT = (
+    "kind flags row column steps module extra_begin extra_count extra_steps part_count slot start stop rank threshold"
+)
+WORDS = _LAYOUT.split()
+
+
+def unpack(items: bytes) -> list[dict[str, Any]]:
+    found = []
+    for at in range(0, len(items), 128):
+        words = struct.unpack_from("<15if16i", items, at)
+        item: dict[str, Any] = dict(zip(WORDS, words, strict=False))
+        item["parts"] = [words[16 + 4 * i : 20 + 4 * i] for i in range(item["part_count"])]
+        found.append(item)
+    return found
+
+
+def layout_of(ranks: list[int], offsets: list[int]) -> Any:
+    """Return the layout of adapters that sit one after another in the pools."""
+    segments, column = [], 0
+    for slot, rank in enumerate(ranks):
+        segments.append((slot, offsets[slot], offsets[slot + 1], rank, column, 1.0, 0.0, False))
+        column += -(-rank // 16) * 16
+    assert kernels is not None
+    return kernels.TickLayout(tokens=offsets[-1], segments=segments)
+
+
+CASES = {
+    "one": ([16], [0, 8192], [4096]),
+    "many ragged": ([8, 16, 32, 64, 128] * 4, [0, *range(113, 113 * 20, 113), 2500], [576, 1536, 64]),
+    "empty": ([256, 8, 40], [0, 0, 130, 300], [512]),
+}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_everything_is_done_once_and_in_step(name: str, backward: bool) -> None:
+    ranks, offsets, out_features = CASES[name]
+    in_features, tokens = 1024, offsets[-1]
+    layout = layout_of(ranks, offsets)
+    items, offsets_of_clusters = layout.schedule(
+        backward=backward,
+        wants_output=True,
+        in_features=in_features,
+        out_features=out_features,
+        drops=False,
+        pairs_in_group=8,
+        clusters=CLUSTERS,
+    )
+    pairs = unpack(items)
+    bounds = struct.unpack(f"<{CLUSTERS + 1}i", offsets_of_clusters)
+    assert bounds[-1] * 2 == len(pairs)
+    written: Counter[tuple[int, int]] = Counter()
+    tiles: Counter[tuple[int, int, int]] = Counter()
+    gradients: Counter[tuple[int, int, int, int]] = Counter()
+    for first, last in itertools.pairwise(bounds):
+        downs_are_over = False
+        for pair in range(first, last):
+            one, two = pairs[2 * pair], pairs[2 * pair + 1]
+            assert all(one[key] == two[key] for key in ("kind", "flags", "steps", "part_count", "extra_steps"))
+            # A tile may wait for S blocks: whoever has to make them does so before waiting.
+            assert not (downs_are_over and one["kind"] == DOWN)
+            downs_are_over = downs_are_over or one["kind"] != DOWN
+            for item in (one, two):
+                if item["kind"] == DOWN:
+                    written.update((s_row, module) for s_row, _, module, detail in item["parts"] if detail >= 0)
+                elif item["kind"] == BASE and item["row"] < tokens:
+                    tiles[item["row"], item["column"], item["module"]] += 1
+                elif item["kind"] in (GRAD_B, GRAD_A):
+                    boxes = 4 if item["part_count"] == 1 else 2
+                    for _, _, module, chunk in item["parts"]:
+                        for column in range(item["column"], item["column"] + boxes * 64, 64):
+                            gradients[item["kind"], item["slot"], module, chunk * 100_000 + column] += 1
+    modules = range(len(out_features))
+    assert set(written) == {(row, m) for row in range(0, layout.saved_rows, 128) for m in modules}
+    outputs = [in_features] if backward else out_features
+    assert set(tiles) == {
+        (row, column, m)
+        for row in range(0, tokens, 128)
+        for m, features in enumerate(outputs)
+        for column in range(0, features, 256)
+    }
+    assert {*written.values(), *tiles.values(), *gradients.values()} == {1}
+    wanted = {
+        (kind, slot, m, chunk * 100_000 + column)
+        for slot, rank in enumerate(ranks)
+        if offsets[slot + 1] > offsets[slot]
+        for chunk in range(0, rank, 64)
+        for m, features in enumerate(out_features)
+        for kind, width in ((GRAD_B, features), (GRAD_A, in_features))
+        for column in range(0, width, 64)
+    }
+    assert (wanted <= set(gradients)) if backward else not gradients
+
+
+def test_adapters_of_small_rank_share_blocks() -> None:
+    assert layout_of([16] * 4, [0, 32, 64, 96, 128]).saved_rows == 128
+    assert layout_of([16, 64], [0, 64, 128]).saved_rows == 256
+    assert layout_of([16, 16], [0, 128, 256]).saved_rows == 256
