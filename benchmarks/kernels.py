@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import statistics
 import sys
@@ -168,21 +167,36 @@ def captured(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(keeps: Step = step) -> None:  # the tensors behind the step, which the graph reads
+        graph.replay()
+
+    return replay
 
 
-def milliseconds(step: Step, repeats: int) -> float:
-    """Return the median time of a step on the device, the host running ahead where it can."""
+def milliseconds(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Return each step's times on the device, the host running ahead where it can.
+
+    The steps take turns, every other round backwards: the clock of a GPU at its power limit drifts by more than what is
+    measured here, and depends on what ran just before.
+    """
     for _ in range(3):
-        step()
+        for step in steps.values():
+            step()
     torch.cuda.synchronize()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        events = []
+        for name in list(steps) if turn % 2 == 0 else reversed(steps):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            steps[name]()
+            after.record()
+            events.append((name, before, after))
+        torch.cuda.synchronize()
+        for name, before, after in events:
+            times[name].append(before.elapsed_time(after))
+    return times
 
 
 def bytes_beyond_frozen(cell: Cell) -> int:
@@ -193,37 +207,32 @@ def bytes_beyond_frozen(cell: Cell) -> int:
     return total
 
 
-def measure(cell: Cell, repeats: int, peers: bool) -> dict[str, object]:
+def measure(cell: Cell, rounds: int, peers: bool) -> dict[str, object]:
     problem = make_problem(cell)
-    steps: dict[str, Callable[[], Step]] = {
-        "frozen": lambda: frozen_step(problem),
-        "ours": lambda: our_step(cell, problem),
-        "ours_fresh": lambda: our_step(cell, problem, fresh=True),
-    }
+    # Each against the frozen product in turns of its own: after a step that leaves the GPU cool, the next one is fast.
+    turns: list[dict[str, Callable[[], Step]]] = [
+        {"ours": lambda: our_step(cell, problem), "ours_fresh": lambda: our_step(cell, problem, fresh=True)}
+    ]
     if peers:
-        steps["grouped_mm"] = lambda: grouped_step(cell, problem)
-        steps["loop"] = lambda: loop_step(cell, problem)
+        turns += [{"grouped_mm": lambda: grouped_step(cell, problem)}, {"loop": lambda: loop_step(cell, problem)}]
     row: dict[str, object] = asdict(cell)
     for mode in ("eager", "graph"):
-        times = {}
-        for name, make in steps.items():
-            step = make()
-            times[name] = milliseconds(captured(step) if mode == "graph" else step, repeats)
-            del step
-        # Again at the end: the clock of a warm GPU drifts.
-        frozen = frozen_step(problem)
-        again = milliseconds(captured(frozen) if mode == "graph" else frozen, repeats)
-        base = (times["frozen"] + again) / 2
-        row[mode] = {
-            "frozen_ms": round(base, 4),
-            "frozen_spread_percent": round(abs(again - times["frozen"]) / base * 100, 1),
-            **{f"{name}_ms": round(value, 4) for name, value in times.items() if name != "frozen"},
-            **{
-                f"{name}_tax_percent": round((value / base - 1) * 100, 1)
-                for name, value in times.items()
-                if name != "frozen"
-            },
-        }
+        figures: dict[str, float] = {}
+        for makers in turns:
+            steps = {name: make() for name, make in ({"frozen": lambda: frozen_step(problem)} | makers).items()}
+            if mode == "graph":
+                steps = {name: captured(step) for name, step in steps.items()}
+            times = milliseconds(steps, rounds)
+            frozen = times.pop("frozen")
+            if "frozen_ms" not in figures:
+                low, *_, high = statistics.quantiles(frozen, n=10)
+                figures["frozen_ms"] = round(statistics.median(frozen), 4)
+                figures["frozen_spread_percent"] = round((high - low) / statistics.median(frozen) * 100, 1)
+            for name, values in times.items():
+                ratio = statistics.median(value / base for value, base in zip(values, frozen, strict=True))
+                figures[f"{name}_ms"] = round(statistics.median(values), 4)
+                figures[f"{name}_tax_percent"] = round((ratio - 1) * 100, 1)
+        row[mode] = figures
     row["floor_tax_percent"] = round(bytes_beyond_frozen(cell) / 3.0e9 / row["graph"]["frozen_ms"] * 100, 1)  # type: ignore[index]
     return row
 
@@ -237,10 +246,10 @@ def measure_adamw(adapters: int, elements: int) -> dict[str, float]:
         steps.append(
             AdapterStep(*buffers.unbind(), step=3 + i, lr=1e-4, lr_b=1e-4, b_start=elements // 2, max_grad_norm=1.0)
         )
-    ours = milliseconds(lambda: adamw_step(steps), 10)
     source = torch.empty(adapters * elements * 14, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    floor = milliseconds(lambda: target.copy_(source), 10)
+    times = milliseconds({"ours": lambda: adamw_step(steps), "floor": lambda: target.copy_(source)}, 20)
+    ours, floor = (statistics.median(times[name]) for name in ("ours", "floor"))
     return {"adapters": adapters, "elements": elements, "ours_ms": ours, "floor_ms": floor, "ratio": ours / floor}
 
 
@@ -260,7 +269,7 @@ def cells(quick: bool) -> list[Cell]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer cells, no peers")
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--only", default="", help="bundles whose name contains this")
     parser.add_argument("--output", type=Path, help="write the JSON object there too")
     options = parser.parse_args()
@@ -284,7 +293,7 @@ def main() -> int:
     for cell in cells(options.quick):
         if options.only not in cell.bundle:
             continue
-        row = measure(cell, options.repeats, peers=not options.quick)
+        row = measure(cell, options.rounds, peers=not options.quick)
         rows.append(row)
         figures = " ".join(
             f"{mode}: {row[mode]['frozen_ms']:.3f} "  # type: ignore[index]

@@ -23,19 +23,17 @@ def cuda_adamw_step(adapters: Sequence[AdapterStep], zero_grad: bool) -> tuple[t
         packed += kernels.pack_adamw_adapter((*addresses, size, adapter.b_start, sum(counts)), _constants(adapter))
         counts.append(-(-size // kernels.adamw_block))
     on_device = torch.frombuffer(packed, dtype=torch.uint8).to(device)
-    blocks = torch.repeat_interleave(torch.arange(len(adapters), dtype=torch.int32), torch.tensor(counts)).to(device)
-    partial = torch.empty(len(blocks), dtype=torch.float64, device=device)
+    partial = torch.empty(sum(counts), dtype=torch.float64, device=device)
     factor, norm = torch.empty(2, len(adapters), device=device)
     finite = torch.empty(len(adapters), dtype=torch.bool, device=device)
     kernels.adamw_step(
         adapters=on_device.data_ptr(),
-        adapter_of_block=blocks.data_ptr(),
         partial=partial.data_ptr(),
         factor=factor.data_ptr(),
         norm=norm.data_ptr(),
         finite=finite.data_ptr(),
         adapter_count=len(adapters),
-        block_count=len(blocks),
+        most_blocks=max(counts),
         zero_grad=zero_grad,
         stream=torch.cuda.current_stream(device).cuda_stream,
     )

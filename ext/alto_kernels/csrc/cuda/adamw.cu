@@ -4,6 +4,9 @@ namespace alto::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kVectors = 4;            // of each buffer that a thread has on their way at once
+constexpr int kStride = kThreads * 4;  // elements
+static_assert(kAdamwBlock == kVectors * kStride);
 
 // Sum over the thread block in a fixed order; the result is thread 0's.
 __device__ double block_sum(double value) {
@@ -17,19 +20,23 @@ __device__ double block_sum(double value) {
     return total;
 }
 
+// Blocks (x) of an adapter (y); those beyond its size have nothing to do.
 __global__ void square_kernel(AdamwArguments arguments) {
-    const AdamwAdapter& adapter = arguments.adapters[arguments.adapter_of_block[blockIdx.x]];
-    const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - adapter.first_block) * kAdamwBlock;
+    const AdamwAdapter& adapter = arguments.adapters[blockIdx.y];
+    const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kAdamwBlock;
     const std::int64_t end = min(begin + kAdamwBlock, adapter.count);
+    if (begin >= end) return;
     const float scale = adapter.grad_scale;
-    // fp32 within a thread's 64 elements, double beyond: the error stays below fp32 rounding of the norm.
+    // fp32 within a thread's 16 elements, double beyond: the error stays below fp32 rounding of the norm.
     float sum = 0.0f;
     const bool aligned = reinterpret_cast<std::uintptr_t>(adapter.grad) % 16 == 0;
     if (aligned && end - begin == kAdamwBlock) {
-        const float4* from = reinterpret_cast<const float4*>(adapter.grad + begin);
-#pragma unroll 8
-        for (int i = threadIdx.x; i < kAdamwBlock / 4; i += kThreads) {
-            const float4 g = from[i];
+        float4 vectors[kVectors];
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+            vectors[i] = *reinterpret_cast<const float4*>(adapter.grad + begin + i * kStride + threadIdx.x * 4);
+#pragma unroll
+        for (const float4& g : vectors) {
             const float x = g.x * scale, y = g.y * scale, z = g.z * scale, w = g.w * scale;
             sum += x * x + y * y + z * z + w * w;
         }
@@ -40,7 +47,7 @@ __global__ void square_kernel(AdamwArguments arguments) {
         }
     }
     const double total = block_sum(static_cast<double>(sum));
-    if (threadIdx.x == 0) arguments.partial[blockIdx.x] = total;
+    if (threadIdx.x == 0) arguments.partial[adapter.first_block + blockIdx.x] = total;
 }
 
 // One block an adapter: its norm, whether it is finite, and the factor on its gradient.
@@ -111,37 +118,32 @@ __device__ __forceinline__ void update(Vectors& v, const AdamwAdapter& adapter, 
 
 // Blocks in the opposite order of square_kernel: the last gradients that it read are still in the L2 cache.
 __global__ void update_kernel(AdamwArguments arguments) {
-    const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
-    const int index = arguments.adapter_of_block[block];
+    const int index = static_cast<int>(gridDim.y - 1 - blockIdx.y);
     const AdamwAdapter adapter = arguments.adapters[index];
-    const std::int64_t begin = (block - adapter.first_block) * kAdamwBlock;
+    const std::int64_t begin = static_cast<std::int64_t>(gridDim.x - 1 - blockIdx.x) * kAdamwBlock;
     const std::int64_t end = min(begin + kAdamwBlock, adapter.count);
+    if (begin >= end) return;
     const bool finite = arguments.finite[index];
     const float factor = arguments.factor[index];
     const std::uintptr_t addresses =
         reinterpret_cast<std::uintptr_t>(adapter.param) | reinterpret_cast<std::uintptr_t>(adapter.grad) |
         reinterpret_cast<std::uintptr_t>(adapter.exp_avg) | reinterpret_cast<std::uintptr_t>(adapter.exp_avg_sq);
-    std::int64_t scalar_from = begin;
-    if (finite && addresses % 16 == 0) {
-        // Two vectors of each buffer on their way at once: their loads must come before the first store, which could
-        // alias them for all that the compiler knows.
-        constexpr std::int64_t kStride = kThreads * 4;
-        const std::int64_t batches = (end - begin) / (2 * kStride);
-        scalar_from = begin + batches * 2 * kStride;
-        for (std::int64_t at = begin + threadIdx.x * 4; at < scalar_from; at += 2 * kStride) {
-            Vectors one = load_vectors(adapter, at);
-            Vectors two = load_vectors(adapter, at + kStride);
-            update(one, adapter, factor, at);
-            update(two, adapter, factor, at + kStride);
-            store_vectors(adapter, at, one);
-            store_vectors(adapter, at + kStride, two);
-            if (arguments.zero_grad) {
-                __stcs(reinterpret_cast<float4*>(adapter.grad + at), float4{0.0f, 0.0f, 0.0f, 0.0f});
-                __stcs(reinterpret_cast<float4*>(adapter.grad + at + kStride), float4{0.0f, 0.0f, 0.0f, 0.0f});
-            }
+    if (finite && addresses % 16 == 0 && end - begin == kAdamwBlock) {
+        // All loads before the first store, which could alias them for all that the compiler knows.
+        const std::int64_t first = begin + threadIdx.x * 4;
+        Vectors vectors[kVectors];
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) vectors[i] = load_vectors(adapter, first + i * kStride);
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            update(vectors[i], adapter, factor, first + i * kStride);
+            store_vectors(adapter, first + i * kStride, vectors[i]);
+            if (arguments.zero_grad)
+                __stcs(reinterpret_cast<float4*>(adapter.grad + first + i * kStride), float4{0.0f, 0.0f, 0.0f, 0.0f});
         }
+        return;
     }
-    for (std::int64_t at = scalar_from + threadIdx.x; at < end; at += kThreads) {
+    for (std::int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
         if (finite) {
             Element e{adapter.param[at], adapter.exp_avg[at], adapter.exp_avg_sq[at]};
             update(e, adapter.grad[at], adapter, factor, at >= adapter.b_start);
@@ -156,9 +158,10 @@ __global__ void update_kernel(AdamwArguments arguments) {
 }  // namespace
 
 cudaError_t adamw_step(const AdamwArguments& arguments, cudaStream_t stream) {
-    square_kernel<<<arguments.block_count, kThreads, 0, stream>>>(arguments);
+    const dim3 blocks(static_cast<unsigned>(arguments.most_blocks), static_cast<unsigned>(arguments.adapter_count));
+    square_kernel<<<blocks, kThreads, 0, stream>>>(arguments);
     norm_kernel<<<arguments.adapter_count, kThreads, 0, stream>>>(arguments);
-    update_kernel<<<arguments.block_count, kThreads, 0, stream>>>(arguments);
+    update_kernel<<<blocks, kThreads, 0, stream>>>(arguments);
     return cudaGetLastError();
 }
 

@@ -7,7 +7,7 @@
 
 namespace alto::cuda {
 
-constexpr std::int64_t kAdamwBlock = 1 << 14;  // elements that one thread block takes
+constexpr std::int64_t kAdamwBlock = 1 << 12;  // elements that one thread block takes
 
 struct alignas(16) AdamwAdapter {
     float* param;
@@ -16,7 +16,7 @@ struct alignas(16) AdamwAdapter {
     float* exp_avg_sq;
     std::int64_t count;
     std::int64_t b_start;
-    std::int64_t first_block;  // among all blocks; the adapter has ceil(count / kAdamwBlock) of them
+    std::int64_t first_block;  // where in `partial` its ceil(count / kAdamwBlock) blocks have their sums
     float grad_scale;
     float max_grad_norm;  // 0: not clipped
     float decay;          // 1 - lr weight_decay, for A and for B
@@ -34,13 +34,12 @@ struct alignas(16) AdamwAdapter {
 // `partial` [blocks] double and `factor` [adapters] are scratch; `norm` [adapters] and `finite` [adapters] are results.
 struct AdamwArguments {
     const AdamwAdapter* adapters;
-    const std::int32_t* adapter_of_block;
     double* partial;
     float* factor;
     float* norm;
     bool* finite;
     int adapter_count;
-    int block_count;
+    int most_blocks;  // of any adapter
     bool zero_grad;
 };
 

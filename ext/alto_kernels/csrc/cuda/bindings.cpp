@@ -121,15 +121,16 @@ class Launch {
         LoraGemmArguments arguments = with_weights(x, weights, dys, ds);
         for (std::size_t i = 0; i < weights.size(); ++i)
             arguments.modules[i].saved = map_of(saved.at(i), saved_rows_, kStepDepth, "saved");
-        arguments.input_grads = map_of(dx, fixed_.tokens, fixed_.in_features, "dx_TK");
+        arguments.input_grads = map_of(dx, fixed_.tokens, fixed_.in_features, "dx_TK", kWarpRows);
         arguments.adds_to_output = adds_to_dx;
         const auto run = is_float16_ ? &launch<Format::kFloat16, true> : &launch<Format::kBfloat16, true>;
         check(run(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm backward");
     }
 
   private:
-    CUtensorMap map_of(Address address, std::int64_t rows, std::int64_t columns, const char* name) const {
-        return tensor_map({address, rows, columns, columns}, is_float16_, name);
+    CUtensorMap map_of(Address address, std::int64_t rows, std::int64_t columns, const char* name,
+                       int box_rows = kStepDepth) const {
+        return tensor_map({address, rows, columns, columns}, box_rows, is_float16_, name);
     }
 
     LoraGemmArguments with_weights(Address x, const std::vector<Address>& weights, const std::vector<Address>& rows,
@@ -141,7 +142,8 @@ class Launch {
         for (std::size_t i = 0; i < weights.size(); ++i) {
             ModuleArguments& module = arguments.modules[i];
             module.weight = map_of(weights[i], module.out_features, fixed_.in_features, "weight_NK");
-            module.rows = map_of(rows.at(i), fixed_.tokens, module.out_features, backward_ ? "dy_TN" : "y_TN");
+            module.rows = backward_ ? map_of(rows.at(i), fixed_.tokens, module.out_features, "dy_TN")
+                                    : map_of(rows.at(i), fixed_.tokens, module.out_features, "y_TN", kWarpRows);
             module.blocks = map_of(blocks.at(i), saved_rows_, kStepDepth, backward_ ? "ds" : "saved");
             module.block_data = pointer<void>(blocks[i]);
         }
@@ -197,16 +199,15 @@ py::bytes pack_adapter(
     return py::bytes(reinterpret_cast<const char*>(&adapter), sizeof(adapter));
 }
 
-void adamw(Address adapters, Address adapter_of_block, Address partial, Address factor, Address norm, Address finite,
-           int adapter_count, int block_count, bool zero_grad, Address stream) {
+void adamw(Address adapters, Address partial, Address factor, Address norm, Address finite, int adapter_count,
+           int most_blocks, bool zero_grad, Address stream) {
     const AdamwArguments arguments{pointer<const AdamwAdapter>(adapters),
-                                   pointer<const std::int32_t>(adapter_of_block),
                                    pointer<double>(partial),
                                    pointer<float>(factor),
                                    pointer<float>(norm),
                                    pointer<bool>(finite),
                                    adapter_count,
-                                   block_count,
+                                   most_blocks,
                                    zero_grad};
     check(adamw_step(arguments, pointer<CUstream_st>(stream)), "adamw_step");
 }
@@ -237,9 +238,9 @@ void bind(py::module_& module) {
                py::arg("slot_count"), py::arg("pointers"), py::arg("max_slots"), py::arg("pool_columns"),
                py::arg("slot_is_bad"), py::arg("is_float16"), py::arg("stream"));
     module.def("pack_adamw_adapter", &pack_adapter);
-    module.def("adamw_step", &adamw, py::kw_only(), py::arg("adapters"), py::arg("adapter_of_block"),
-               py::arg("partial"), py::arg("factor"), py::arg("norm"), py::arg("finite"), py::arg("adapter_count"),
-               py::arg("block_count"), py::arg("zero_grad"), py::arg("stream"));
+    module.def("adamw_step", &adamw, py::kw_only(), py::arg("adapters"), py::arg("partial"), py::arg("factor"),
+               py::arg("norm"), py::arg("finite"), py::arg("adapter_count"), py::arg("most_blocks"),
+               py::arg("zero_grad"), py::arg("stream"));
     module.attr("adamw_block") = kAdamwBlock;
     bind_grouped(module);
     module.attr("cuda_architectures") = ALTO_CUDA_ARCHITECTURES;

@@ -117,14 +117,23 @@ __device__ __forceinline__ int load_acquire(const int* counter) {
     return value;
 }
 
-// Adds without waiting for the old value. Each element is added to once a launch, so the result is deterministic.
+// Adds without waiting for the old value; nothing in this launch reads it.
 __device__ __forceinline__ void add_to(float* address, float value) {
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value));
 }
-__device__ __forceinline__ void add_to(float* address, float first, float second) {
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(first), "f"(second)
+__device__ __forceinline__ void add_to(float* address, float4 value) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(value.x), "f"(value.y),
+                 "f"(value.z), "f"(value.w));
+}
+
+// From shared to global memory in the background; addresses and size are multiples of 16 bytes.
+__device__ __forceinline__ void store_bytes(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+                 "r"(cute::cast_smem_ptr_to_uint(from)), "r"(bytes)
                  : "memory");
 }
+// Returns once what this thread let be stored is in global memory.
+__device__ __forceinline__ void await_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // 16 bytes to shared memory, in the background.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {

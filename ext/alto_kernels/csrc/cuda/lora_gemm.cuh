@@ -22,11 +22,17 @@ constexpr int kStages = 4;
 //   gradients, P > 1  0-1 64 tokens by 128 features, 2-... each part's S block
 constexpr int kStageBytes = 6 * kBoxBytes;
 constexpr int kWeightBox = 2;
-constexpr int kStagingBytes = 4 * kBoxBytes;  // two boxes for each consumer warpgroup
 constexpr int kThreads = 384;
+constexpr int kConsumerWarpgroups = 2;
+
+// A warpgroup's staging area holds two buffers for each of its warps, 16 rows of 128 bytes, or 64 x 64 of a gradient in
+// fp32, whose rows are padded there against bank conflicts.
+constexpr int kWarpBufferBytes = kWarpRows * 128;
+constexpr int kGradientRow = 68;
+constexpr int kStagingBytes = 64 * kGradientRow * 4;
+static_assert(kStagingBytes % 1024 == 0 && kStagingBytes >= 4 * 2 * kWarpBufferBytes);
 
 constexpr int kItemSlots = 4;
-constexpr int kConsumerWarps = 8;
 
 __host__ __device__ constexpr int down_depth(int parts) { return parts == 1 ? 2 * kStepDepth : kStepDepth; }
 __host__ __device__ constexpr int pool_box(int parts) { return parts == 1 ? 4 : 2; }
@@ -58,7 +64,8 @@ struct Control {
     std::uint64_t item_full[kItemSlots];
     std::uint64_t item_empty[kItemSlots];
 };
-constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes + static_cast<int>(sizeof(Control)) + 1024;
+constexpr int kSharedBytes =
+    kStages * kStageBytes + kConsumerWarpgroups * kStagingBytes + static_cast<int>(sizeof(Control));
 static_assert(kSharedBytes <= 227 * 1024);
 
 using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
@@ -97,14 +104,15 @@ template <Format format, bool kBackward>
 __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads, 1)
     lora_gemm_kernel(const __grid_constant__ LoraGemmArguments arguments) {
     using Element = std::conditional_t<format == Format::kFloat16, __half, __nv_bfloat16>;
-    extern __shared__ unsigned char shared_memory[];
-    unsigned char* aligned = shared_memory + (1024 - (cute::cast_smem_ptr_to_uint(shared_memory) & 1023)) % 1024;
-    const SharedView shared{aligned, aligned + kStages * kStageBytes,
-                            reinterpret_cast<Control*>(aligned + kStages * kStageBytes + kStagingBytes)};
+    extern __shared__ __align__(1024) unsigned char shared_memory[];
+    unsigned char* const staging = shared_memory + kStages * kStageBytes;
+    const SharedView shared{shared_memory, staging,
+                            reinterpret_cast<Control*>(staging + kConsumerWarpgroups * kStagingBytes)};
+    if (threadIdx.x / 32 == 2 * 4) prefetch_maps<kBackward>(arguments);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
             FullBarrier::init(&shared.control->full[stage], 1);
-            EmptyBarrier::init(&shared.control->empty[stage], 2 * kClusterSize);
+            EmptyBarrier::init(&shared.control->empty[stage], kConsumerWarpgroups * kClusterSize);
         }
         for (int slot = 0; slot < kItemSlots; ++slot) {
             EmptyBarrier::init(&shared.control->item_full[slot], 1);

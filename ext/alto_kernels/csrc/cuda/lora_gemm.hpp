@@ -11,8 +11,8 @@
 
 namespace alto::cuda {
 
-// One of the linear layers. Maps are of 16-bit matrices in boxes of 64 x 64. T tokens, K in_features, N out_features, P
-// pool columns, R saved rows.
+// One of the linear layers. Maps are of 16-bit matrices in boxes of 64 x 64, but of kWarpRows x 64 for the output,
+// which a warp writes by itself. T tokens, K in_features, N out_features, P pool columns, R saved rows.
 //
 //              forward                        backward
 // weight       W [N, K]                       W [N, K]

@@ -56,6 +56,14 @@ struct Consumer {
         ring.advance();
     }
 
+    // The same for steps whose products are short beside their loads: the stage is freed at once.
+    __device__ __forceinline__ void complete_step() {
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<0>();
+        release(ring.stage);
+        ring.advance();
+    }
+
     __device__ __forceinline__ void tile_step(Sum& sum, ScaleOut& keep) {
         fence_registers(sum);
         cute::warpgroup_arrive();
@@ -179,53 +187,85 @@ struct Consumer {
         finish(sum);
     }
 
-    // Writes this warpgroup's 64 x 256 of the output, 64 columns at a time, through shared memory and TMA.
+    // What leaves the accumulators goes through the warpgroup's staging area, from where the copy engine takes it while
+    // the next item's products are made. Returns once nothing is read from there any more.
+    __device__ __forceinline__ void await_staging() {
+        cute::tma_store_wait<0>();
+        warpgroup_barrier(warpgroup);
+    }
+    __device__ __forceinline__ unsigned char* staging() const { return shared.staging + warpgroup * kStagingBytes; }
+    // One of two buffers of this warp alone: its 16 rows of the accumulators by 64 16-bit columns.
+    __device__ __forceinline__ unsigned char* warp_buffer(int which) const {
+        return staging() + (thread / 32 * 2 + which) * kWarpBufferBytes;
+    }
+    // Makes the `count`-th buffer that this warp fills for an item free: of the earlier ones, only the last may still
+    // be read.
+    __device__ __forceinline__ void await_warp_buffer(int count) {
+        if (count < 2) return;
+        if (thread % 32 == 0) cute::tma_store_wait<1>();
+        __syncwarp();
+    }
+
+    // Writes this warpgroup's 64 x 256 of the output, each warp its own rows, half of the columns at a time.
     __device__ __forceinline__ void store_output(const Item& item, const Sum& sum) {
         const ModuleArguments& module = arguments.modules[kBackward ? 0 : item.module];
         const CUtensorMap& output = kBackward ? arguments.input_grads : module.rows;
         const int features = kBackward ? arguments.in_features : module.out_features;
-        const auto* bias = kBackward ? nullptr : static_cast<const Element*>(module.bias);
         const int lane = thread % 32;
-        const int row = thread / 32 * 16 + lane % 8 + lane / 8 % 2 * 8;
+        const int row = lane % 16;
+        const int first_row = item.row + warpgroup * 64 + thread / 32 * kWarpRows;
+        await_staging();
 #pragma unroll
-        for (int quarter = 0; quarter < 4; ++quarter) {
-            unsigned char* staging = shared.staging + (warpgroup * 2 + quarter % 2) * kBoxBytes;
-            const std::uint32_t row_address =
-                cute::cast_smem_ptr_to_uint(staging) + static_cast<std::uint32_t>(row) * 128;
-            if (thread == 0) cute::tma_store_wait<1>();
-            warpgroup_barrier(warpgroup);
+        for (int half = 0; half < 2; ++half) {
+            if (half == 1) {
+                if (lane == 0) cute::tma_store_wait<0>();
+                __syncwarp();
+            }
 #pragma unroll
-            for (int pair = 0; pair < 4; ++pair) {
+            for (int pair = 0; pair < 8; ++pair) {
                 std::uint32_t packed[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const int column_block = quarter * 8 + pair * 2 + i / 2;
-                    const int index = column_block * 4 + i % 2 * 2;
-                    float2 value{sum[index], sum[index + 1]};
-                    if (bias != nullptr) {
-                        const int column = item.column + column_block * 8 + accumulator_column();
-                        if (column < features) {
-                            value.x += to_float(bias[column]);
-                            value.y += to_float(bias[column + 1]);
-                        }
-                    }
-                    packed[i] = rounded_pair(value.x, value.y, Element{});
+                    const int at = (half * 16 + pair * 2 + i / 2) * 4 + i % 2 * 2;
+                    packed[i] = rounded_pair(sum[at], sum[at + 1], Element{});
                 }
-                const int piece = pair * 2 + lane / 16;
-                store_matrices(row_address + static_cast<std::uint32_t>((piece ^ (row & 7)) * 16), packed[0], packed[1],
-                               packed[2], packed[3]);
+                const int piece = pair % 4 * 2 + lane / 16;
+                store_matrices(cute::cast_smem_ptr_to_uint(warp_buffer(pair / 4)) +
+                                   static_cast<std::uint32_t>(row * 128 + (piece ^ (row & 7)) * 16),
+                               packed[0], packed[1], packed[2], packed[3]);
             }
             fence_async_shared();
-            warpgroup_barrier(warpgroup);
-            const int column = item.column + quarter * 64;
-            if (thread == 0 && column < features) {
-                if (kBackward && arguments.adds_to_output) {
-                    add_box(output, staging, column, item.row + warpgroup * 64);
-                } else {
-                    store_box(output, staging, column, item.row + warpgroup * 64);
+            __syncwarp();
+            if (lane == 0) {
+#pragma unroll
+                for (int quarter = 0; quarter < 2; ++quarter) {
+                    const int column = item.column + half * 128 + quarter * 64;
+                    if (column >= features) continue;
+                    if (kBackward && arguments.adds_to_output) {
+                        add_box(output, warp_buffer(quarter), column, first_row);
+                    } else {
+                        store_box(output, warp_buffer(quarter), column, first_row);
+                    }
                 }
+                cute::tma_store_arrive();
             }
-            if (thread == 0) cute::tma_store_arrive();
+        }
+    }
+
+    // Forward. Apart from store_output, which is short without it: most layers have no bias.
+    __device__ __forceinline__ void add_bias(const Item& item, const Element* bias, Sum& sum) const {
+        const int features = arguments.modules[item.module].out_features;
+#pragma unroll
+        for (int block = 0; block < 32; ++block) {
+            const int column = item.column + block * 8 + accumulator_column();
+            if (column >= features) continue;
+            const float one = to_float(bias[column]);
+            const float two = to_float(bias[column + 1]);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                sum[block * 4 + half * 2] += one;
+                sum[block * 4 + half * 2 + 1] += two;
+            }
         }
     }
 
@@ -257,7 +297,7 @@ struct Consumer {
             multiply_boxes<Major::K, kWeightMajor, 0, 32 * parts>(box(warpgroup), box(pool_box(parts)), sum, keep);
             if constexpr (parts == 1)
                 multiply_boxes<Major::K, kWeightMajor, 0, 32>(box(2 + warpgroup), box(pool_box(1) + 1), sum, keep);
-            commit_step();
+            parts <= 2 ? complete_step() : commit_step();
             fence_registers(sum);
         }
         finish(sum);
@@ -275,30 +315,41 @@ struct Consumer {
         return __ballot_sync(0xFFFFFFFFu, bad);
     }
 
+    // Writes S blocks, each warp its own 16 rows, and counts them as done: other blocks of threads read them by TMA.
     __device__ __forceinline__ void write_blocks(const Item& item, std::uint32_t bad, const Sum& sum) {
         int written = 0;
+        await_staging();
 #pragma unroll
-        for (int part = 0; part < kMaxParts; ++part) {
-            if (part >= item.part_count || item.parts[part].detail < 0) continue;
-            write_block(item, item.parts[part], bad >> (part * kGranules), part * 32, sum);
+        for (int index = 0; index < kMaxParts; ++index) {
+            if (index >= item.part_count || item.parts[index].detail < 0) continue;
+            const Part& part = item.parts[index];
+            unsigned char* buffer = warp_buffer(written % 2);
+            await_warp_buffer(written);
+            fill_block(item, part, bad >> (index * kGranules), index * 32, sum, reinterpret_cast<Element*>(buffer));
+            fence_async_shared();
+            __syncwarp();
+            if (thread % 32 == 0) {
+                const int row = part.s_row + warpgroup * 64 + thread / 32 * kWarpRows;
+                store_bytes(static_cast<Element*>(arguments.modules[part.module].block_data) +
+                                static_cast<std::int64_t>(row) * kStepDepth,
+                            buffer, kWarpBufferBytes);
+                cute::tma_store_arrive();
+            }
             ++written;
         }
-        // The blocks are read by TMA in other thread blocks: order these stores before it, then count them as done.
-        fence_async_proxy();
-        __threadfence();
-        warpgroup_barrier(warpgroup);
-        if (thread == 0 && written > 0) {
+        if (thread % 32 == 0 && written > 0) {
+            await_written();
+            fence_async_proxy();
             add_release(arguments.ready + item.row / kTileRows, written);
             add_release(arguments.ready + arguments.tiles, written);
         }
     }
 
-    // Writes this warpgroup's rows of an S block: each owner's columns for its own tokens, zero elsewhere.
-    __device__ __forceinline__ void write_block(const Item& item, const Part& part, std::uint32_t bad_owners,
-                                                const int first, const Sum& sum) {
-        auto* const data = static_cast<Element*>(arguments.modules[part.module].block_data);
-        const int row = warpgroup * 64 + accumulator_row();
-        Element* to = data + static_cast<std::int64_t>(part.s_row + row) * kStepDepth + accumulator_column();
+    // This warp's 16 rows of an S block: each owner's columns for its own tokens, zero elsewhere.
+    __device__ __forceinline__ void fill_block(const Item& item, const Part& part, std::uint32_t bad_owners,
+                                               const int first, const Sum& sum, Element* buffer) {
+        const int row = accumulator_row();
+        Element* to = buffer + row % kWarpRows * kStepDepth + accumulator_column();
 #pragma unroll
         for (int granule = 0; granule < kGranules; ++granule) {
             const Owner owner = arguments.owners[part.detail * kGranules + granule];
@@ -306,7 +357,7 @@ struct Consumer {
             const bool bad = (bad_owners >> granule & 1) != 0;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int token = item.row + row + half * 8;
+                const int token = item.row + warpgroup * 64 + row + half * 8;
                 const bool inside = token >= owner.start && token < owner.stop;
 #pragma unroll
                 for (int block = 0; block < 2; ++block) {
@@ -323,51 +374,78 @@ struct Consumer {
         }
     }
 
-    // Adds (or writes) a product of 64 features by 64 columns of an S block to the gradient: the segment's columns.
+    // Adds (or writes) a product of 64 features by 64 columns of an S block to the gradient: the segment's columns. It
+    // is turned in the staging area, so that whole lines go out. Each element is added to once a launch: deterministic.
     template <int size>
     __device__ __forceinline__ void add_gradient(const Item& item, const Part& part, float* gradient, int first_feature,
                                                  const int first, const float (&sum)[size]) {
         const bool of_a = item.kind == Kind::kGradA;
-        const int features = of_a ? arguments.in_features : arguments.modules[part.module].out_features;
+        const int columns = min(item.rank - part.detail, kStepDepth);
+        const int features =
+            min(64, (of_a ? arguments.in_features : arguments.modules[part.module].out_features) - first_feature);
+        // A has a row for each rank column, B one for each feature.
+        const int row_stride = of_a ? 1 : kGradientRow;
+        const int column_stride = of_a ? kGradientRow : 1;
+        auto* const tile = reinterpret_cast<float*>(staging());
         const float factor = of_a ? item.keep_factor : 1.0f;
-        const int columns = item.rank - part.detail;
-        int column = accumulator_column() - part.column;  // among the segment's, of this part
-        const int feature = first_feature + accumulator_row();
-        const std::int64_t row_stride = of_a ? 1 : item.rank;
-        const std::int64_t column_stride = of_a ? features : 1;
-        float* at = gradient + feature * row_stride + (part.detail + column) * column_stride;
-        const bool paired = !of_a && item.rank % 2 == 0 && reinterpret_cast<std::uintptr_t>(gradient) % 8 == 0;
-        const bool fresh = (item.flags & kFresh) != 0;
+        await_staging();
 #pragma unroll
         for (int block = 0; block < 8; ++block) {
+            const int column = block * 8 + accumulator_column() - part.column;  // among the segment's, of this part
+            if (column < 0 || column >= columns) continue;
+            float* const at = tile + accumulator_row() * row_stride + column * column_stride;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const float one = sum[first + block * 4 + half * 2] * factor;
                 const float two = sum[first + block * 4 + half * 2 + 1] * factor;
                 float* const here = at + half * 8 * row_stride;
-                if (feature + half * 8 < features && column >= 0 && column < columns) {
-                    if (paired) {
-                        if (fresh) {
-                            *reinterpret_cast<float2*>(here) = float2{one, two};
-                        } else {
-                            add_to(here, one, two);
-                        }
-                    } else {
-                        const bool both = column + 1 < columns;
-                        if (fresh) {
-                            *here = one;
-                            if (both) here[column_stride] = two;
-                        } else {
-                            add_to(here, one);
-                            if (both) add_to(here + column_stride, two);
-                        }
-                    }
+                if (of_a) {
+                    here[0] = one;
+                    here[kGradientRow] = two;
+                } else {
+                    *reinterpret_cast<float2*>(here) = float2{one, two};
                 }
             }
-            // Opaque: one address at a time, not all of them in registers.
-            column += 8;
-            at += 8 * column_stride;
-            asm volatile("" : "+l"(at), "+r"(column));
+        }
+        warpgroup_barrier(warpgroup);
+        const int rows = of_a ? columns : features;
+        const int width = of_a ? features : columns;
+        const std::int64_t stride = of_a ? arguments.in_features : item.rank;
+        float* const to =
+            gradient + (of_a ? part.detail * stride + first_feature : first_feature * stride + part.detail);
+        if (width % 4 == 0 && stride % 4 == 0 && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
+            put_rows<4>(item, to, stride, tile, rows, width);
+        } else {
+            put_rows<1>(item, to, stride, tile, rows, width);
+        }
+    }
+
+    // Adds, or writes where the gradient is fresh, `rows` x `width` floats of the staging area, `vector` at a time.
+    template <int vector>
+    __device__ __forceinline__ void put_rows(const Item& item, float* to, std::int64_t stride, const float* tile,
+                                             int rows, int width) {
+        constexpr int kThreadsOfRow = 64 / vector;
+        const int column = thread % kThreadsOfRow * vector;
+        if (column >= width) return;
+        const bool fresh = (item.flags & kFresh) != 0;
+#pragma unroll 4
+        for (int row = thread / kThreadsOfRow; row < rows; row += 128 / kThreadsOfRow) {
+            float* const here = to + row * stride + column;
+            const float* const from = tile + row * kGradientRow + column;
+            if constexpr (vector == 4) {
+                const float4 value = *reinterpret_cast<const float4*>(from);
+                if (fresh) {
+                    *reinterpret_cast<float4*>(here) = value;
+                } else {
+                    add_to(here, value);
+                }
+            } else {
+                if (fresh) {
+                    *here = *from;
+                } else {
+                    add_to(here, *from);
+                }
+            }
         }
     }
 
@@ -406,14 +484,14 @@ struct Consumer {
                 ScaleOut keep_second = keep;
                 multiply_boxes<Major::MN, Major::MN, 0, 32>(box(2 * warpgroup), box(4), first, keep);
                 multiply_boxes<Major::MN, Major::MN, 0, 32>(box(2 * warpgroup + 1), box(4), second, keep_second);
-                commit_step();
+                complete_step();
                 fence_registers(first);
                 fence_registers(second);
             } else {
                 fence_registers(sum);
                 cute::warpgroup_arrive();
                 multiply_boxes<Major::MN, Major::MN, 0, 32 * parts>(box(warpgroup), box(2), sum, keep);
-                commit_step();
+                complete_step();
                 fence_registers(sum);
             }
         }
@@ -441,6 +519,10 @@ struct Consumer {
         const Item& item = slot.item;
         if (item.kind == Kind::kBase) {
             base(item, sum);
+            if constexpr (!kBackward) {
+                const auto* bias = static_cast<const Element*>(arguments.modules[item.module].bias);
+                if (bias != nullptr) add_bias(item, bias, sum);
+            }
             store_output(item, sum);
         } else if (item.kind == Kind::kDown) {
             const std::uint32_t bad = bad_owners(item);
@@ -474,7 +556,7 @@ __device__ void consume(const LoraGemmArguments& arguments, const SharedView& sh
         if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared.control->item_empty[items.stage]);
         items.advance();
     }
-    if (consumer.thread == 0) cute::tma_store_wait<0>();
+    cute::tma_store_wait<0>();
 }
 
 }  // namespace alto::cuda

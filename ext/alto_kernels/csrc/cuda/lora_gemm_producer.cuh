@@ -205,6 +205,27 @@ struct Producer {
     }
 };
 
+// Lets the maps be fetched before their first use; for a warp.
+template <bool kBackward>
+__device__ void prefetch_maps(const LoraGemmArguments& arguments) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const auto prefetch = [](const CUtensorMap& map) {
+        asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<std::uint64_t>(&map)) : "memory");
+    };
+    if (lane < arguments.module_count) {
+        const ModuleArguments& module = arguments.modules[lane];
+        prefetch(module.rows);
+        prefetch(module.weight);
+        prefetch(module.down_pool);
+        prefetch(module.up_pool);
+        prefetch(module.blocks);
+        if (kBackward) prefetch(module.saved);
+    } else if (lane == kMaxModules) {
+        prefetch(arguments.input);
+        if (kBackward) prefetch(arguments.input_grads);
+    }
+}
+
 template <bool kBackward>
 __device__ void produce(const LoraGemmArguments& arguments, const SharedView& shared, int first, int last, int block) {
     Producer<kBackward> producer{arguments, shared, block};

@@ -9,15 +9,20 @@
 namespace alto::cuda {
 namespace {
 
-// Simulated costs in base steps (128 x 256 x 64 on one multiprocessor, 0.65 us), from the timeline of an H100: a step
-// costs its arithmetic, or what it loads from the L2 cache where that is more.
-constexpr double kBoxCost = 0.21;          // of loading 64 x 64
-constexpr double kGradientBoxCost = 0.26;  // the same among gradients, whose rows seldom are in the L2 cache
-constexpr double kMaskCost = 0.75;         // of dropout, for each 64 x 64 that a warpgroup masks
-constexpr double kMaskTileCost = 4.0;      // the same for the low-rank part of a tile of dX
-constexpr double kItemCost = 4.0;          // of an output tile or S block, around its steps
-constexpr double kGradientItemCost = 1.0;
-constexpr double kGradientColumnCost = 0.17;  // of writing a rank column of the item's features
+// Simulated costs in base steps (128 x 256 x 64 on one multiprocessor, 0.7 us), from timelines of an H100. What is not
+// bounded by arithmetic costs a round trip of its stage, a quarter of the latency of the ring, however little it loads.
+constexpr double kTileCost = 3.0;        // around the steps of an output tile
+constexpr double kDownStageCost = 0.95;  // of S blocks, and for each part
+constexpr double kDownPartCost = 0.06;
+constexpr double kDownCost = 7.0;  // around them
+constexpr double kGradientStepCost = 1.3;
+constexpr double kGradientCost = 2.0;  // around a gradient's steps, and for each 64 features of each part
+constexpr double kGradientPieceCost = 0.8;
+constexpr double kGradientColumnCost =
+    0.03;                              // of each rank column that is written, and as much again if it is added to
+constexpr double kUnsharedCost = 1.2;  // of an extra step whose pool columns each block loads for itself
+constexpr double kMaskCost = 0.75;     // of dropout, for each 64 x 64 that a warpgroup masks
+constexpr double kMaskTileCost = 4.0;  // the same for the low-rank part of a tile of dX
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -74,9 +79,9 @@ void add_down_pairs(const TickLayout& layout, const LaunchShape& shape, int limi
                 item.parts[i] = at < lists[block].size() ? lists[block][at] : Part{0, 0, first_module, -1};
             }
         }
-        const double boxes = 2.0 + (shared ? 0.5 : 1.0) * count;
-        const double step = std::max(0.25 * count, kBoxCost * boxes) + (masked ? kMaskCost : 0.0);
-        pair.cost = ceil_div(contraction, kStepDepth) * step + kItemCost;
+        const int steps = pair.items[0].steps;
+        pair.cost = steps * (kDownStageCost + kDownPartCost * count) + kDownCost +
+                    (masked ? ceil_div(contraction, kStepDepth) * kMaskCost : 0.0);
         pairs.push_back(pair);
     }
 }
@@ -137,7 +142,7 @@ Pair base_pair(const TickLayout& layout, const LaunchShape& shape, int row_pair,
         extra_steps = std::max(extra_steps, item.extra_count);
     }
     for (Item& item : pair.items) item.extra_steps = extra_steps;
-    pair.cost = steps + modules * extra_steps * (shared ? 1.0 : 6 * kBoxCost) + kItemCost +
+    pair.cost = steps + modules * extra_steps * (shared ? 1.0 : kUnsharedCost) + kTileCost +
                 (shape.drops && shape.backward ? kMaskTileCost : 0.0);
     return pair;
 }
@@ -168,14 +173,16 @@ void add_gradient_pairs(const TickLayout& layout, const TickLayout::Run& run, Ki
     for (int first = 0; first < static_cast<int>(parts.size()); first += size) {
         const int count = std::min(size, static_cast<int>(parts.size()) - first);
         const int boxes = count == 1 ? 4 : 2;
-        const double step = std::max(0.125 * boxes * count, kGradientBoxCost * (boxes + 0.5 * count)) +
-                            (masked ? kMaskCost * boxes / 2 : 0.0);
+        const double step = kGradientStepCost + (masked ? kMaskCost * boxes / 2 : 0.0);
         int rank_columns = 0;
         for (int part = first; part < first + count; ++part)
             rank_columns += std::min(segment.rank - parts[static_cast<std::size_t>(part)].detail, kStepDepth);
         for (int column = 0; column < features; column += boxes * 64 * kClusterSize) {
             Pair pair{};
-            pair.cost = run.half_tiles * step + kGradientItemCost + rank_columns * kGradientColumnCost * boxes / 4;
+            pair.cost =
+                run.half_tiles * step + kGradientCost +
+                boxes / 2 *
+                    (count * kGradientPieceCost + rank_columns * kGradientColumnCost * (segment.fresh ? 1.0 : 2.0));
             for (int block = 0; block < kClusterSize; ++block) {
                 Item& item = pair.items[block];
                 item.kind = kind;
@@ -218,50 +225,29 @@ std::vector<Pair> gradient_pairs(const TickLayout& layout, const LaunchShape& sh
     return pairs;
 }
 
-// Indexes of pairs; see `deal`.
 using Order = std::vector<const Pair*>;
-
-double total_cost(const Order& order) {
-    double total = 0.0;
-    for (const Pair* pair : order) total += pair->cost;
-    return total;
-}
 
 // The order in which output tiles and gradients are dealt. First the gradients that take longer than a tile, which
 // would else stick out at the end: those of B, and after a tile for each cluster those of A, which wait for all S
-// blocks. Then the tiles, `share` of the other gradients spread among them; then the remaining ones, longest first,
-// which fill the wave that the tiles leave unfinished.
-Order interleave(const std::vector<Pair>& base, const std::vector<Pair>& gradients, double share, int clusters) {
-    const auto longer = [](const Pair* a, const Pair* b) { return a->cost > b->cost; };
-    Order merged;
+// blocks. Then the tiles, one after another: they sweep weight and operand together, and whatever else comes between
+// them tears that apart (beside contractions of 14336 it costs up to 25 % of the whole). Then the other gradients,
+// longest first, which fill the wave that the tiles leave unfinished.
+Order arrange(const std::vector<Pair>& base, const std::vector<Pair>& gradients, int clusters) {
+    Order order;
     Order long_a;
     Order shorter;
     for (const auto& pair : gradients) {
         const bool is_long = base.empty() || pair.cost > base.front().cost;
-        (!is_long ? shorter : pair.items[0].kind == Kind::kGradA ? long_a : merged).push_back(&pair);
+        (!is_long ? shorter : pair.items[0].kind == Kind::kGradA ? long_a : order).push_back(&pair);
     }
-    std::stable_sort(merged.begin(), merged.end(), longer);
-    std::stable_sort(long_a.begin(), long_a.end(), longer);
-    double base_total = 0.0;
-    for (const auto& pair : base) base_total += pair.cost;
-    const double spread = share * total_cost(shorter);
+    for (Order* part : {&order, &long_a, &shorter})
+        std::stable_sort(part->begin(), part->end(), [](const Pair* a, const Pair* b) { return a->cost > b->cost; });
     const std::size_t first_wave = std::min(base.size(), static_cast<std::size_t>(clusters));
-    double base_done = 0.0;
-    double shorter_done = 0.0;
-    std::size_t next = 0;
-    for (std::size_t i = 0; i < base.size(); ++i) {
-        if (i == first_wave) merged.insert(merged.end(), long_a.begin(), long_a.end());
-        merged.push_back(&base[i]);
-        base_done += base[i].cost;
-        while (next < shorter.size() && shorter_done * base_total < spread * base_done) {
-            shorter_done += shorter[next]->cost;
-            merged.push_back(shorter[next++]);
-        }
-    }
-    if (base.size() == first_wave) merged.insert(merged.end(), long_a.begin(), long_a.end());
-    std::stable_sort(shorter.begin() + static_cast<std::ptrdiff_t>(next), shorter.end(), longer);
-    merged.insert(merged.end(), shorter.begin() + static_cast<std::ptrdiff_t>(next), shorter.end());
-    return merged;
+    for (std::size_t i = 0; i < first_wave; ++i) order.push_back(&base[i]);
+    order.insert(order.end(), long_a.begin(), long_a.end());
+    for (std::size_t i = first_wave; i < base.size(); ++i) order.push_back(&base[i]);
+    order.insert(order.end(), shorter.begin(), shorter.end());
+    return order;
 }
 
 struct Dealt {
@@ -294,7 +280,7 @@ Dealt deal(const std::vector<Pair>& downs, const Order& rest, int down_clusters,
         double end = start + pair->cost;
         if (item.kind == Kind::kBase) {
             const double ready = written[static_cast<std::size_t>(item.row / kTileRows / kClusterSize)];
-            end = extra_first ? std::max(start, ready) + pair->cost : std::max(end, ready + kItemCost);
+            end = extra_first ? std::max(start, ready) + pair->cost : std::max(end, ready + kTileCost);
         } else if (item.kind == Kind::kGradA) {
             end = std::max(start, all_written) + pair->cost;
         }
@@ -314,26 +300,23 @@ Schedule make_schedule(const TickLayout& layout, const LaunchShape& shape, int c
     const bool extra_first = shape.backward && shape.drops;
     const int row_pairs = ceil_div(layout.tiles, kClusterSize);
 
-    // Of a few ways to deal, the one with the shortest simulated run; of equals the first: gradients spread as evenly
-    // as can be, S blocks from as few passes as can be. The lists of `best` point into all of these.
+    // Of a few ways to deal, the one with the shortest simulated run; of equals the first: S blocks from as few passes
+    // as can be. The lists of `best` point into all of these.
     std::vector<std::vector<Pair>> downs;
     for (const int limit : {kMaxParts, 2, 1}) {
         downs.push_back(down_pairs(layout, shape, limit));
         if (downs.size() > 1 && downs.back().size() == downs[downs.size() - 2].size()) downs.pop_back();
     }
+    const Order order = arrange(base, gradients, clusters);
     Dealt best;
     best.makespan = std::numeric_limits<double>::max();
-    for (const double share : {1.0, 0.5, 0.0}) {
-        const Order order = interleave(base, gradients, share, clusters);
-        for (const auto& pairs : downs) {
-            for (const int each : {1, 2, 3}) {
-                const int wanted = ceil_div(static_cast<int>(pairs.size()), each);
-                if (each > 1 && wanted >= clusters) continue;
-                Dealt dealt = deal(pairs, order, std::clamp(wanted, 1, clusters), extra_first, row_pairs, clusters);
-                if (dealt.makespan < best.makespan) best = std::move(dealt);
-            }
+    for (const auto& pairs : downs) {
+        for (const int each : {1, 2, 3}) {
+            const int wanted = ceil_div(static_cast<int>(pairs.size()), each);
+            if (each > 1 && wanted >= clusters) continue;
+            Dealt dealt = deal(pairs, order, std::clamp(wanted, 1, clusters), extra_first, row_pairs, clusters);
+            if (dealt.makespan < best.makespan) best = std::move(dealt);
         }
-        if (gradients.empty()) break;
     }
 
     Schedule schedule;

@@ -63,9 +63,9 @@ struct LaunchShape {
     int pairs_in_group = 8;         // pairs of tiles that share a stretch of the weight in the L2 cache
 };
 
-// Lists the work of a launch and deals it to clusters: the longest chain of a simulated run is kept short, S blocks
-// come first, and gradients are spread among the output tiles so that their memory traffic hides behind arithmetic. The
-// result depends on nothing but its arguments, and no item's arithmetic depends on the schedule.
+// Lists the work of a launch and deals it to clusters: S blocks come first, most gradients last, and the longest chain
+// of a simulated run is kept short. The result depends on nothing but its arguments, and no item's arithmetic depends
+// on the schedule.
 Schedule make_schedule(const TickLayout& layout, const LaunchShape& shape, int clusters);
 
 }  // namespace alto::cuda

@@ -27,7 +27,7 @@ Encode encoder() {
 
 }  // namespace
 
-CUtensorMap tensor_map(const Matrix& matrix, bool is_float16, const std::string& name) {
+CUtensorMap tensor_map(const Matrix& matrix, int box_rows, bool is_float16, const std::string& name) {
     if (matrix.address == 0 || matrix.address % 16 != 0)
         throw std::invalid_argument(name + ": its address must be a multiple of 16 bytes");
     if (matrix.rows < 1 || matrix.columns < 1) throw std::invalid_argument(name + ": must not be empty");
@@ -35,7 +35,7 @@ CUtensorMap tensor_map(const Matrix& matrix, bool is_float16, const std::string&
         throw std::invalid_argument(name + ": its row stride must be a multiple of 8 elements and at least a row");
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.stride) * 2};
-    const cuuint32_t box[2] = {64, 64};
+    const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
     const cuuint32_t element_strides[2] = {1, 1};
     const CUtensorMapDataType type = is_float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     CUtensorMap map;

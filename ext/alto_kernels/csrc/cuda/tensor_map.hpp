@@ -1,4 +1,4 @@
-// TMA descriptors of bf16 or fp16 matrices in boxes of 64 x 64, 128-byte swizzle.
+// TMA descriptors of bf16 or fp16 matrices in boxes of 64 columns, 128-byte swizzle.
 #pragma once
 
 #include <cuda.h>
@@ -17,6 +17,6 @@ struct Matrix {
 };
 
 // Encodes the map; throws std::invalid_argument that names the matrix where TMA cannot address it.
-CUtensorMap tensor_map(const Matrix& matrix, bool is_float16, const std::string& name);
+CUtensorMap tensor_map(const Matrix& matrix, int box_rows, bool is_float16, const std::string& name);
 
 }  // namespace alto::cuda

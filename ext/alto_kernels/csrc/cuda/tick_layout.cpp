@@ -99,9 +99,9 @@ TickLayout::TickLayout(std::int64_t token_count, std::vector<Segment> given) : s
         for (const Block& block : list)
             extras.push_back({block.s_row, window_columns[static_cast<std::size_t>(block.window)], {0, 0}});
         extra_begin.push_back(static_cast<int>(extras.size()));
-        ready_target.push_back(2 * static_cast<int>(list.size()));  // each block is written by two warpgroups
+        ready_target.push_back(kConsumerWarps * static_cast<int>(list.size()));
     }
-    ready_target.push_back(2 * block_count);
+    ready_target.push_back(kConsumerWarps * block_count);
 }
 
 }  // namespace alto::cuda

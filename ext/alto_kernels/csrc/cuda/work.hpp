@@ -13,6 +13,8 @@ constexpr int kGranules = kStepDepth / kGranule;
 constexpr int kClusterSize = 2;
 constexpr int kMaxModules = 4;  // of one launch
 constexpr int kMaxParts = 4;    // of one item
+constexpr int kConsumerWarps = 8;
+constexpr int kWarpRows = 16;  // of a tile, in the accumulators of one warp: a quarter of a warpgroup's 64
 
 enum class Kind : std::int32_t {
     kEnd = -1,   // no more items
