@@ -311,7 +311,7 @@ Schedule make_schedule(const TickLayout& layout, const LaunchShape& shape, int c
     Dealt best;
     best.makespan = std::numeric_limits<double>::max();
     for (const auto& pairs : downs) {
-        for (const int each : {1, 2, 3}) {
+        for (const int each : {1, 2, 3, 4}) {
             const int wanted = ceil_div(static_cast<int>(pairs.size()), each);
             if (each > 1 && wanted >= clusters) continue;
             Dealt dealt = deal(pairs, order, std::clamp(wanted, 1, clusters), extra_first, row_pairs, clusters);
