@@ -60,7 +60,7 @@ check: install  ## Lint, types, walls between rooms, the contract
 test: install  ## All tests
 	@$(BIN)/pytest -n 2 $(TESTS)
 
-cuda: install  ## Compile the CUDA kernels, where there is nvcc, and import them; needs no GPU
+cuda: install  ## Compile the CUDA kernels, where there is nvcc, and test their schedules; needs no GPU
 	@if ! command -v nvcc > /dev/null; then echo "no nvcc: the CUDA kernels are not compiled"; exit 0; fi; set -e; \
 	$(BIN)/pip install --quiet --no-deps nvidia-cutlass==4.2.0.0; \
 	export PATH="$(CURDIR)/$(BIN):$$PATH"; \
@@ -69,8 +69,10 @@ cuda: install  ## Compile the CUDA kernels, where there is nvcc, and import them
 		-Dpybind11_DIR="$$(python -m pybind11 --cmakedir)" -DALTO_CUDA=ON $(CMAKE_ARGS) > build/cuda.log 2>&1 \
 		|| { cat build/cuda.log; exit 1; }; \
 	cmake --build build/cuda --target alto_kernels_module > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }; \
-	cd build/cuda/ext/alto_kernels && python -c \
-		"import _kernels; assert _kernels.has_cuda; print('compiled for', _kernels.cuda_architectures)"
+	PYTHONPATH=build/cuda/ext/alto_kernels python -c "import sys, pytest, _kernels; \
+		print('compiled for', _kernels.cuda_architectures); \
+		sys.modules['alto_kernels._kernels'] = _kernels; \
+		sys.exit(pytest.main(['-q', 'tests/kernels/test_schedule.py']))"
 
 bench: install  ## Run benchmarks/NAME.py with ARGS; its last line is one JSON object
 	@test -n "$(NAME)" || { echo "which one? make bench NAME=parity; there are:"; ls benchmarks/*.py; exit 2; }
