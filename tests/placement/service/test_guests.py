@@ -66,7 +66,8 @@ class Cluster:
 
     def trains(self, row, fraction=0.1, guest_memory_bytes=20 * GIB):
         measured = Measured(ticks=100, train_tokens=20_000, lora_rank_ticks=800, training_s=50.0)
-        progress = Progress(fraction, self.now.monotonic_s, measured, fraction, 900, guest_memory_bytes)
+        steps_left = round((1.0 - fraction) * self.state.tasks[row.task_id].size.longest_steps)
+        progress = Progress(fraction, self.now.monotonic_s, measured, fraction, steps_left, guest_memory_bytes)
         self.state.progress[row.assignment_id] = progress
         guests = self.state.guests()
         shared = bool(row.host_assignment_id) or row.assignment_id in guests
