@@ -28,9 +28,10 @@ from planner import with_early_exits
 from planner_trace import add_trace_argument, trace_of
 
 # An operator of a busy shared cluster: completion counts, the makespan of an open queue means nothing.
-OBJECTIVE = Objective(makespan=0.0, patience=1.5, min_patience_s=2 * 3600.0, fairness=0.0, backlog_patience=1.5)
+OBJECTIVE = Objective(makespan=0.0, patience=1.0, min_patience_s=3600.0, fairness=0.0)
+WAIT_PATIENCE = 1.25  # x the longest wait of first come first served
 
-FRONT = (1.0, 1.25, 1.5, 1.75, 2.0, 3.0, float("inf"))
+FRONT = (1.0, 1.15, 1.25, 1.35, 1.5, 2.0, float("inf"))
 
 
 def fluid_bound_s(jobs: list[Job], gpus: int) -> float:
@@ -77,9 +78,11 @@ def measure(name: str, policy: Policy, jobs: list[Job], nodes: int, gpus_per_nod
     return outcome
 
 
-def scenario(jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objective) -> dict[str, object]:
+def scenario(
+    jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objective, patience: float
+) -> dict[str, object]:
     bound = fluid_bound_s(jobs, nodes * gpus_per_node)
-    planned = Planned(objective)
+    planned = Planned(objective, wait_patience=patience)
     policies: dict[str, Policy] = {
         "planner": planned,
         "fifo": Fifo(),
@@ -112,16 +115,16 @@ def scenario(jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objecti
 
 
 def front(jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objective) -> list[dict[str, object]]:
-    """Return what each bound by the backlog costs in completion and gives in the longest wait."""
+    """Return what each bound by first come first served costs in completion and gives in the longest wait."""
     oracle = simulate(jobs, Cluster(nodes, gpus_per_node), preemptive_oracle()).mean_completion_s()
     easy = simulate(jobs, Cluster(nodes, gpus_per_node), Easy()).longest_wait_s()
     rows: list[dict[str, object]] = []
     for patience in FRONT:
-        bounded = Planned(dataclasses.replace(objective, backlog_patience=patience))
+        bounded = Planned(objective, wait_patience=patience)
         outcome = simulate(jobs, Cluster(nodes, gpus_per_node), bounded)
         rows.append(
             {
-                "backlog_patience": str(patience),
+                "wait_patience": str(patience),
                 "completion_over_oracle": round(outcome.mean_completion_s() / oracle, 4),
                 "longest_wait_over_easy": round(outcome.longest_wait_s() / easy, 4),
             }
@@ -152,7 +155,9 @@ def synthetic(count: int, seed: int) -> list[Job]:
     return found
 
 
-def others(trace: list[Job], load: float, nodes: int, gpus_per_node: int, objective: Objective) -> dict[str, object]:
+def others(
+    trace: list[Job], load: float, nodes: int, gpus_per_node: int, objective: Objective, patience: float
+) -> dict[str, object]:
     """Return completion over the oracle and longest wait over EASY's for arrivals beside the trace, and their means."""
     size = len(trace)
     cases = {f"third {k}": trace[k * size // 3 : (k + 1) * size // 3] for k in range(3)}
@@ -165,7 +170,7 @@ def others(trace: list[Job], load: float, nodes: int, gpus_per_node: int, object
         jobs = scaled_to_load([job for job in drawn if job.gpus <= nodes * gpus_per_node], nodes * gpus_per_node, load)
         oracle, easy, ours = (
             simulate(jobs, Cluster(nodes, gpus_per_node), policy)
-            for policy in (preemptive_oracle(), Easy(), Planned(objective))
+            for policy in (preemptive_oracle(), Easy(), Planned(objective, wait_patience=patience))
         )
         completion = ours.mean_completion_s() / oracle.mean_completion_s()
         pairs.append((completion, ours.longest_wait_s() / easy.longest_wait_s()))
@@ -190,11 +195,9 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=3, help="queues of each class emptied with early exits")
     parser.add_argument("--jobs", type=int, default=0, help="only the first so many; 0 for all")
     parser.add_argument("--patience", type=float, default=OBJECTIVE.patience, help="of a task, by its duration")
-    parser.add_argument(
-        "--backlog-patience", type=float, default=OBJECTIVE.backlog_patience, help="of all, by the backlog"
-    )
+    parser.add_argument("--wait-patience", type=float, default=WAIT_PATIENCE, help="of all, by first come first served")
     options = parser.parse_args()
-    objective = dataclasses.replace(OBJECTIVE, patience=options.patience, backlog_patience=options.backlog_patience)
+    objective = dataclasses.replace(OBJECTIVE, patience=options.patience)
     gpus = options.nodes * options.gpus_per_node
     jobs = read_trace(trace_of(options))
     jobs = [job for job in (jobs[: options.jobs] if options.jobs else jobs) if job.gpus <= gpus]
@@ -203,12 +206,14 @@ def main() -> None:
         print(f"{name}: {len(drawn)} jobs, load {options.load} on {gpus} GPUs", file=sys.stderr)
         arrivals = scaled_to_load(drawn, gpus, options.load)
         size = options.nodes, options.gpus_per_node
-        result[name] = scenario(arrivals, *size, objective) | {"front": front(arrivals, *size, objective)}
+        result[name] = scenario(arrivals, *size, objective, options.wait_patience) | {
+            "front": front(arrivals, *size, objective)
+        }
     print("other arrivals", file=sys.stderr)
     size = options.nodes, options.gpus_per_node
-    result["others"] = others(jobs, options.load, *size, objective)
-    by_duration = dataclasses.replace(objective, patience=4.0, min_patience_s=4 * 3600.0, backlog_patience=float("inf"))
-    result["others_by_duration_alone"] = others(jobs, options.load, *size, by_duration)
+    result["others"] = others(jobs, options.load, *size, objective, options.wait_patience)
+    by_duration = dataclasses.replace(objective, patience=4.0, min_patience_s=4 * 3600.0)
+    result["others_by_duration_alone"] = others(jobs, options.load, *size, by_duration, float("inf"))
     print("a queue emptied, tasks ending early", file=sys.stderr)
     result["early_exits"] = with_early_exits(jobs, options.per_class)
     result |= {
@@ -216,6 +221,7 @@ def main() -> None:
         "load": options.load,
         "jobs": len(jobs),
         "gpus": gpus,
+        "wait_patience": options.wait_patience,
         "objective": {name: str(value) for name, value in dataclasses.asdict(objective).items()},
         "seed": options.seed,
         "python": platform.python_version(),

@@ -16,6 +16,7 @@ import structlog
 
 from alto_placement import lifecycle, planner
 from alto_placement.clock import SteadyClock
+from alto_placement.first_come import WaitBound
 from alto_placement.learning import Learning
 from alto_placement.lifecycle import Reported
 from alto_placement.links import LeaseRenewal, NodeLink, StopOrder
@@ -69,6 +70,7 @@ class PlacementEngine:
         self._settings = settings
         self._rules = settings.rules
         self._policy = settings.policy
+        self._waits = WaitBound(self._policy.wait_patience)
         self._clock = clock or SteadyClock()
         self._learning = Learning(store, self._clock)
         self._lock = asyncio.Lock()
@@ -324,6 +326,7 @@ class PlacementEngine:
         snapshot, left = snapshot_of(
             self.state, self._learning.forecasts, self._policy, usage_gpu_s, now, self._revision
         )
+        snapshot = await asyncio.to_thread(self._waits.applied, snapshot)
         plan = await self._think(snapshot)
         self._facts = await asyncio.to_thread(facts_of, plan, snapshot, left)
         for placement in plan.starting:

@@ -14,7 +14,10 @@ from alto_placement.sharing import SharingRule
 
 
 class ObjectiveWeights(BaseModel):
-    """Weights of the plan's objective; see `planner.Objective` for what each means."""
+    """Weights of the plan's objective; see `planner.Objective` for what each means.
+
+    Nobody is meant to wait longer than `wait_patience` x the longest wait that first come first served would cause.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,7 +27,7 @@ class ObjectiveWeights(BaseModel):
     patience: float = Field(default=10.0, gt=0)
     min_patience_s: float = Field(default=3600.0, ge=0)
     fairness: float = Field(default=1.0, ge=0, le=1)
-    backlog_patience: float = Field(default=float("inf"), gt=0)
+    wait_patience: float = Field(default=float("inf"), gt=0)
     preempt: bool = True
 
 
@@ -63,6 +66,7 @@ class Policy:
     tenants: tuple[planner.Tenant, ...] = ()
     reservations: tuple[planner.Reservation, ...] = ()
     sharing: SharingRule = SharingRule.TENANT
+    wait_patience: float = float("inf")
 
 
 def policy_of(
@@ -87,10 +91,11 @@ def policy_of(
                 f"{one.node_id!r} at the same time: move one of them"
             )
     return Policy(
-        planner.Objective(**weights.model_dump()),
+        planner.Objective(**weights.model_dump(exclude={"wait_patience"})),
         tuple(planner.Tenant(tenant, **share.model_dump()) for tenant, share in shares),
         tuple(_reservation(reservation) for reservation in reserved),
         sharing,
+        weights.wait_patience,
     )
 
 

@@ -86,7 +86,7 @@ struct Objective {
     double patience = 10;
     double min_patience_s = 3600;
     double fairness = 1;
-    double backlog_patience = kNever;
+    double longest_wait_s = kNever;
 };
 
 struct Problem {
@@ -102,31 +102,16 @@ struct Problem {
     std::vector<Tenant> tenants;
     Objective objective;
     bool has_quotas = false;
-    double backlog_s = 0;  // what runs and waits, spread evenly over the ready GPUs
 
     // How long any task may wait before GPUs are kept for it ahead of those that are overdue for less.
     [[nodiscard]] double longest_patience_s() const {
-        return std::max(objective.backlog_patience < kNever ? objective.backlog_patience * backlog_s : kNever,
-                        objective.min_patience_s);
+        return std::max(objective.longest_wait_s, objective.min_patience_s);
     }
     // How long a task may wait before GPUs are kept for it.
     [[nodiscard]] double patience_of(double seconds) const {
         return std::min(std::max(objective.patience * seconds, objective.min_patience_s), longest_patience_s());
     }
     [[nodiscard]] double patience_s(int choice) const { return patience_of(choices[choice].seconds); }
-
-    void measure_backlog() {
-        double gpu_s = 0;
-        for (const Pinned& held : pinned) gpu_s += std::popcount(held.gpus) * (held.end_s - now_s);
-        for (const Task& task : tasks) {
-            double least = kNever;
-            for (int c = task.first_choice; c < task.first_choice + task.choices; ++c)
-                if (!shapes[choices[c].shape].parts.empty())
-                    least = std::min(least, shapes[choices[c].shape].gpus * choices[c].seconds);
-            if (least < kNever) gpu_s += least;
-        }
-        backlog_s = gpu_s / std::max(1, ready_gpus());
-    }
 
     // Whether tasks are equal but for their sizes: nothing overdue, reserved, limited, held back, begun
     // before or of raised priority.

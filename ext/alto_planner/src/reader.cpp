@@ -25,13 +25,13 @@ void Reader::read_all(py::handle snapshot, Problem& problem) {
     problem.now_s = number(snapshot, "now_s");
     require(std::isfinite(problem.now_s), "snapshot", "now_s must be finite");
     const py::object objective = snapshot.attr("objective");
-    problem.objective = {number(objective, "makespan"),        number(objective, "completion"),
-                         number(objective, "lateness"),        number(objective, "patience"),
-                         number(objective, "min_patience_s"),  number(objective, "fairness"),
-                         number(objective, "backlog_patience")};
+    problem.objective = {number(objective, "makespan"),       number(objective, "completion"),
+                         number(objective, "lateness"),       number(objective, "patience"),
+                         number(objective, "min_patience_s"), number(objective, "fairness"),
+                         number(objective, "longest_wait_s")};
     const Objective& wanted = problem.objective;
     require(wanted.makespan >= 0 && wanted.completion >= 0 && wanted.lateness >= 0 && wanted.patience >= 0 &&
-                wanted.backlog_patience >= 0 && wanted.fairness >= 0 && wanted.fairness <= 1 &&
+                wanted.longest_wait_s >= 0 && wanted.fairness >= 0 && wanted.fairness <= 1 &&
                 wanted.makespan + wanted.completion > 0,
             "objective", "weights must not be negative, fairness at most 1, and makespan or completion must count");
     read_nodes(snapshot.attr("nodes"), problem);
@@ -40,7 +40,6 @@ void Reader::read_all(py::handle snapshot, Problem& problem) {
     number_tenants(read_tenants(snapshot.attr("tenants"), problem), problem);
     read_windows(snapshot.attr("reservations"), problem);
     finish_shapes(problem);
-    problem.measure_backlog();
 }
 
 int Reader::kind_of(const std::string& name) {

@@ -175,8 +175,7 @@ class Objective:
 
     The wait of a task is bounded: its deadline is arrived_s + max(patience * predicted duration, min_patience_s), and
     a task past its deadline is given a reservation ahead of all others of its priority. It is never later than
-    arrived_s + max(backlog_patience * backlog, min_patience_s), where the backlog is the time that all ready GPUs
-    together need for what runs and waits now; who waited that long goes first, longest wait first.
+    arrived_s + max(longest_wait_s, min_patience_s); who waited that long goes first, longest wait first.
     `fairness` in [0, 1]: 0 ignores tenants' usage, 1 orders tenants by weighted usage before anything but priority.
     `preempt` allows preemption at a checkpoint for priority and reclaimed quota.
     """
@@ -187,7 +186,7 @@ class Objective:
     patience: float = 10.0
     min_patience_s: float = 3600.0
     fairness: float = 1.0
-    backlog_patience: float = float("inf")
+    longest_wait_s: float = float("inf")
     preempt: bool = True
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from alto_placement.first_come import WaitBound
 from alto_placement.planner import (
     Choice,
     Duration,
@@ -22,10 +24,16 @@ from alto_placement.simulator.cluster import Cluster, Job, Parts, Run
 
 
 class Planned:
-    """Re-plans at every event and carries out what the plan starts now. `check` sees every plan."""
+    """Re-plans at every event and carries out what the plan starts now. `check` sees every plan.
 
-    def __init__(self, objective: Objective, budget_s: float = 0.0, check: bool = False) -> None:
+    No wait is meant to be longer than `wait_patience` x the longest that first come first served would have caused.
+    """
+
+    def __init__(
+        self, objective: Objective, budget_s: float = 0.0, check: bool = False, wait_patience: float = math.inf
+    ) -> None:
         self.objective = objective
+        self.bound = WaitBound(wait_patience)
         self.budget_s = budget_s
         self.check = check
         self.planning_s: list[float] = []
@@ -45,9 +53,9 @@ class Planned:
         """Return what the plan starts now; it never stops anything."""
         if not self._nodes:
             self._nodes = tuple(Node(str(n), "gpu", cluster.gpus_per_node) for n in range(cluster.nodes))
+        snapshot = self.bound.applied(self.snapshot(now_s, waiting, running))
         if not waiting:
             return [], []
-        snapshot = self.snapshot(now_s, waiting, running)
         answer = plan(snapshot, budget_s=self.budget_s, memory=self._memory)
         self.planning_s.append(answer.planning_s)
         if self.check:

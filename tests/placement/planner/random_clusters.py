@@ -107,7 +107,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         patience=2.0,
         min_patience_s=600.0,
         fairness=draw(st.sampled_from((0.0, 0.5, 1.0))),
-        backlog_patience=draw(st.sampled_from((0.0, 1.5, float("inf")))),
+        longest_wait_s=draw(st.sampled_from((0.0, 500.0, float("inf")))),
     )
     return Snapshot(NOW_S, nodes, waiting, running, reservations, tenants, objective, epoch=7)
 

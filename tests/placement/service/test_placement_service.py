@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import grpc
 import pytest
@@ -10,7 +11,7 @@ from alto_common.rpc.authentication import Scope
 from alto_common.rpc.channel import bearer_metadata, service_channel
 from alto_common.rpc.status import reason_in
 from alto_placement import engine, servicer
-from alto_placement.policy import TenantShare
+from alto_placement.policy import ObjectiveWeights, TenantShare
 from alto_placement.server import PlacementServer
 from alto_placement.servicer import SCOPES
 from alto_placement.settings import PlacementSettings
@@ -491,6 +492,36 @@ async def test_a_quota_is_told_and_kept(settings):
             second = next(task for task in plan.tasks if task.task_id == "second")
             assert second.queue.explanation.startswith("acme holds 1 GPU and may hold 1.")
             assert tuning_pb2.FORECAST_CHANGE_KIND_MORE_QUOTA in [change.kind for change in second.forecast.changes]
+            node.call.cancel()
+    finally:
+        await placement.stop()
+
+
+async def test_a_wait_is_bounded_by_what_first_come_first_served_would_cause(settings):
+    """By its own duration alone the second would be first in line after a thousand times that."""
+    patient = settings.model_copy(
+        update={"objective": ObjectiveWeights(patience=1000, min_patience_s=0, wait_patience=2)}
+    )
+    placement = PlacementServer(patient)
+    await placement.start()
+    try:
+        async with service_channel(f"127.0.0.1:{placement.server.port}") as channel:
+            stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
+            node = await TestNode(stub).connect()
+            await enqueue(stub)
+            node.heartbeat(await node.hears("assignment"))
+            await enqueue(stub, "second")
+
+            def bounded_s(plan):
+                second = next((task for task in plan.tasks if task.task_id == "second"), None)
+                if second is None or not second.forecast.HasField("first_in_line_time"):
+                    return 0.0
+                return second.forecast.first_in_line_time.ToSeconds() - time.time()
+
+            request = wire.EstimateTaskRequest(tenant="acme", base_model="tiny")
+            alone_s = (await stub.EstimateTask(request, metadata=METADATA, timeout=10)).duration.expected.ToSeconds()
+            plan = await watched(stub, lambda plan: bounded_s(plan) > 0)
+            assert 0.5 * alone_s < bounded_s(plan) < 2.5 * alone_s
             node.call.cancel()
     finally:
         await placement.stop()
