@@ -7,6 +7,7 @@ itself alone, so no sequence can see, or be made not finite by, another.
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -110,6 +111,13 @@ def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor
     return (distance >= 0) & (distance < window)
 
 
+@cache
+def _takes_grouped_heads() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _varlen_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -124,7 +132,7 @@ def _varlen_kernel(
     longest = max(tick.sequence_lengths)
     repeats = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {}
-    if repeats > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if repeats > 1 and _takes_grouped_heads():
         options["enable_gqa"] = True
     elif repeats > 1:  # torch before 2.12
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
