@@ -10,7 +10,8 @@ sums). Then **throughput** of cells TRIALSxBATCHxLENGTH (lora_rank 16, all seven
 the executor itself, on every rank, with all that it does between ticks. Strategy `single` is one GPU while the others
 idle; it also runs each cell with its share of the trials, the load that a GPU has among N. The others train one adapter
 at a time, BATCH sequences on *each* GPU, and so count N times the tokens of a step: that favours them; `_split`
-compares with their BATCH / N on each GPU, which is the trial's own batch. Warm-up is not timed.
+compares with their BATCH / N on each GPU, which is the trial's own batch. Warm-up is not timed. Speeds are those of
+the median round (`round_s`: all trials' steps); `mean_tokens_per_s` is that of all rounds.
 
 `bytes_per_tick` are the gathers of a training pass on a rank, `adapter_bytes` what collectives sent beyond gathers and
 the fixed small messages, `exchange_shares` the part of its time that each rank spends on those messages (waiting for
@@ -114,17 +115,17 @@ def parity(run: Run, kinds: list[tuple[str, str]]) -> Results:
             yield result
 
 
-def throughput(run: Run, strategy: str, engine: str) -> Results:
-    """Measure our cells with one strategy; `whole` is single, then replicated, over the same backbones."""
+def throughput(run: Run, strategy: str, engine: str, those: list[Cell]) -> Results:
+    """Measure these cells with one of our strategies; `whole` is single, then replicated, over the same backbones."""
     whole = strategy == "whole"
     named = {"strategy": "replicated" if whole else strategy, "engine": engine}
     backbone = run.load(run.asked.shape, named["strategy"], engine, run.world, run.dtype)
     traffic = ours.count_traffic(run.world, backbone, run.backend(run.dtype))
     yield {**named, **traffic, "gather_s": ours.gather_seconds(run.world, backbone)}
     alone = ours.alone(run.device) if run.rank == 0 else None
-    for cell in single_cells(run.asked.cells, run.world.size, run.asked.single_trials) if whole else []:
+    for cell in single_cells(those, run.world.size, run.asked) if whole else []:
         yield {"strategy": "single", "cell": cell, **speed_of(run, alone, backbone, cell)}
-    for cell in run.asked.cells:
+    for cell in those:
         yield {**named, "cell": cell, **speed_of(run, run.world, backbone, cell)}
 
 
@@ -141,16 +142,17 @@ def speed_of(run: Run, world: World | None, backbone: Any, cell: Cell) -> dict[s
     return found
 
 
-def single_cells(cells: list[Cell], gpus: int, most_trials: int) -> list[Cell]:
+def single_cells(cells: list[Cell], gpus: int, asked: argparse.Namespace) -> list[Cell]:
     """Return what one GPU is measured on: each cell with its share of the trials, and whole where it has few."""
     shares = [(trials // gpus, batch, length) for trials, batch, length in cells if trials % gpus == 0]
-    return list(dict.fromkeys(cell for cell in (*shares, *cells) if cell[0] <= most_trials))
+    found = [*shares, *(cells if asked.singles == "all" else [])]
+    return list(dict.fromkeys(cell for cell in found if cell[0] <= asked.single_trials))
 
 
-def plain(run: Run, strategy: str) -> Results:
-    """Measure PEFT under FSDP2 or ZeRO-3."""
+def plain(run: Run, strategy: str, those: list[Cell]) -> Results:
+    """Measure PEFT under FSDP2 or ZeRO-3 with the batches of these cells."""
     step = others.make_step(strategy, run.asked.shape, run.device, run.dtype)
-    loads = {(1, batch, length) for _, batch, length in run.asked.cells}
+    loads = {(1, batch, length) for _, batch, length in those}
     for cell in sorted(loads, key=lambda one: one[1] * one[2]):
         if cell[1] * cell[2] > run.asked.plain_tokens:
             found: dict[str, Any] = {"not_run": "would not fit"}
@@ -186,12 +188,14 @@ def run_rank(asked: argparse.Namespace) -> None:
         for stage in asked.stages.split(","):
             tell({"begun": stage})
             started = time.time()
-            name, _, engine = stage.partition(":")
+            kind, _, own = stage.partition("@")
+            name, _, engine = kind.partition(":")
+            those = cells(own.replace("+", ",")) if own else asked.cells
             if name == "parity":
                 kinds = [tuple(other.partition(":")[::2]) for other in asked.parity.split(",")]
                 found = parity(run, kinds)
             else:
-                found = plain(run, name) if name in OTHERS else throughput(run, name, engine)
+                found = plain(run, name, those) if name in OTHERS else throughput(run, name, engine, those)
             for result in found:
                 tell(result)
             del found
@@ -276,12 +280,13 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--cells", type=cells, default=cells("8x1x256,8x2x256,8x4x256,8x8x256,8x2x1024,32x2x256"))
-    parser.add_argument("--stages", default=ALL)
+    parser.add_argument("--stages", default=ALL, help="each may name its own cells: whole@32x2x256+8x8x256")
     parser.add_argument("--parity", default="replicated,sharded:deepspeed,sharded:fsdp2,sharded:peer")
     parser.add_argument("--backend", default="auto", help="alto_kernels' back end")
     parser.add_argument("--ranks-per-host", type=int, help="for hybrid: share the backbone among so many")
     parser.add_argument("--tokens-per-tick", type=int, default=8192)
     parser.add_argument("--single-trials", type=int, default=8, help="the most that one GPU has room for")
+    parser.add_argument("--singles", choices=["all", "shares"], default="all", help="whole cells on one GPU too, or not")
     parser.add_argument("--plain-tokens", type=int, default=4096, help="the most that PEFT has room for on a GPU")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget-s", type=float, default=3600.0, help="after that no new cell is begun")
@@ -307,7 +312,7 @@ def main() -> int:
             asked.output.write_text(json.dumps(summary(asked, results, absent), indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        stages = [stage for stage in asked.stages.split(",") if stage not in absent]
+        stages = [stage for stage in asked.stages.split(",") if stage.partition("@")[0] not in absent]
         launch(asked, stages, Path(folder), take)
     print(json.dumps(summary(asked, results, absent)))
     return 1 if any("failed" in result for result in results) else 0

@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -126,11 +128,15 @@ def run(
 def measure(
     world: World, backbone: Any, cell: tuple[int, int, int], backend: Backend, tokens_per_tick: int
 ) -> dict[str, Any]:
-    """Train (trials, batch, length) for some rounds; return tokens per second after those that warm up."""
+    """Train (trials, batch, length) for some rounds; return tokens per second of the median of those after warming up.
+
+    A round is over when the last trial's step is told of, which is after its losses were read from the device.
+    """
     trials, batch, length = cell
     round_tokens = trials * batch * length
     rounds = min(MOST_ROUNDS, max(3, -(-TIMED_TICKS * tokens_per_tick * world.size // round_tokens)))
-    steps, moments, exchanged = 0, [0.0, 0.0], [0.0, 0.0]
+    steps, exchanged = 0, [0.0, 0.0]
+    moments: list[float] = []
 
     def listen(event: Event) -> None:
         nonlocal steps
@@ -138,9 +144,11 @@ def measure(
             return
         steps += 1
         if steps == WARM_ROUNDS * trials:
-            moments[0], exchanged[0] = _now(world), getattr(world.ranks, "seconds", 0.0)
+            exchanged[0] = getattr(world.ranks, "seconds", 0.0)
+        if steps >= WARM_ROUNDS * trials and steps % trials == 0:
+            moments.append(perf_counter())
         if steps == (WARM_ROUNDS + rounds) * trials:
-            moments[1], exchanged[1] = _now(world), getattr(world.ranks, "seconds", 0.0)
+            exchanged[1] = getattr(world.ranks, "seconds", 0.0)
             raise EnoughError
 
     config = TrialConfig(
@@ -156,10 +164,16 @@ def measure(
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    seconds = moments[1] - moments[0]
+    seconds = moments[-1] - moments[0]
     shares = world.ranks.united({str(world.rank): round((exchanged[1] - exchanged[0]) / seconds, 4)})
-    speed = round(round_tokens * rounds / seconds, 1)
-    return {"rounds": rounds, "tokens_per_s": speed, "exchange_shares": list(shares.values())}
+    round_s = [round(after - before, 4) for before, after in pairwise(moments)]
+    return {
+        "rounds": rounds,
+        "tokens_per_s": round(round_tokens / median(round_s), 1),
+        "mean_tokens_per_s": round(round_tokens * rounds / seconds, 1),
+        "round_s": round_s,
+        "exchange_shares": list(shares.values()),
+    }
 
 
 def count_traffic(world: World, backbone: Any, backend: Backend) -> dict[str, int]:

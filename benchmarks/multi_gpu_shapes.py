@@ -1,4 +1,4 @@
-"""The models of `multi_gpu.py`: shapes alone, for random weights."""
+"""The models of `multi_gpu.py` and `tick_profile.py`: shapes alone, for random weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # hidden, intermediate, layers, heads, key and value heads, vocabulary
 SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 4096),
+    "narrow": (64, 128, 32, 4, 2, 512),
     "parity": (1024, 2816, 4, 8, 4, 4096),
     "8b": (4096, 14336, 32, 32, 8, 128256),
     "32b": (5120, 27648, 64, 40, 8, 152064),

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# On a machine with two GPUs, nvcc, PyTorch, transformers, peft and pytest, but not the rest of ALTO: build the kernels,
+# profile the host in ticks of one GPU, compare every strategy with one GPU, and measure their speeds. Takes 7 minutes
+# at most and keeps what it has at any time. $1: the CUTLASS headers. $2: a folder of wheels that the machine lacks
+# (structlog, deepspeed and what they need). $3: a folder for the results.
+# LIMIT_S, GPUS, SHAPE and DEVICE=cpu (a dry run: no build) are for other machines.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+headers="$1" wheels="$2" results="$3"
+limit_s="${LIMIT_S:-420}" gpus="${GPUS:-2}" device="${DEVICE:-cuda}" shape="${SHAPE:-8b}"
+mkdir -p "$results" build/device
+site="$PWD/build/device/site"
+export PYTHONPATH="$site:ext:services:clients/python:benchmarks" PYTHONUNBUFFERED=1
+
+if compgen -G "$wheels/*.whl" > /dev/null; then
+  python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
+    "$wheels"/*.whl || exit 1
+fi
+if [ "$device" = cuda ]; then
+  ALTO_CUDA_ARCHITECTURES=90a benchmarks/device/kernels_build.sh "$headers" || exit 1
+fi
+echo "built: ${SECONDS} s"
+
+timeout 90 python3 benchmarks/tick_profile.py --device "$device" --shape "$shape" --cell 4x2x256 \
+  --text "$results/tick-profile.txt" --output "$results/tick-profile.json"
+echo "profiled: ${SECONDS} s"
+
+# What matters most comes first; 32 trials beside a whole backbone come last, for they may not fit.
+cells=8x1x256,8x2x256,8x4x256,8x8x256,8x2x1024
+stages="parity,whole,sharded:peer@${cells//,/+}+32x2x256,sharded:deepspeed@8x2x256,fsdp_peft@8x2x256,whole@32x2x256"
+python3 benchmarks/multi_gpu.py --device "$device" --gpus "$gpus" --shape "$shape" --cells "$cells" --stages "$stages" \
+  --single-trials 16 --singles shares --silence-s 90 --budget-s "$((limit_s - SECONDS - 15))" \
+  --output "$results/multi-gpu.json"
+status=$?
+echo "measured: ${SECONDS} s"
+exit $status
