@@ -286,7 +286,7 @@ def main() -> int:
     parser.add_argument("--ranks-per-host", type=int, help="for hybrid: share the backbone among so many")
     parser.add_argument("--tokens-per-tick", type=int, default=8192)
     parser.add_argument("--single-trials", type=int, default=8, help="the most that one GPU has room for")
-    parser.add_argument("--singles", choices=["all", "shares"], default="all", help="whole cells on one GPU too, or not")
+    parser.add_argument("--singles", choices=["all", "shares"], default="all", help="whole cells on one GPU too?")
     parser.add_argument("--plain-tokens", type=int, default=4096, help="the most that PEFT has room for on a GPU")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget-s", type=float, default=3600.0, help="after that no new cell is begun")

@@ -1,6 +1,6 @@
 """What the host does in a tick of the executor, and how busy that keeps the device.
 
-    make bench NAME=tick_profile                                             # a CPU: 32 layers so narrow that all is host
+    make bench NAME=tick_profile                   # on a CPU: 32 layers, so narrow that nearly all is the host's own
     python benchmarks/tick_profile.py --device cuda --shape 8b --cell 4x2x256 --text tick-profile.txt
 
 One process trains TRIALSxBATCHxLENGTH (random weights, lora_rank 16 on all seven projections). After ticks that warm up
@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def union_length(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def _median_step_ms(moments: Sequence[float]) -> float:
-    steps = [after - before for before, after in zip(moments[:-1], moments[1:], strict=True)]
+    steps = [after - before for before, after in pairwise(moments)]
     return round(statistics.median(steps) * 1e3, 2)
 
 
@@ -191,9 +192,7 @@ def main() -> int:
     with suppress(ours.EnoughError), tempfile.TemporaryDirectory() as folder:
         job = ours.make_job([config] * trials, Evaluation(count=1))
         where, backend = Path(folder), Backend(asked.backend)
-        ours.run(
-            world, backbone, job, rows, where, phases.listen, backend=backend, checkpoint_interval_s=1e9, **sizes
-        )
+        ours.run(world, backbone, job, rows, where, phases.listen, backend=backend, checkpoint_interval_s=1e9, **sizes)
     result = {
         "benchmark": "tick_profile",
         "date": datetime.date.today().isoformat(),
