@@ -41,6 +41,12 @@ class FrozenOnly:
 
     name = "frozen"
 
+    def prepare(self, tick: Tick) -> None:
+        pass
+
+    def begin(self, tick: Tick) -> None:
+        pass
+
     def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
         return frozen_plus_low_rank(x_TK, frozen, self, module_index, tick)
 
@@ -113,7 +119,7 @@ def measure(backbone: Backbone, shares: list[Share], name: str, repeats: int) ->
         backend = choose_backend(name, backbone.layers, len(shares), backbone.device, backbone.dtype)
     backbone.use_backend(backend)
     torch.cuda.reset_peak_memory_stats()
-    tick_ms = milliseconds(lambda: passes.train_tick(backbone, shares), repeats)
+    tick_ms = milliseconds(lambda: passes.train_tick(backbone, passes.lay_out(backbone, shares)).tolist(), repeats)
     tokens = sum(item.tokens for share in shares for item in share.items)
     found = {
         "backend": name,

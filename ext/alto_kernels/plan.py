@@ -96,6 +96,11 @@ class TickPlan:
                 weights.grad_a_RK.zero_()
                 weights.grad_b_NR.zero_()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether no slot of the table changed since this plan was made."""
+        return self._version == self.table.version
+
     def check_current(self) -> None:
         """Raise ValueError when a slot of the table changed since this plan was made."""
         if self._version != self.table.version:

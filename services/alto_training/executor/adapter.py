@@ -39,7 +39,8 @@ class Adapter:
     """Weights, gradients and AdamW moments of one trial, in fp32, on one device.
 
     `buffers` are named `param`, `grad`, `exp_avg`, `exp_avg_sq`, each [P]. `views` maps a module's index to its views.
-    The gradient accumulates over the micro-batches of an effective batch and is zeroed by the optimiser step.
+    The gradient adds up over the ticks of an effective batch, from nothing in its first; between two batches what it
+    holds means nothing.
     """
 
     BUFFERS = ("param", "grad", "exp_avg", "exp_avg_sq")

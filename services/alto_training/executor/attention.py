@@ -56,8 +56,7 @@ def varlen_attention(
         raise UnsupportedBackboneError("the model uses attention sinks", "choose a model without them")
     tick = getattr(module, _TICK_ATTRIBUTE).require()
     lengths = tick.sequence_lengths
-    longest = max(lengths)
-    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    window = sliding_window if sliding_window is not None and sliding_window < tick.longest else None
     half_precision = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half_precision and softcap is None and query.shape[-1] % 8 == 0:
         return _varlen_kernel(query, key, value, tick, scaling, window), None
@@ -129,7 +128,6 @@ def _varlen_kernel(
     """Attend in one kernel over all sequences, however many (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = max(tick.sequence_lengths)
     repeats = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {}
     if repeats > 1 and _takes_grouped_heads():
@@ -143,8 +141,8 @@ def _varlen_kernel(
         value_THD,
         tick.sequence_offsets,
         tick.sequence_offsets,
-        longest,
-        longest,
+        tick.longest,
+        tick.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         **options,

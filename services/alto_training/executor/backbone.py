@@ -46,6 +46,7 @@ class Backbone:
     current: CurrentTick
     device: torch.device
     dtype: torch.dtype
+    backend: LoraBackend
 
     @property
     def fingerprint(self) -> str:
@@ -59,6 +60,7 @@ class Backbone:
 
     def use_backend(self, backend: LoraBackend) -> None:
         """Let `backend` multiply the low-rank part of every layer."""
+        self.backend = backend
         for layer in self.layers:
             layer.backend = backend
 
@@ -192,9 +194,10 @@ def prepare_backbone(
         current=current,
         device=device,
         dtype=model.dtype,
+        backend=ReferenceBackend(),
     )
     backbone.fan_in_fan_out = any(type(module).__name__ == "Conv1D" for module in decoder.modules())
-    backbone.layers = _install_layers(decoder, backbone.module_prefix, ReferenceBackend(), current)
+    backbone.layers = _install_layers(decoder, backbone.module_prefix, backbone.backend, current)
     with shared_inputs_found(backbone.layers):
         _verify_packing(backbone, probe_ids, expected_SV)
     return backbone

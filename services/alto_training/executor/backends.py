@@ -43,4 +43,5 @@ def _make(
     shapes = [(layer.frozen.in_features, layer.frozen.out_features) for layer in layers]
     # The kernel that does the frozen product too wants the weight itself.
     kernels = None if all(isinstance(layer.frozen, DenseLinear) for layer in layers) else CudaKernels.GROUPED
-    return KernelBackend(name, shapes, seats, device, dtype, kernels)
+    runs_once = all(layer.runs_once for layer in layers)
+    return KernelBackend(name, shapes, seats, device, dtype, kernels, may_overwrite=runs_once)

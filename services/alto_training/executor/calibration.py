@@ -29,7 +29,7 @@ from alto_training.executor.budget import (
     known_costs,
     prior_costs,
 )
-from alto_training.executor.optimizer import adamw_step, gradient_norm
+from alto_training.executor.optimizer import adapter_step, take_steps
 from alto_training.executor.progress import peak_memory_bytes
 from alto_training.executor.settings import ExecutorSettings
 from alto_training.executor.tick import Item, PackedSequence, Share
@@ -133,13 +133,12 @@ def _measure(
         adapter.initialise(seed)
         adapter.move(backbone.device)
         adapters.append((adapter, config, adapter.weights_on_host()))  # a run keeps its best weights too
-        shares.append(Share(adapter, _items(tokens, probe), batch_denominator=float(tokens)))
+        shares.append(Share(adapter, _items(tokens, probe), batch_denominator=float(tokens), begins_batch=True))
     every_token = sum(item.tokens for share in shares for item in share.items)
 
     def train() -> None:
-        passes.train_tick(backbone, shares)
-        for adapter, config, _ in adapters:
-            adamw_step(adapter, config, 0, 0.0, gradient_norm(adapter))
+        losses = passes.train_tick(backbone, passes.lay_out(backbone, shares))
+        take_steps([adapter_step(adapter, config, 0, 0.0) for adapter, config, _ in adapters], list(losses))
 
     def evaluate() -> None:
         passes.item_losses(backbone, shares, every_token)

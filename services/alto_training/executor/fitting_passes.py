@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 
 from alto_training.executor import passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.errors import OutOfMemoryError, TickOutOfMemoryError
+from alto_training.executor.optimizer import take_steps
 from alto_training.executor.packer import choose_items
 from alto_training.executor.progress import ProgressMeter
 from alto_training.executor.ranks import Ownership, Ranks
-from alto_training.executor.tick import Share
-from alto_training.executor.trial_run import TrialRun
+from alto_training.executor.tick import Share, Tick
+from alto_training.executor.trial_run import Place, TrialRun
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,14 @@ class Trained:
     tokens: int
     loss: float
     gradient_norm: float
+
+
+class _Part(NamedTuple):
+    """What one trial puts into a tick: the `items` from `place` on."""
+
+    run: TrialRun
+    place: Place
+    items: int
 
 
 class FittingPasses:
@@ -57,6 +70,8 @@ class FittingPasses:
         self._meter = meter
         self._on_halved = on_halved
         self._clock = clock
+        # A tick that is laid out before its time, and what is on it.
+        self._ahead: tuple[Sequence[_Part], Tick | None] | None = None
 
     def train(self, active: Sequence[TrialRun], turn: int) -> dict[TrialRun, Trained]:
         """Train a tick's worth of these trials, forward and backward; return what it did for each that was on it.
@@ -64,27 +79,68 @@ class FittingPasses:
         `turn` counts ticks: whose items are chosen first goes round.
         """
         while True:
-            waiting = [run.waiting_tokens for run in active]
-            mine = [place for place, run in enumerate(active) if self._ownership.owns(run)]
-            taken = choose_items([waiting[place] for place in mine], self.tokens_per_tick, turn)
-            on_tick = [(place, items) for place, items in zip(mine, taken, strict=True) if items]
+            parts = self._choose([(run, run.place) for run in active], turn)
+            mine = [part for part in parts if self._ownership.owns(part.run)]
             try:
-                losses = passes.train_tick(self._backbone, [active[place].share(items) for place, items in on_tick])
+                numbers = self._run(mine, lambda: self._lay_out_ahead(active, mine, turn + 1))
             except passes.TickTooLargeError as error:
-                self._halve([active[place] for place, _ in on_tick], sum(taken), error)
+                self._halve([part.run for part in mine], sum(part.items for part in mine), error)
                 continue
-            trained = self._ranks.united(
-                {
-                    str(place): (items, loss, active[place].gradient_norm_after(items))
-                    for (place, items), loss in zip(on_tick, losses, strict=True)
-                }
-            )
+            places = {run: str(place) for place, run in enumerate(active)}
+            trained = self._ranks.united({places[part.run]: said for part, said in zip(mine, numbers, strict=True)})
             return {
-                run: Trained(items, sum(waiting[place][:items]), loss, norm)
-                for place, run in enumerate(active)
-                if str(place) in trained
-                for items, loss, norm in [trained[str(place)]]
+                run: Trained(items, sum(run.waiting_tokens(run.place)[:items]), loss, norm)
+                for run, place in places.items()
+                if place in trained
+                for items, loss, norm in [trained[place]]
             }
+
+    def _choose(self, trials: Sequence[tuple[TrialRun, Place]], turn: int) -> list[_Part]:
+        """Return what this rank's trials put into a tick in which each is at the place given.
+
+        The batches of all are read, so that ranks read alike.
+        """
+        waiting = [run.waiting_tokens(place) for run, place in trials]
+        mine = [number for number, (run, _) in enumerate(trials) if self._ownership.owns(run)]
+        taken = choose_items([waiting[number] for number in mine], self.tokens_per_tick, turn)
+        return [_Part(*trials[number], items) for number, items in zip(mine, taken, strict=True) if items]
+
+    def _run(self, parts: Sequence[_Part], meanwhile: Callable[[], None]) -> list[tuple[int, float, float]]:
+        """Train a tick of these parts, and step whose effective batch it completes; return what others are to know.
+
+        These are, for each, items, loss and gradient norm (0 within a batch). The device is waited for once; what is to
+        be done `meanwhile` is done before.
+        """
+        if self._ahead is None or self._ahead[0] != parts:
+            self._ahead = (parts, self._lay_out(parts))
+        tick = self._ahead[1]
+        self._ahead = None
+        losses = passes.train_tick(self._backbone, tick)
+        complete = [number for number, part in enumerate(parts) if part.run.completes_batch(part.items)]
+        with passes.out_of_memory_told(self._backbone):
+            norms = take_steps([parts[number].run.step_due() for number in complete], [losses[n] for n in complete])
+        meanwhile()
+        told = torch.cat([losses, norms.to(losses)]).tolist()
+        norm_of = dict(zip(complete, told[len(parts) :], strict=True))
+        return [(part.items, told[number], norm_of.get(number, 0.0)) for number, part in enumerate(parts)]
+
+    def _lay_out(self, parts: Sequence[_Part]) -> Tick | None:
+        return passes.lay_out(self._backbone, [part.run.share(part.place, part.items) for part in parts])
+
+    def _lay_out_ahead(self, active: Sequence[TrialRun], parts: Sequence[_Part], turn: int) -> None:
+        """Lay out the tick that comes next unless something ends before it, while the device works on this one."""
+        if not all(run.reads_ahead for run in active):
+            return
+        items = {part.run: part.items for part in parts}
+        # What other ranks have on the tick is not known here; that their batches end with it is a guess.
+        for run in active:
+            if run not in items:
+                items[run] = 0 if self._ownership.owns(run) else len(run.waiting_tokens(run.place))
+        after = [(run, run.place_after(items[run])) for run in active]
+        expected = self._choose([(run, place) for run, place in after if place is not None], turn)
+        # Memory that does not suffice for it now may do so in its time.
+        with suppress(passes.TickTooLargeError):
+            self._ahead = (expected, self._lay_out(expected))
 
     def validation_losses(
         self, due: Sequence[TrialRun], share_of: Callable[[TrialRun], Share]

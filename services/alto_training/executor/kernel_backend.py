@@ -19,7 +19,7 @@ from alto_kernels.linear import linears_backward, linears_forward
 
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.frozen_linear import DenseLinear
-from alto_training.executor.lora_linear import FrozenLinear, frozen_plus_low_rank
+from alto_training.executor.lora_linear import FrozenLinear, clear_gradients, frozen_plus_low_rank
 from alto_training.executor.tick import Tick
 
 
@@ -36,7 +36,8 @@ class KernelBackend:
     """Seats the adapters of each tick in an `AdapterTable` and plans the tick once for all layers.
 
     `module_shapes[i]` are the input and output features of layer i, `dtype` is the activations', `kernels` those of
-    CUTLASS to use (None: the fastest). An adapter keeps its seat until another needs it.
+    CUTLASS to use (None: the fastest). An adapter keeps its seat until another needs it. `may_overwrite` says that every
+    layer has one backward pass a tick: then gradients that begin from nothing are written, where the kernels can.
     """
 
     def __init__(
@@ -47,11 +48,26 @@ class KernelBackend:
         device: torch.device,
         dtype: torch.dtype,
         kernels: CudaKernels | None = None,
+        may_overwrite: bool = False,
     ) -> None:
         self.name = name
         self._table = AdapterTable(module_shapes, seats, device, backend=name, dtype=dtype, kernels=kernels)
         self._seated: list[_Seated | None] = [None] * seats
+        self._overwrites = may_overwrite and self._table.kernels == CudaKernels.HOPPER
         self._planned: tuple[Tick, TickPlan] | None = None
+        self._prepared: tuple[Tick, TickPlan] | None = None
+
+    def prepare(self, tick: Tick) -> None:
+        """See `LoraBackend.prepare`."""
+        self._prepared = (tick, self.make_plan(tick))
+
+    def begin(self, tick: Tick) -> None:
+        """See `LoraBackend.begin`."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] is tick and prepared[1].is_current and self._holds(tick):
+            self._planned = prepared
+        if not self._overwrites:
+            clear_gradients(tick)
 
     def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
         """See `LoraBackend.linear`. On Hopper the frozen product and the low-rank part are one kernel."""
@@ -110,7 +126,15 @@ class KernelBackend:
         offsets = [0, *(segment.end for segment in tick.segments)]
         # The optimiser changed weights since the last tick: whatever is derived from them is renewed.
         self._table.refresh([seat for seat in seats if seat >= 0])
-        return TickPlan(self._table, seats, offsets, row_keys_T, tick.training)
+        segments = zip(seats, tick.segments, strict=True)
+        fresh = [seat for seat, one in segments if self._overwrites and one.begins_batch and one.end > one.start]
+        return TickPlan(self._table, seats, offsets, row_keys_T, tick.training, fresh)
+
+    def _holds(self, tick: Tick) -> bool:
+        """Say whether every adapter of the tick is seated, with the buffers that it has now."""
+        seated = {id(one.adapter): one.param_P for one in self._seated if one is not None}
+        adapters = [segment.adapter for segment in tick.segments if segment.adapter is not None]
+        return all(seated.get(id(adapter)) is adapter.param for adapter in adapters)
 
     def _seat(self, tick: Tick) -> list[int]:
         """Return the seat of each segment's adapter, -1 for none; those who have no seat take one that is not used."""

@@ -40,6 +40,14 @@ class LoraBackend(Protocol):
 
     name: str
 
+    def prepare(self, tick: Tick) -> None:
+        """Do what can be done for a tick before its time; adapters do not change until it begins."""
+        ...
+
+    def begin(self, tick: Tick) -> None:
+        """Begin a training tick: gradients of segments that begin a batch are to begin from nothing."""
+        ...
+
     def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
         """Return [T, N], differentiable by `x_TK` [T, K]; `module_index` names the layer in the adapters' views."""
         ...
@@ -63,6 +71,13 @@ class LowRankProducts(Protocol):
     ) -> None:
         """Add the gradients of A and B, and to `dx_TK` in place unless nobody needs it."""
         ...
+
+
+def clear_gradients(tick: Tick) -> None:
+    """Clear the gradients of segments that begin a batch: for back ends that only add to them."""
+    for segment in tick.segments:
+        if segment.begins_batch and segment.adapter is not None:
+            segment.adapter.grad.zero_()
 
 
 def frozen_plus_low_rank(
@@ -90,6 +105,13 @@ class ReferenceBackend:
     """The low-rank part in plain torch, segment by segment."""
 
     name = "reference"
+
+    def prepare(self, tick: Tick) -> None:
+        """See `LoraBackend.prepare`."""
+
+    def begin(self, tick: Tick) -> None:
+        """See `LoraBackend.begin`."""
+        clear_gradients(tick)
 
     def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
         """See `LoraBackend.linear`."""
@@ -164,10 +186,11 @@ class MultiLoraLinear(nn.Module):
         self.backend = backend
         self.current = current
         self.shared_input: SharedInput | None = None
+        self.runs_once = True  # in a pass; not where the model uses a layer in several places
 
     def adapted_in(self, tick: Tick) -> bool:
         """Return whether an adapter of the tick adapts this layer."""
-        return any(segment.adapter is not None and self.index in segment.adapter.views for segment in tick.segments)
+        return self.index in tick.adapted_layers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., K] to [..., N]; the leading dimensions hold the tick's T tokens in order."""

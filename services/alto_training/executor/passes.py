@@ -17,24 +17,37 @@ class TickTooLargeError(Exception):
     """Memory ran out within a pass; gradients of the shares in it are in an unknown state."""
 
 
-def train_tick(backbone: Backbone, shares: Sequence[Share]) -> list[float]:
-    """Run one forward and backward pass; gradients are added to the adapters' buffers.
+def lay_out(backbone: Backbone, shares: Sequence[Share]) -> Tick | None:
+    """Make a training tick ready to be run, as far as can be done beforehand; None without shares.
 
-    Without shares it only takes part in the pass of other worker ranks. Returns each share's part of the mean loss over
-    its effective batch (the parts of the micro-batches add up to it). Raises `TickTooLargeError` when memory runs out.
+    Raises `TickTooLargeError` when memory runs out.
     """
     if not shares:
+        return None
+    with out_of_memory_told(backbone):
+        tick = build_tick(shares, training=True, device=backbone.device)
+        backbone.backend.prepare(tick)
+        return tick
+
+
+def train_tick(backbone: Backbone, tick: Tick | None) -> torch.Tensor:
+    """Run one forward and backward pass; gradients are added to the adapters' buffers, or begin from nothing there.
+
+    Without a tick it only takes part in the pass of other worker ranks. Returns each share's part of the mean loss over
+    its effective batch, [G] in float64 (the parts of the micro-batches add up to it): on a GPU it is still being
+    computed. Raises `TickTooLargeError` when memory runs out.
+    """
+    if tick is None:
         backbone.weights.idle_pass(training=True)
-        return []
-    tick = build_tick(shares, training=True, device=backbone.device)
-    with _out_of_memory_told(backbone):
+        return torch.zeros(0, dtype=torch.float64, device=backbone.device)
+    with out_of_memory_told(backbone):
+        backbone.backend.begin(tick)
         loss_I = _item_losses(backbone, tick)
-        loss_G = torch.zeros(len(shares), dtype=loss_I.dtype, device=loss_I.device)
+        loss_G = torch.zeros(len(tick.segments), dtype=loss_I.dtype, device=loss_I.device)
         loss_G = loss_G.index_add(0, tick.share_of_item_I, loss_I * tick.weight_I)
         # A vector of ones, not a sum: no share's loss meets another's, finite or not.
         loss_G.backward(torch.ones_like(loss_G))  # type: ignore[no-untyped-call]
-        losses: list[float] = loss_G.tolist()
-        return losses
+        return loss_G.detach()
 
 
 @torch.no_grad()
@@ -52,7 +65,7 @@ def item_losses(
         backbone.weights.idle_pass(training=False)
     for piece in pieces:
         tick = build_tick([share for _, share in piece], training=False, device=backbone.device)
-        with _out_of_memory_told(backbone):
+        with out_of_memory_told(backbone):
             loss_I = _item_losses(backbone, tick)
         for owner, loss in zip(tick.share_of_item_I.tolist(), loss_I.tolist(), strict=True):
             losses[piece[owner][0]].append(loss)
@@ -81,7 +94,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def _out_of_memory_told(backbone: Backbone) -> Iterator[None]:
+def out_of_memory_told(backbone: Backbone) -> Iterator[None]:
     """Tell memory that ran out from other errors, and leave the backbone ready for another tick."""
     try:
         yield

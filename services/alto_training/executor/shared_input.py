@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -39,22 +40,26 @@ class SharedInput:
 
     def __init__(self, layers: Sequence[MultiLoraLinear]) -> None:
         self.layers = tuple(layers)
+        self._backend: object = None
+        self._sharing: InputSharing | None = None  # the back end, where it shares inputs
         self._x: torch.Tensor | None = None
         self._tick: Tick | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
     def output(self, layer: MultiLoraLinear, x: torch.Tensor, tick: Tick) -> torch.Tensor | None:
         """Return [T, N] of `layer`, which adapters of the tick adapt; None if it is to be multiplied by itself."""
-        backend = layer.backend
-        if not isinstance(backend, InputSharing):
-            return None
-        adapted = [one for one in self.layers if one.adapted_in(tick)]
-        frozen = [one.frozen for one in adapted]
-        if len(adapted) < 2 or not backend.shares_input(frozen):
-            return None
         if x is not self._x or tick is not self._tick or layer.index not in self._waiting:
+            if layer.backend is not self._backend:
+                self._backend = layer.backend
+                self._sharing = layer.backend if isinstance(layer.backend, InputSharing) else None
+            if self._sharing is None:
+                return None
+            adapted = [one for one in self.layers if one.adapted_in(tick)]
+            frozen = [one.frozen for one in adapted]
+            if len(adapted) < 2 or not self._sharing.shares_input(frozen):
+                return None
             indices = [one.index for one in adapted]
-            outputs = backend.linears(x.reshape(-1, layer.frozen.in_features), frozen, indices, tick)
+            outputs = self._sharing.linears(x.reshape(-1, layer.frozen.in_features), frozen, indices, tick)
             self._x, self._tick, self._waiting = x, tick, dict(zip(indices, outputs, strict=True))
         y_TN = self._waiting.pop(layer.index)
         if not self._waiting:
@@ -68,7 +73,10 @@ class SharedInput:
 
 @contextmanager
 def shared_inputs_found(layers: Sequence[MultiLoraLinear]) -> Iterator[None]:
-    """While the model runs once, see which layers get the same tensor one after another, and join those."""
+    """While the model runs once, see which layers get the same tensor one after another, and join those.
+
+    A layer that runs several times in the pass is told so.
+    """
     calls: list[tuple[MultiLoraLinear, torch.Tensor]] = []
     handles = [
         layer.register_forward_pre_hook(lambda module, args: calls.append((module, args[0]))) for layer in layers
@@ -78,6 +86,8 @@ def shared_inputs_found(layers: Sequence[MultiLoraLinear]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+    for layer, count in Counter(layer for layer, _ in calls).items():
+        layer.runs_once = count == 1
     for _, same in groupby(calls, key=lambda call: id(call[1])):
         joined = [layer for layer, _ in same]
         if len(joined) > 1 and len(set(joined)) == len(joined):

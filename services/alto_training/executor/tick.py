@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +63,7 @@ class Share:
     """What one adapter puts into a tick. `adapter` None means the backbone alone.
 
     Each item's loss is weighed with 1 / `batch_denominator`, so that micro-batches add up to the mean over the whole
-    effective batch.
+    effective batch. `begins_batch` says that gradients begin from nothing, whatever their buffer holds.
     """
 
     adapter: Adapter | None
@@ -71,17 +72,22 @@ class Share:
     batch_denominator: float = 1.0
     dropout: float = 0.0
     seed: int = 0
+    begins_batch: bool = False
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens [start, end) that belongs to one adapter. `row_keys_T` is there when its dropout is on."""
+    """A run of tokens [start, end) that belongs to one adapter. `row_keys_T` is there when its dropout is on.
+
+    `begins_batch`: its gradients begin from nothing.
+    """
 
     adapter: Adapter | None
     start: int
     end: int
     dropout: float
     row_keys_T: torch.Tensor | None
+    begins_batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,17 @@ class Tick:
     def tokens(self) -> int:
         """T, the tokens of the tick."""
         return sum(self.sequence_lengths)
+
+    @cached_property
+    def adapted_layers(self) -> frozenset[int]:
+        """The indices of the layers that an adapter of the tick adapts."""
+        views = [segment.adapter.views for segment in self.segments if segment.adapter is not None]
+        return frozenset().union(*views)
+
+    @cached_property
+    def longest(self) -> int:
+        """The tokens of the longest sequence."""
+        return max(self.sequence_lengths)
 
 
 class CurrentTick:
@@ -160,7 +177,8 @@ def build_tick(shares: Sequence[Share], training: bool, device: torch.device) ->
         if training and share.dropout > 0.0:
             stream_keys = [sequence.stream_key for item in share.items for sequence in item.sequences]
             row_keys_T = dropout_row_keys(share.seed, stream_keys, lengths[first_sequence:]).to(device)
-        segments.append(Segment(share.adapter, start, offset, share.dropout, row_keys_T))
+        begins_batch = training and share.begins_batch
+        segments.append(Segment(share.adapter, start, offset, share.dropout, row_keys_T, begins_batch))
         start = offset
     return Tick(
         segments=tuple(segments),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from alto_common.tuning import Evaluation, Trial
+from alto_kernels import AdapterStep
 
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.data_source import DataSource
 from alto_training.executor.objectives import TrainingObjective
-from alto_training.executor.optimizer import adamw_step, gradient_norm
+from alto_training.executor.optimizer import adapter_step
 from alto_training.executor.randomness import DataOrder
 from alto_training.executor.tick import Item, Share
 
@@ -32,6 +33,13 @@ class StepReport:
     learning_rate: float
     gradient_norm: float
     finite: bool
+
+
+class Place(NamedTuple):
+    """A place in a trial's stream: the effective batch of an optimiser step, and how many of its items are trained."""
+
+    step: int
+    items_done: int
 
 
 class TrialRun:
@@ -73,33 +81,46 @@ class TrialRun:
         self.best_validation_loss: float | None = None
         self.best_param: torch.Tensor | None = None
         self.version = 0  # grows with every change of the buffers: a checkpoint writes only what changed
-        self._batch: list[Item] = []
-        self._batch_step = -1
+        self._batches: dict[int, list[Item]] = {}  # by optimiser step
         self._batch_loss = 0.0
 
     @property
     def batch(self) -> list[Item]:
         """The items of the current effective batch, in stream order."""
-        if self._batch_step != self.step:
-            self._batch = self._read_batch()
-            self._batch_step = self.step
-        return self._batch
+        return self._batch_of(self.step)
 
     @property
-    def waiting_tokens(self) -> list[int]:
-        """Token counts of the items of the effective batch that have not been trained yet."""
-        return [item.tokens for item in self.batch[self.items_done :]]
+    def place(self) -> Place:
+        """Where the trial is."""
+        return Place(self.step, self.items_done)
 
-    def share(self, items: int) -> Share:
-        """Return the next `items` items of the effective batch, as this trial's share of a tick."""
-        denominator = sum(item.denominator for item in self.batch)
+    def place_after(self, items: int) -> Place | None:
+        """Return where the trial will be when `items` more items are trained and all is finite; None at its end."""
+        if not self.completes_batch(items):
+            return Place(self.step, self.items_done + items)
+        return Place(self.step + 1, 0) if self.step + 1 < self.total_steps else None
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether batches to come can be read before their time: not where that takes passes of the backbone."""
+        return not self._objective.needs_reference
+
+    def waiting_tokens(self, place: Place) -> list[int]:
+        """Return token counts of the items of an effective batch that are not trained at `place`."""
+        return [item.tokens for item in self._batch_of(place.step)[place.items_done :]]
+
+    def share(self, place: Place, items: int) -> Share:
+        """Return the `items` items from `place` on, as this trial's share of a tick."""
+        batch = self._batch_of(place.step)
+        denominator = sum(item.denominator for item in batch)
         return Share(
             adapter=self.adapter,
-            items=self.batch[self.items_done : self.items_done + items],
+            items=batch[place.items_done : place.items_done + items],
             item_loss=self._objective.item_loss,
             batch_denominator=float(max(1, denominator)),
             dropout=self.config.lora_dropout,
             seed=self.config.seed,
+            begins_batch=place.items_done == 0,
         )
 
     def count(self, items: int, loss: float) -> bool:
@@ -118,24 +139,25 @@ class TrialRun:
         self.tokens_trained -= sum(item.tokens for item in undone)
         self.samples_trained -= len(undone)
         self.items_done, self._batch_loss = 0, 0.0
-        self.adapter.grad.zero_()
         self.version += 1
 
-    def gradient_norm_after(self, items: int) -> float:
-        """Return the gradient's norm if `items` more items complete the effective batch, 0 if they do not."""
-        return gradient_norm(self.adapter) if self.items_done + items == len(self.batch) else 0.0
+    def completes_batch(self, items: int) -> bool:
+        """Say whether `items` more items complete the effective batch."""
+        return self.items_done + items == len(self.batch)
+
+    def step_due(self) -> AdapterStep:
+        """Return the optimiser step that ends the effective batch. It is none if an earlier loss was not finite."""
+        step = adapter_step(self.adapter, self.config, self.step, self._learning_rate)
+        return step if math.isfinite(self._batch_loss) else replace(step, grad_scale=math.nan)
 
     def finish_batch(self, norm: float) -> StepReport:
-        """Take the optimiser step of a complete effective batch, unless its loss or gradient is not finite.
+        """Take note of the optimiser step of a complete effective batch, and whether it was one.
 
-        `norm` is the gradient's (`gradient_norm_after`), which only the rank that has the gradient can tell.
+        `norm` is the gradient's, which only the rank that has the gradient can tell.
         """
-        loss = self._batch_loss
-        learning_rate = self.config.learning_rate * self.config.schedule.multiplier(self.step, self.total_steps)
+        loss, learning_rate = self._batch_loss, self._learning_rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return StepReport(loss, learning_rate, norm, finite=False)
-        if not self.adapter.elsewhere:
-            adamw_step(self.adapter, self.config, self.step, learning_rate, norm)
         first = math.isnan(self.train_loss_smoothed)
         keep = 0.0 if first else 1.0 - self._smoothing
         self.train_loss_smoothed = loss if first else keep * self.train_loss_smoothed + self._smoothing * loss
@@ -204,9 +226,20 @@ class TrialRun:
         if len(tensors) > 1:
             self.best_param = tensors[1]["param"]
 
-    def _read_batch(self) -> list[Item]:
+    @property
+    def _learning_rate(self) -> float:
+        return self.config.learning_rate * self.config.schedule.multiplier(self.step, self.total_steps)
+
+    def _batch_of(self, step: int) -> list[Item]:
+        """Return the effective batch of a step: the current one, or the next."""
+        if step not in self._batches:
+            self._batches = {known: batch for known, batch in self._batches.items() if known >= self.step}
+            self._batches[step] = self._read_batch(step)
+        return self._batches[step]
+
+    def _read_batch(self, step: int) -> list[Item]:
         size = self.config.effective_batch_size
-        positions = range(self.step * size, min((self.step + 1) * size, self.total_items))
+        positions = range(step * size, min((step + 1) * size, self.total_items))
         rows = [self._order.row(position) for position in positions]
         items = [
             self._objective.item(self._data, row, self.config.max_length, position)

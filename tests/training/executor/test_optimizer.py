@@ -4,7 +4,7 @@ import pytest
 import torch
 from alto_common.tuning import TrialConfig
 from alto_training.executor.adapter import AdaptedModule, Adapter
-from alto_training.executor.optimizer import adamw_step, gradient_norm
+from alto_training.executor.optimizer import adapter_step, take_steps
 
 MODULES = [AdaptedModule(0, "one", 6, 4), AdaptedModule(1, "two", 3, 5)]
 
@@ -42,13 +42,27 @@ def test_steps_are_those_of_torch(config: TrialConfig) -> None:
         if config.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_([*a_matrices, *b_matrices], config.max_grad_norm)
         optimizer.step()
-        adamw_step(adapter, config, step, config.learning_rate, gradient_norm(adapter))
+        (norm,) = take_steps([adapter_step(adapter, config, step, config.learning_rate)], [torch.tensor(1.0)])
+        assert float(norm) == pytest.approx(float(adapter.grad.norm()), rel=1e-6)
 
     ours = adapter.matrices(adapter.param)
     for path, a_matrix, b_matrix in zip(ours, a_matrices, b_matrices, strict=True):
         torch.testing.assert_close(ours[path][0], a_matrix.data, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(ours[path][1], b_matrix.data, rtol=1e-6, atol=1e-7)
-    assert not adapter.grad.any()
+
+
+@pytest.mark.parametrize("loss, gradient", [(float("inf"), 1.0), (float("nan"), 1.0), (1.0, float("nan"))])
+def test_what_is_not_finite_takes_no_step_and_holds_nobody_up(loss: float, gradient: float) -> None:
+    config = TrialConfig(lora_rank=2, learning_rate=1e-2)
+    bad, good = Adapter(MODULES, 2, 1.0), Adapter(MODULES, 2, 1.0)
+    bad.grad.fill_(1.0)
+    bad.grad[3] = gradient
+    good.grad.fill_(1.0)
+    steps = [adapter_step(adapter, config, 0, config.learning_rate) for adapter in (bad, good)]
+    norms = take_steps(steps, [torch.tensor(loss, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)])
+    assert norms.isfinite().tolist() == [False, True]
+    assert not bad.param.any()
+    assert good.param.all()
 
 
 def test_all_a_lie_before_all_b_and_views_share_the_flat_buffers() -> None:

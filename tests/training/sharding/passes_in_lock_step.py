@@ -55,12 +55,12 @@ def compare(sharded: Backbone, whole: Backbone, rank: int) -> dict[str, object]:
         idle = number == 1 and rank == 1
         share = make_share(sharded, rank, 3 + 4 * rank)
         with meter:
-            losses = passes.train_tick(sharded, [] if idle else [share])
+            losses = passes.train_tick(sharded, passes.lay_out(sharded, [] if idle else [share])).tolist()
             counts = passes.item_losses(sharded, [share] if rank == 0 else [], 1000, most=lambda count: 1)
         if idle:
             continue
         alone = make_share(whole, rank, 3 + 4 * rank)
-        same = same and losses == passes.train_tick(whole, [alone])
+        same = same and losses == passes.train_tick(whole, passes.lay_out(whole, [alone])).tolist()
         same = same and torch.equal(share.adapter.grad, alone.adapter.grad)
         if rank == 0:
             same = same and counts == passes.item_losses(whole, [alone], 1000)

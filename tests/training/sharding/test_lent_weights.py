@@ -78,7 +78,7 @@ def test_gradients_are_those_of_a_whole_backbone(
         backbone.use_backend(choose_backend("cpu", backbone.layers, 1, CPU, torch.float32))
         share = make_share(backbone)
         assert share.adapter is not None
-        found.append((passes.train_tick(backbone, [share]), share.adapter.grad))
+        found.append((passes.train_tick(backbone, passes.lay_out(backbone, [share])).tolist(), share.adapter.grad))
     assert found[0][0] == found[1][0]
     assert found[0][1].abs().max() > 0
     assert torch.equal(found[0][1], found[1][1])
