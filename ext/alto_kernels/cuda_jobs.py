@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Hashable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from alto_kernels.availability import require_compiled
 from alto_kernels.cuda_pools import CudaPools
+from alto_kernels.upload import upload_parts
 
 if TYPE_CHECKING:
     from alto_kernels.plan import TickPlan
 
 BLOCK_COLUMNS = 64
 _BLOCK_ROWS = 128
-_ALIGNMENT = 256
+_KEPT_LAYOUTS = 4
 # Pairs of token tiles that sweep the weight together and so share it in the L2 cache; measured on an H100.
 _PAIRS_IN_GROUP = 8
 
@@ -37,12 +39,13 @@ class Schedule(NamedTuple):
 
 
 class TickJobs:
-    """The layout of a tick on tiles and, for each shape of launch, its schedule: made and uploaded on first use.
+    """The layout of a tick on tiles and, for each shape of launch, its schedule, uploaded in one piece.
 
+    Schedules for `expected` shapes are made at once, others on first use. `used` are the shapes that were asked for.
     Launches of one plan must follow each other on one stream: they share counters.
     """
 
-    def __init__(self, plan: TickPlan) -> None:
+    def __init__(self, plan: TickPlan, expected: Collection[LaunchShape] = ()) -> None:
         pools = plan.table.pools
         assert isinstance(pools, CudaPools)
         self.clusters = resident_clusters()
@@ -57,16 +60,22 @@ class TickJobs:
         )
         self.saved_shape = (max(self._layout.saved_rows, _BLOCK_ROWS), BLOCK_COLUMNS)
         self.ready = torch.zeros(self._layout.tiles + 2, dtype=torch.int32, device=self._device)
-        # C++ launches by modules and shape, made on first use.
-        self.launches: dict[tuple[tuple[int, ...], LaunchShape], object] = {}
+        # C++ launches by (modules, backward, wants_output), made on first use.
+        self.launches: dict[tuple[Sequence[int], bool, bool], Any] = {}
+        self.used: dict[LaunchShape, None] = {}
         self._keep: list[torch.Tensor] = []
-        self._schedules: dict[LaunchShape, Schedule] = {}
         layout = self._layout
         parts = [layout.extras(), layout.owners(), layout.ready_target(), *_by_token(plan)]
-        self.extras, self.owners, self.ready_target, self.thresholds, self.keep_factors = self._upload(parts)
+        for shape in expected:
+            parts.extend(self._make(shape))
+        addresses = self._upload(parts)
+        self.extras, self.owners, self.ready_target, self.thresholds, self.keep_factors = addresses[:5]
+        pairs = zip(addresses[5::2], addresses[6::2], strict=True)
+        self._schedules = {shape: Schedule(*pair) for shape, pair in zip(expected, pairs, strict=True)}
 
     def schedule(self, shape: LaunchShape) -> Schedule:
-        """Return the schedule for `shape`; a first use makes it and copies it to the device."""
+        """Return the schedule for `shape`; one that was not expected is made now and copied to the device."""
+        self.used[shape] = None
         found = self._schedules.get(shape)
         if found is None:
             found = Schedule(*self._upload(self._make(shape)))
@@ -79,16 +88,39 @@ class TickJobs:
         )
         return made
 
-    def _upload(self, parts: list[bytes] | tuple[bytes, bytes]) -> list[int]:
-        joined = bytearray()
-        offsets = []
-        for part in parts:
-            joined.extend(b"\0" * (-len(joined) % _ALIGNMENT))
-            offsets.append(len(joined))
-            joined.extend(part or b"\0" * _ALIGNMENT)
-        on_device = torch.frombuffer(joined, dtype=torch.uint8).to(self._device)
+    def _upload(self, parts: Sequence[bytes]) -> list[int]:
+        on_device, addresses = upload_parts(parts, self._device)
         self._keep.append(on_device)
-        return [on_device.data_ptr() + offset for offset in offsets]
+        return addresses
+
+
+class JobsOfTable:
+    """The jobs of a table's latest plans: plans of one layout share them, and others expect the same shapes of launch.
+
+    What ticks of full batches of one length cost the host is then a look-up.
+    """
+
+    def __init__(self) -> None:
+        self._version = -1
+        self._recent: dict[Hashable, TickJobs] = {}
+        self._latest: dict[tuple[bool, bool], TickJobs] = {}  # by whether it trains and drops
+
+    def of(self, plan: TickPlan) -> TickJobs:
+        """Return the jobs of `plan`, of an earlier plan where its layout is the same and no row keys are needed."""
+        if plan.table.version != self._version:
+            self._version, self._recent = plan.table.version, {}
+        kind = plan.training, plan.row_keys is not None
+        layout = plan.training, plan.tokens, plan.segments, plan.fresh
+        found = self._recent.pop(layout, None)
+        if found is None:
+            before = self._latest.get(kind)
+            found = TickJobs(plan, tuple(before.used) if before is not None else ())
+        if plan.row_keys is None:
+            self._recent[layout] = found
+            if len(self._recent) > _KEPT_LAYOUTS:
+                del self._recent[next(iter(self._recent))]
+        self._latest[kind] = found
+        return found
 
 
 @cache

@@ -9,6 +9,7 @@ import torch
 
 from alto_kernels.availability import require_compiled
 from alto_kernels.optimizer_settings import AdapterStep
+from alto_kernels.upload import upload
 
 
 def cuda_adamw_step(adapters: Sequence[AdapterStep], zero_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +23,7 @@ def cuda_adamw_step(adapters: Sequence[AdapterStep], zero_grad: bool) -> tuple[t
         addresses = tuple(t.data_ptr() for t in (adapter.param, adapter.grad, adapter.exp_avg, adapter.exp_avg_sq))
         packed += kernels.pack_adamw_adapter((*addresses, size, adapter.b_start, sum(counts)), _constants(adapter))
         counts.append(-(-size // kernels.adamw_block))
-    on_device = torch.frombuffer(packed, dtype=torch.uint8).to(device)
+    on_device = upload(torch.frombuffer(packed, dtype=torch.uint8), device)
     partial = torch.empty(sum(counts), dtype=torch.float64, device=device)
     factor, norm = torch.empty(2, len(adapters), device=device)
     finite = torch.empty(len(adapters), dtype=torch.bool, device=device)

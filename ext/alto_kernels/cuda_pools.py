@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alto_kernels.availability import require_compiled
+from alto_kernels.upload import upload
 
 if TYPE_CHECKING:
     from alto_kernels.table import AdapterTable, Occupant
@@ -31,6 +32,10 @@ class CudaPools:
                 )
         self._table = table
         self._ranges: dict[int, range] = {}
+        # What was refreshed last, and the same on the device: most ticks have the slots of the one before.
+        self._columns_listed: list[tuple[int, int, int, int]] = []
+        self._listed = torch.zeros(0, 4, dtype=torch.int32, device=table.device)
+        self._slots_listed = torch.zeros(0, dtype=torch.int64, device=table.device)
         self.slot_is_bad = torch.zeros(table.max_slots, dtype=torch.int32, device=table.device)
         # Rows are C++ SlotPointers: addresses of A, B and their gradients, 0 where a module is not adapted.
         self.pointers = torch.zeros(
@@ -45,7 +50,7 @@ class CudaPools:
         if occupant is not None:
             for module, weights in occupant.weights.items():
                 rows[module] = torch.tensor([tensor.data_ptr() for tensor in weights])
-        self.pointers[:, slot] = rows.to(self.pointers.device)
+        self.pointers[:, slot] = upload(rows, self.pointers.device)
         if occupant is None:
             return
         width = -(-occupant.rank // _GRANULE) * _GRANULE
@@ -67,12 +72,15 @@ class CudaPools:
         columns = [
             (slot, self._ranges[slot].start, self._table.occupant(slot).rank, len(self._ranges[slot])) for slot in slots
         ]
-        listed = torch.tensor(columns, dtype=torch.int32).to(self._table.device)
-        self.slot_is_bad[listed[:, 0].long()] = 0
+        if columns != self._columns_listed:
+            self._listed = upload(torch.tensor(columns, dtype=torch.int32), self._table.device)
+            self._slots_listed = upload(torch.tensor(list(slots)), self._table.device)
+            self._columns_listed = columns
+        self.slot_is_bad.index_fill_(0, self._slots_listed, 0)
         require_compiled().refresh_pools(
             modules=self._modules.data_ptr(),
             module_count=len(self._table.module_shapes),
-            slots=listed.data_ptr(),
+            slots=self._listed.data_ptr(),
             slot_count=len(columns),
             pointers=self.pointers.data_ptr(),
             max_slots=self._table.max_slots,

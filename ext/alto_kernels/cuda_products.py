@@ -81,11 +81,11 @@ def linears_backward(
 def _launch(plan: TickPlan, modules: tuple[int, ...], *, backward: bool, wants_output: bool) -> Any:
     jobs = plan.jobs
     assert isinstance(jobs, TickJobs)
-    shapes = [plan.table.module_shapes[module] for module in modules]
-    shape = LaunchShape(backward, wants_output, shapes[0][0], tuple(out_features for _, out_features in shapes))
-    found = jobs.launches.get((modules, shape))
+    found = jobs.launches.get((modules, backward, wants_output))
     if found is not None:
         return found
+    shapes = [plan.table.module_shapes[module] for module in modules]
+    shape = LaunchShape(backward, wants_output, shapes[0][0], tuple(out_features for _, out_features in shapes))
     pools = plan.table.pools
     assert isinstance(pools, CudaPools)
     schedule = jobs.schedule(shape)
@@ -120,7 +120,7 @@ def _launch(plan: TickPlan, modules: tuple[int, ...], *, backward: bool, wants_o
         saved_rows=plan.saved_rows,
         clusters=jobs.clusters,
     )
-    jobs.launches[modules, shape] = launch
+    jobs.launches[modules, backward, wants_output] = launch
     return launch
 
 
@@ -133,9 +133,7 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _dtype(plan: TickPlan) -> torch.dtype:
-    pools = plan.table.pools
-    assert isinstance(pools, CudaPools)
-    return pools.a_PK[0].dtype
+    return plan.table.dtype
 
 
 def _empty(like: Tensor, rows: int, columns: int) -> Tensor:

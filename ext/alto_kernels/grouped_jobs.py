@@ -8,6 +8,7 @@ import torch
 
 from alto_kernels.availability import require_compiled
 from alto_kernels.cuda_pools import CudaPools
+from alto_kernels.upload import upload
 
 if TYPE_CHECKING:
     from alto_kernels.plan import TickPlan
@@ -40,7 +41,7 @@ class GroupedJobs:
         self.saved_shape = (plan.tokens, max((len(own) for own in columns), default=_LEAST_COLUMNS))
         self._tiles_offset = -(-len(groups) // _ALIGNMENT) * _ALIGNMENT
         joined = bytearray(groups.ljust(self._tiles_offset, b"\0") + tiles) or bytearray(_ALIGNMENT)
-        self._on_device = torch.frombuffer(joined, dtype=torch.uint8).to(plan.table.device)
+        self._on_device = upload(torch.frombuffer(joined, dtype=torch.uint8), plan.table.device)
         self._launches: dict[int, Any] = {}
 
     def launch(self, module: int) -> Any:

@@ -69,9 +69,11 @@ class TickPlan:
         self.jobs: object | None = None
         self.grouped_jobs: object | None = None
         if table.kernels == CudaKernels.HOPPER:
-            from alto_kernels.cuda_jobs import TickJobs
+            from alto_kernels.cuda_jobs import JobsOfTable
 
-            self.jobs = TickJobs(self)
+            if table.jobs is None:
+                table.jobs = JobsOfTable()
+            self.jobs = table.jobs.of(self)  # type: ignore[attr-defined]
         elif table.kernels == CudaKernels.GROUPED:
             from alto_kernels.grouped_jobs import GroupedJobs
 

@@ -73,7 +73,9 @@ class AdapterTable:
         # Raised with every change of an occupant, so that a plan made before it is refused.
         self.version = 0
         self._occupants: list[Occupant | None] = [None] * max_slots
+        # Of the back ends: copies of weights, and what plans of this table have in common.
         self.pools: object | None = None
+        self.jobs: object | None = None
         self.dtype = dtype
         self.kernels: CudaKernels | None = None
         if self.backend == "cutlass":

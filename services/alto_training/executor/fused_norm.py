@@ -20,7 +20,7 @@ def fuse_norms(decoder: nn.Module) -> int:
     """
     fused = 0
     for module in decoder.modules():
-        epsilon_name = _epsilon_name(type(module))
+        epsilon_name = _epsilon_name(type(module))  # type: ignore[arg-type]  # mypy: classes cannot be hashed
         if epsilon_name is not None:
             object.__setattr__(module, "forward", partial(_normalised, module, getattr(module, epsilon_name)))
             fused += 1

@@ -44,7 +44,7 @@ def take_steps(steps: Sequence[AdapterStep], losses: Sequence[torch.Tensor]) -> 
     if not steps:
         return torch.zeros(0)
     # A loss that is not finite makes the gradient so, by one element: the kernel looks at the gradient alone.
-    factors_G = torch.where(torch.isfinite(torch.stack(losses)), 1.0, math.nan).float()
+    factors_G = torch.where(torch.isfinite(torch.stack(list(losses))), 1.0, math.nan).float()
     for step, factor in zip(steps, factors_G.unbind(), strict=True):
         step.grad[:1].mul_(factor)
     return adamw_step(steps).grad_norm

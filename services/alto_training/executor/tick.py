@@ -9,9 +9,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import torch
+from alto_kernels.upload import upload
 
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.randomness import dropout_row_keys
+
+_ALIGNMENT = 16  # bytes, of each array in what is uploaded
 
 
 @dataclass(frozen=True)
@@ -176,27 +179,66 @@ def build_tick(shares: Sequence[Share], training: bool, device: torch.device) ->
         row_keys_T = None
         if training and share.dropout > 0.0:
             stream_keys = [sequence.stream_key for item in share.items for sequence in item.sequences]
-            row_keys_T = dropout_row_keys(share.seed, stream_keys, lengths[first_sequence:]).to(device)
+            row_keys_T = upload(dropout_row_keys(share.seed, stream_keys, lengths[first_sequence:]), device)
         begins_batch = training and share.begins_batch
         segments.append(Segment(share.adapter, start, offset, share.dropout, row_keys_T, begins_batch))
         start = offset
+    (
+        input_ids_T,
+        position_ids_T,
+        rows_R,
+        targets_R,
+        sequence_of_row_R,
+        share_of_item_I,
+        offsets,
+        weight_I,
+        reference_S,
+    ) = _on_device(
+        [
+            _joined(ids),
+            _joined([np.arange(length) for length in lengths]),
+            _joined(rows),
+            _joined(targets),
+            _joined(sequence_of_row),
+            np.array(share_of_item, dtype=np.int64),
+            np.array([0, *np.cumsum(lengths)], dtype=np.int32),
+            np.array(weights, dtype=np.float64),
+            np.array(reference, dtype=np.float64),
+        ],
+        device,
+    )
     return Tick(
         segments=tuple(segments),
         sequence_lengths=tuple(lengths),
-        sequence_offsets=torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device),
-        input_ids_1T=_tensor(ids, device)[None],
-        position_ids_1T=_tensor([np.arange(length) for length in lengths], device)[None],
-        rows_R=_tensor(rows, device),
-        targets_R=_tensor(targets, device),
-        sequence_of_row_R=_tensor(sequence_of_row, device),
-        share_of_item_I=torch.tensor(share_of_item, device=device),
-        weight_I=torch.tensor(weights, dtype=torch.float64, device=device),
-        reference_nll_S=torch.tensor(reference, dtype=torch.float64, device=device),
+        sequence_offsets=offsets,
+        input_ids_1T=input_ids_T[None],
+        position_ids_1T=position_ids_T[None],
+        rows_R=rows_R,
+        targets_R=targets_R,
+        sequence_of_row_R=sequence_of_row_R,
+        share_of_item_I=share_of_item_I,
+        weight_I=weight_I,
+        reference_nll_S=reference_S,
         item_losses=tuple(item_losses),
         training=training,
         anchor=torch.zeros((), device=device, requires_grad=training),
     )
 
 
-def _tensor(parts: Sequence[npt.NDArray[np.integer]], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+def _joined(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _on_device(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> list[torch.Tensor]:
+    """Return the arrays as tensors on the device, by one copy that waits for nothing."""
+    joined = bytearray()
+    starts = []
+    for array in arrays:
+        joined.extend(b"\0" * (-len(joined) % _ALIGNMENT))
+        starts.append(len(joined))
+        joined.extend(array.tobytes())
+    whole = upload(torch.frombuffer(joined, dtype=torch.uint8), device)
+    return [
+        whole[start : start + array.nbytes].view(torch.from_numpy(array).dtype)
+        for start, array in zip(starts, arrays, strict=True)
+    ]

@@ -51,7 +51,7 @@ def test_steps_are_those_of_torch(config: TrialConfig) -> None:
         torch.testing.assert_close(ours[path][1], b_matrix.data, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss, gradient", [(float("inf"), 1.0), (float("nan"), 1.0), (1.0, float("nan"))])
+@pytest.mark.parametrize(("loss", "gradient"), [(float("inf"), 1.0), (float("nan"), 1.0), (1.0, float("nan"))])
 def test_what_is_not_finite_takes_no_step_and_holds_nobody_up(loss: float, gradient: float) -> None:
     config = TrialConfig(lora_rank=2, learning_rate=1e-2)
     bad, good = Adapter(MODULES, 2, 1.0), Adapter(MODULES, 2, 1.0)
