@@ -138,7 +138,8 @@ def _measure(
 
     def train() -> None:
         losses = passes.train_tick(backbone, passes.lay_out(backbone, shares))
-        take_steps([adapter_step(adapter, config, 0, 0.0) for adapter, config, _ in adapters], list(losses))
+        steps = [adapter_step(adapter, config, 0, 0.0) for adapter, config, _ in adapters]
+        take_steps(list(zip(steps, losses, strict=True)))
 
     def evaluate() -> None:
         passes.item_losses(backbone, shares, every_token)

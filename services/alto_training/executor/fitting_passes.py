@@ -44,6 +44,11 @@ class _Part(NamedTuple):
     place: Place
     items: int
 
+    @property
+    def completes(self) -> bool:
+        """Whether they complete the effective batch."""
+        return self.run.completes_batch(self.items)
+
 
 class FittingPasses:
     """Holds the token budgets of a run, of training ticks and of evaluation, and halves what did not fit.
@@ -80,14 +85,22 @@ class FittingPasses:
         """
         while True:
             parts = self._choose([(run, run.place) for run in active], turn)
-            mine = [part for part in parts if self._ownership.owns(part.run)]
             try:
-                numbers = self._run(mine, lambda: self._lay_out_ahead(active, mine, turn + 1))
+                losses, norms = self._run(parts)
             except passes.TickTooLargeError as error:
-                self._halve([part.run for part in mine], sum(part.items for part in mine), error)
+                self._halve([part.run for part in parts], sum(part.items for part in parts), error)
                 continue
+            # A GPU still works on it; this is the last that is done without waiting for it.
+            self._lay_out_ahead(active, parts, turn + 1)
+            numbers = torch.cat([losses, norms.to(losses)]).tolist()
+            norm_of = dict(zip([part for part in parts if part.completes], numbers[len(parts) :], strict=True))
             places = {run: str(place) for place, run in enumerate(active)}
-            trained = self._ranks.united({places[part.run]: said for part, said in zip(mine, numbers, strict=True)})
+            trained = self._ranks.united(
+                {
+                    places[part.run]: (part.items, loss, norm_of.get(part, 0.0))
+                    for part, loss in zip(parts, numbers[: len(parts)], strict=True)
+                }
+            )
             return {
                 run: Trained(items, sum(run.waiting_tokens(run.place)[:items]), loss, norm)
                 for run, place in places.items()
@@ -96,7 +109,7 @@ class FittingPasses:
             }
 
     def _choose(self, trials: Sequence[tuple[TrialRun, Place]], turn: int) -> list[_Part]:
-        """Return what this rank's trials put into a tick in which each is at the place given.
+        """Return what this rank's trials put into a tick that meets each trial at the place given.
 
         The batches of all are read, so that ranks read alike.
         """
@@ -105,24 +118,18 @@ class FittingPasses:
         taken = choose_items([waiting[number] for number in mine], self.tokens_per_tick, turn)
         return [_Part(*trials[number], items) for number, items in zip(mine, taken, strict=True) if items]
 
-    def _run(self, parts: Sequence[_Part], meanwhile: Callable[[], None]) -> list[tuple[int, float, float]]:
-        """Train a tick of these parts, and step whose effective batch it completes; return what others are to know.
+    def _run(self, parts: Sequence[_Part]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train a tick of these parts, and take the optimiser steps of effective batches that it completes.
 
-        These are, for each, items, loss and gradient norm (0 within a batch). The device is waited for once; what is to
-        be done `meanwhile` is done before.
+        Return each part's loss, and the gradient norms of those steps; on a GPU both are still being computed.
         """
         if self._ahead is None or self._ahead[0] != parts:
             self._ahead = (parts, self._lay_out(parts))
-        tick = self._ahead[1]
-        self._ahead = None
+        tick, self._ahead = self._ahead[1], None
         losses = passes.train_tick(self._backbone, tick)
-        complete = [number for number, part in enumerate(parts) if part.run.completes_batch(part.items)]
         with passes.out_of_memory_told(self._backbone):
-            norms = take_steps([parts[number].run.step_due() for number in complete], [losses[n] for n in complete])
-        meanwhile()
-        told = torch.cat([losses, norms.to(losses)]).tolist()
-        norm_of = dict(zip(complete, told[len(parts) :], strict=True))
-        return [(part.items, told[number], norm_of.get(number, 0.0)) for number, part in enumerate(parts)]
+            steps = [(part.run.step_due(), loss) for part, loss in zip(parts, losses, strict=True) if part.completes]
+            return losses, take_steps(steps)
 
     def _lay_out(self, parts: Sequence[_Part]) -> Tick | None:
         return passes.lay_out(self._backbone, [part.run.share(part.place, part.items) for part in parts])

@@ -36,8 +36,8 @@ class KernelBackend:
     """Seats the adapters of each tick in an `AdapterTable` and plans the tick once for all layers.
 
     `module_shapes[i]` are the input and output features of layer i, `dtype` is the activations', `kernels` those of
-    CUTLASS to use (None: the fastest). An adapter keeps its seat until another needs it. `may_overwrite` says that every
-    layer has one backward pass a tick: then gradients that begin from nothing are written, where the kernels can.
+    CUTLASS to use (None: the fastest). An adapter keeps its seat until another needs it. `may_overwrite` says that
+    every layer has one backward pass a tick: gradients that begin from nothing are then written, where kernels can.
     """
 
     def __init__(

@@ -36,15 +36,16 @@ def adapter_step(adapter: Adapter, config: TrialConfig, step: int, learning_rate
     )
 
 
-def take_steps(steps: Sequence[AdapterStep], losses: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Take the steps of adapters whose loss and gradient are finite; return the gradients' norms, [G] on the device.
+def take_steps(steps: Sequence[tuple[AdapterStep, torch.Tensor]]) -> torch.Tensor:
+    """Take each step whose loss (a scalar, given with it) and gradient are finite; return the gradients' norms, [G].
 
-    `losses` are scalars, one for each step. Norms are before the clip, and not finite where a step was not taken. What gradients hold afterwards means nothing.
+    They stay on the device, are those before the clip, and not finite where a step was not taken. What the gradients
+    hold afterwards means nothing.
     """
     if not steps:
         return torch.zeros(0)
     # A loss that is not finite makes the gradient so, by one element: the kernel looks at the gradient alone.
-    factors_G = torch.where(torch.isfinite(torch.stack(list(losses))), 1.0, math.nan).float()
-    for step, factor in zip(steps, factors_G.unbind(), strict=True):
+    factors_G = torch.where(torch.isfinite(torch.stack([loss for _, loss in steps])), 1.0, math.nan).float()
+    for (step, _), factor in zip(steps, factors_G.unbind(), strict=True):
         step.grad[:1].mul_(factor)
-    return adamw_step(steps).grad_norm
+    return adamw_step([step for step, _ in steps]).grad_norm

@@ -42,7 +42,7 @@ def test_steps_are_those_of_torch(config: TrialConfig) -> None:
         if config.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_([*a_matrices, *b_matrices], config.max_grad_norm)
         optimizer.step()
-        (norm,) = take_steps([adapter_step(adapter, config, step, config.learning_rate)], [torch.tensor(1.0)])
+        (norm,) = take_steps([(adapter_step(adapter, config, step, config.learning_rate), torch.tensor(1.0))])
         assert float(norm) == pytest.approx(float(adapter.grad.norm()), rel=1e-6)
 
     ours = adapter.matrices(adapter.param)
@@ -59,7 +59,8 @@ def test_what_is_not_finite_takes_no_step_and_holds_nobody_up(loss: float, gradi
     bad.grad[3] = gradient
     good.grad.fill_(1.0)
     steps = [adapter_step(adapter, config, 0, config.learning_rate) for adapter in (bad, good)]
-    norms = take_steps(steps, [torch.tensor(loss, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)])
+    losses = torch.tensor([loss, 1.0], dtype=torch.float64)
+    norms = take_steps(list(zip(steps, losses, strict=True)))
     assert norms.isfinite().tolist() == [False, True]
     assert not bad.param.any()
     assert good.param.all()
