@@ -1,0 +1,130 @@
+"""What is done before its time, and what is left lying in buffers, changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from alto_common.tuning import EarlyExit, TrialConfig
+from alto_training.executor import fitting_passes, passes
+from alto_training.executor.backbone import Backbone
+from alto_training.executor.backends import choose_backend
+from alto_training.executor.fitting_passes import FittingPasses
+from alto_training.executor.optimizer import take_steps
+from alto_training.executor.settings import Backend, ExecutorSettings
+from alto_training.executor.tick import Share, Tick
+from tiny_jobs import assert_same_bits, job, run, tiny_backbone
+
+CONFIG = TrialConfig(lora_rank=8, learning_rate=2e-3, batch_size=3, max_steps=7, max_length=32)
+# Batches over several ticks, dropout, one that becomes NaN, one that ends early, several targets.
+MIX = (
+    replace(CONFIG, gradient_accumulation_steps=3, max_steps=4),
+    replace(CONFIG, lora_rank=16, lora_dropout=0.2, seed=1),
+    replace(CONFIG, target_modules=("q_proj", "down_proj"), max_steps=2),
+    replace(CONFIG, learning_rate=1e30, seed=5),
+    replace(CONFIG, batch_size=1, seed=6),
+)
+TASKS = {
+    "all in slots": (job(*MIX), {}),
+    "in turn": (job(*MIX, early_exit=EarlyExit("paper", warmup_fraction=0.3, keep_fraction=0.5)), {"slots": 2}),
+}
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_tick_laid_out_ahead_is_the_one_of_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, backend: Backend
+) -> None:
+    task, changes = TASKS[name]
+    settings = ExecutorSettings(tokens_per_tick=96, backend=backend, **changes)
+    laid_out: list[Tick | None] = []
+    ran: list[Tick | None] = []
+
+    def lay_out(backbone: Backbone, shares: Sequence[Share], original: object = passes.lay_out) -> Tick | None:
+        laid_out.append(original(backbone, shares))  # type: ignore[operator]
+        return laid_out[-1]
+
+    def train_tick(backbone: Backbone, tick: Tick | None, original: object = passes.train_tick) -> torch.Tensor:
+        ran.append(tick)
+        return original(backbone, tick)  # type: ignore[operator, no-any-return]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "lay_out", lay_out)
+        patch.setattr(passes, "train_tick", train_tick)
+        ahead, events_ahead = run(task, tmp_path / "ahead", settings=settings)
+    # Most ticks were foreseen; the others were laid out once more.
+    assert len(ran) <= len(laid_out) < 1.8 * len(ran)
+    monkeypatch.setattr(FittingPasses, "_lay_out_ahead", lambda *_: None)
+    in_time, events_in_time = run(task, tmp_path / "in-time", settings=settings)
+    assert_same_bits(ahead, in_time, but="trial-3")
+    assert [type(event) for event in events_ahead] == [type(event) for event in events_in_time]
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU])
+def test_what_gradients_hold_between_batches_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend
+) -> None:
+    settings = ExecutorSettings(tokens_per_tick=64, backend=backend)
+    clean, _ = run(job(*MIX), tmp_path / "clean", settings=settings)
+
+    def leave_rubbish(steps: Sequence[tuple[object, torch.Tensor]]) -> torch.Tensor:
+        norms = take_steps(steps)  # type: ignore[arg-type]
+        for step, _ in steps:
+            step.grad.fill_(math.nan)  # type: ignore[attr-defined]
+        return norms
+
+    monkeypatch.setattr(fitting_passes, "take_steps", leave_rubbish)
+    rubbish, _ = run(job(*MIX), tmp_path / "rubbish", settings=settings)
+    assert_same_bits(clean, rubbish, but="trial-3")
+
+
+def test_a_plan_made_before_an_adapter_got_other_buffers_is_not_used() -> None:
+    backbone = tiny_backbone()
+    backbone.use_backend(choose_backend("cpu", backbone.layers, 1, backbone.device, backbone.dtype))
+    found = []
+    for moves in (False, True):
+        share = replace(example_share(backbone), begins_batch=True)
+        assert share.adapter is not None
+        tick = passes.lay_out(backbone, [share])
+        if moves:
+            old = share.adapter.buffers
+            share.adapter.load({name: buffer.clone() for name, buffer in old.items()})
+            for buffer in old.values():
+                buffer.fill_(math.nan)
+        loss = passes.train_tick(backbone, tick)
+        found.append((loss, share.adapter.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][1].any()
+
+
+def test_layers_that_a_model_uses_twice_are_told_so() -> None:
+    from alto_training.executor.backbone import prepare_backbone
+    from tiny_jobs import tiny_llama
+
+    model = tiny_llama()
+    once = prepare_backbone(tiny_llama(), "once", torch.device("cpu"))
+    assert all(layer.runs_once for layer in once.layers)
+    model.base_model.layers[1].mlp = model.base_model.layers[0].mlp
+    twice = prepare_backbone(model, "twice", torch.device("cpu"))
+    assert {layer.path.rsplit(".", 1)[-1] for layer in twice.layers if not layer.runs_once} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+
+
+def example_share(backbone: Backbone) -> Share:
+    from alto_training.executor.adapter import Adapter
+    from alto_training.executor.objectives import SupervisedObjective
+    from tiny_jobs import MemoryDataset
+
+    adapter = Adapter(backbone.adapted_modules(CONFIG), CONFIG.lora_rank, 2.0)
+    adapter.initialise(0)
+    adapter.param.add_(0.01)
+    data = MemoryDataset(4)
+    return Share(adapter, [SupervisedObjective().item(data, row, 32, row) for row in range(3)], batch_denominator=20.0)
