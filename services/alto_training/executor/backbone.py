@@ -20,6 +20,7 @@ from alto_training.executor.backbone_weights import BackboneWeights, WholeWeight
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
 from alto_training.executor.frozen_linear import frozen_linear
 from alto_training.executor.fused_norm import fuse_norms
+from alto_training.executor.fused_rotary import fuse_rotary
 from alto_training.executor.lora_linear import LoraBackend, MultiLoraLinear, ReferenceBackend
 from alto_training.executor.nf4 import quantise_layers
 from alto_training.executor.shared_input import shared_inputs_found
@@ -178,6 +179,7 @@ def prepare_backbone(
     expected_SV = _own_logits(model, _probe_sequences(probe_ids), device)
     if device.type == "cuda":
         fuse_norms(model.base_model)
+        fuse_rotary(model.base_model)
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)
     decoder = model.base_model
