@@ -97,7 +97,7 @@ class TickJobs:
 class JobsOfTable:
     """The jobs of a table's latest plans: plans of one layout share them, and others expect the same shapes of launch.
 
-    What ticks of full batches of one length cost the host is then a look-up.
+    What ticks of full batches of one length cost the host is then a look-up. Plans of one table run on one stream.
     """
 
     def __init__(self) -> None:

@@ -132,13 +132,13 @@ def _varlen_kernel(
     options: dict[str, Any] = {}
     if repeats > 1 and _takes_grouped_heads():
         options["enable_gqa"] = True
-    elif repeats > 1:  # torch before 2.12
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if repeats > 1 and not options:  # torch before 2.12
+        key_THD, value_THD = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key_THD, value_THD))
     attended = varlen_attn(
-        query_THD,
-        key_THD,
-        value_THD,
+        query_THD.contiguous(),
+        key_THD.contiguous(),
+        value_THD.contiguous(),
         tick.sequence_offsets,
         tick.sequence_offsets,
         tick.longest,

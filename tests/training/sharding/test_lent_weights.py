@@ -8,6 +8,7 @@ from alto_training.executor import passes
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
+from alto_training.executor.fused_norm import fuse_norms
 from alto_training.executor.kernel_backend import KernelBackend
 from alto_training.executor.lora_linear import FrozenLinear
 from alto_training.executor.tick import Item, PackedSequence, Share, Tick
@@ -75,6 +76,7 @@ def test_gradients_are_those_of_a_whole_backbone(
     for backbone in (whole, sharded):
         if recompute:
             backbone.recompute_activations()
+        assert fuse_norms(backbone.decoder) == (11 if config is LLAMA else 0)
         backbone.use_backend(choose_backend("cpu", backbone.layers, 1, CPU, torch.float32))
         share = make_share(backbone)
         assert share.adapter is not None
