@@ -97,7 +97,9 @@ class Adapter:
 
         Those of an adapter that is on another worker rank have nothing to carry.
         """
-        if not self.elsewhere and self.param.device != device:
+        here = self.param.device
+        # "cuda" without a number is where it is: to make all views anew takes a millisecond, for each adapter and tick.
+        if not self.elsewhere and (here.type != device.type or device.index not in (None, here.index)):
             self.load({name: buffer.to(device) for name, buffer in self.buffers.items()})
 
     @property
