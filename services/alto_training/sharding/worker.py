@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -69,8 +69,14 @@ def run(folder: Path) -> None:
             failure = RankFailure(InputRefusedError.__name__, str(error), "correct it, and start again")
         failure_file(folder, rank).write_text(json.dumps(encode(failure)))
         # Without the usual clean-up: it may wait for ranks that wait for this one.
-        sys.stderr.flush()
-        os._exit(REFUSED_STATUS)
+        _leave(REFUSED_STATUS)
+    # All is told and written, and a thread of gloo's that lets go of a tensor while the interpreter ends aborts it.
+    _leave(0)
+
+
+def _leave(status: int) -> NoReturn:
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _run(folder: Path, order: RankOrder, rank: int) -> None:
