@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and PyTorch, transformers, peft and pytest, but not the rest of ALTO: build the kernels, test
-# them and the executor that uses them, and measure both. $1: the CUTLASS headers. $2: a folder for the results.
+# them and the executor that uses them, and measure both. About four minutes. $1: the CUTLASS headers. $2: a folder of
+# wheels that the machine lacks (structlog and what it needs). $3: a folder for the results.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-export PYTHONPATH="ext:services:clients/python:benchmarks:tests/training/executor" PYTHONUNBUFFERED=1
+headers="$1" wheels="$2" results="$3"
+site="$PWD/build/device/site"
+export PYTHONPATH="$site:ext:services:clients/python:benchmarks:tests/training/executor" PYTHONUNBUFFERED=1
 test_options=(-c /dev/null --rootdir=. --import-mode=importlib -q --maxfail=6 -p no:cacheprovider)
-time benchmarks/device/kernels_build.sh "$1" || exit 1
+if compgen -G "$wheels/*.whl" > /dev/null; then
+  python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
+    "$wheels"/*.whl || exit 1
+fi
+time benchmarks/device/kernels_build.sh "$headers" || exit 1
 time python3 -m pytest "${test_options[@]}" --noconftest tests/kernels/test_cutlass.py
 time python3 -m pytest "${test_options[@]}" --confcutdir=tests/training/executor tests/training/executor/test_cuda.py
-time python3 benchmarks/executor_gpu.py --output "$2/executor-h100.json"
-time python3 benchmarks/parity.py --device cuda --dtype bfloat16 --trials 8 --output "$2/parity-h100.json"
+time python3 benchmarks/executor_gpu.py --output "$results/executor-h100.json"
+time python3 benchmarks/tick_profile.py --device cuda --shape 8b --cell 4x2x256 --output "$results/tick_profile-h100.json"
+time python3 benchmarks/parity.py --device cuda --dtype bfloat16 --trials 8 --output "$results/parity-h100.json"
