@@ -3,9 +3,12 @@
 `make bench NAME=planner_random` holds the same promises against many more of them.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from alto_placement.first_come import FirstCome
 from alto_placement.planner import Snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,3 +26,19 @@ def test_every_plan_keeps(promise: Callable[[Snapshot, int], None]) -> None:
         promise(snapshot, seed)
 
     keeps()
+
+
+@settings(max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(snapshots(), min_size=2, max_size=4))
+def test_the_virtual_schedule_follows_whatever_comes(seen: list[Snapshot]) -> None:
+    """Nodes and tasks come, change, go and return: nothing is lost or counted twice, the measure stays one."""
+    virtual = FirstCome()
+    for snapshot in seen:
+        virtual.follow(snapshot)
+        assert 0.0 <= virtual.longest_wait_s < math.inf
+        held: Counter[str] = Counter()
+        for task in virtual._running.values():
+            held.update(task.parts)
+        assert virtual._free == {node.node_id: node.gpus - held[node.node_id] for node in snapshot.nodes}
+        in_line = [task_id for _, task_id in virtual._queue]
+        assert sorted([*in_line, *virtual._running]) == sorted(virtual._tasks)
