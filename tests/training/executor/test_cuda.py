@@ -12,10 +12,12 @@ import pytest
 import torch
 from alto_common.tuning import Objective, ObjectiveKind, TrialConfig
 from alto_kernels import CudaKernels
-from alto_training.executor.backbone import prepare_backbone
+from alto_training.executor.backbone import load_backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
+from alto_training.executor.control import Join
 from alto_training.executor.events import Event, TaskStarted, TrialProgress
 from alto_training.executor.settings import BackboneDtype, Backend, ExecutorSettings
+from test_guests import Shared, guest, host
 from tiny_jobs import job, llama_config, run, tiny_llama
 
 pytestmark = [
@@ -85,6 +87,39 @@ def test_a_poisoned_neighbour_leaves_the_others_finite_and_unchanged(tmp_path: P
     _, without = run(job(*MIX), tmp_path / "clean", **on_gpu(torch.bfloat16))
     kept = [event for event in with_poison if getattr(event, "trial_id", "") != "trial-3"]
     assert losses(kept) == pytest.approx(losses(without), rel=1e-2)
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.AUTO])
+def test_four_bits_follow_the_loss_curve_of_the_cpu(tmp_path: Path, backend: Backend) -> None:
+    """The same codes, made into fp32 weights on the CPU and into bf16 ones on the GPU."""
+    folder = tmp_path / "model"
+    smollm2_shapes().save_pretrained(folder)
+    _, exact = run(job(*MIX), tmp_path / "exact", backbone=load_backbone(str(folder), in_nf4=True))
+    settings = ExecutorSettings(
+        device="cuda", backbone_dtype=BackboneDtype.NF4, tokens_per_tick=96, backend=backend, slots=3
+    )
+    _, rounded = run(job(*MIX, base_model=str(folder)), tmp_path / "rounded", settings=settings, backbone=None)
+    assert losses(rounded) == pytest.approx(losses(exact), rel=2e-2)
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.AUTO])
+def test_a_guest_and_its_host_train_as_alone(tmp_path: Path, backend: Backend) -> None:
+    options = {"dtype": torch.bfloat16, "backend": backend}
+    shared = Shared(
+        tmp_path / "host",
+        {3: [Join(guest(), tmp_path / "guest")]},
+        **on_gpu(model=llama_for_the_kernel(), progress_interval_s=0.0, **options),
+    )
+    shared.run()
+    for task in (host(), guest()):
+        _, alone = run(task, tmp_path / f"{task.task_id}-alone", **on_gpu(model=llama_for_the_kernel(), **options))
+        together = [
+            event for event in shared.events if isinstance(event, TrialProgress) and event.task_id == task.task_id
+        ]
+        assert losses(together) == pytest.approx(losses(alone), rel=2e-2)
+    left = shared.left("guest").outcome
+    assert left is not None
+    assert left.state == "succeeded"
 
 
 needs_cutlass = pytest.mark.skipif(not alto_kernels.cuda_available(), reason="no CUDA build, or no GPU for it")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from alto_common.tuning import EarlyExit, Objective, ObjectiveKind, TrialConfig, TuningJob
+from alto_training.executor.backbone import Backbone
 from alto_training.executor.control import Cancel, Command, ControlQueue, Join, Pause
 from alto_training.executor.errors import EmptyDatasetError
 from alto_training.executor.events import (
@@ -54,6 +55,7 @@ class Shared:
         task: TuningJob | None = None,
         open_data: Callable[[TuningJob, Path], Any] = open_memory,
         settings: ExecutorSettings = SETTINGS,
+        backbone: Backbone | None = None,
     ) -> None:
         self.events: list[Event] = []
         self.control = ControlQueue()
@@ -64,7 +66,7 @@ class Shared:
             self._take,
             settings,
             self.control,
-            backbone=tiny_backbone(),
+            backbone=backbone or tiny_backbone(),
             open_data=open_data,
         )
 
