@@ -1,12 +1,10 @@
-// The consumers: two warpgroups, each with 64 of the tile's 128 rows (or of a gradient's 128 features). Included by
-// lora_gemm.cuh.
+// The consumers: two warpgroups, each with 64 of the tile's 128 rows (or of a gradient's 128 features), make the
+// products. Included by lora_gemm.cuh.
 #pragma once
 
-namespace alto::cuda {
+#include "lora_gemm_epilogue.cuh"
 
-// The accumulators of a thread, the same registers for items of all kinds: each kind's own would all stay alive, since
-// wgmma reads them before they are written.
-using Sum = float[128];
+namespace alto::cuda {
 
 template <typename Element, bool kBackward>
 struct Consumer {
@@ -17,16 +15,13 @@ struct Consumer {
     const SharedView& shared;
     int warpgroup;
     int thread;  // in the warpgroup
+    Epilogue<Element, kBackward> epilogue{arguments, shared, warpgroup, thread};
     Ring<kStages> ring{};
     int held = -1;  // the stage that wgmma may still be reading
 
     __device__ __forceinline__ std::uint32_t box(int index) const {
         return cute::cast_smem_ptr_to_uint(shared.box(ring.stage, index));
     }
-    // The first of the two rows (the other is 8 below) of the accumulator that this thread holds, in [0, 64).
-    __device__ __forceinline__ int accumulator_row() const { return thread / 32 * 16 + thread % 32 / 4; }
-    __device__ __forceinline__ int accumulator_column() const { return thread % 4 * 2; }
-
     __device__ __forceinline__ void await_full() { FullBarrier::wait(&shared.control->full[ring.stage], ring.phase); }
 
     // Gives a stage back to the producers of both blocks.
@@ -122,13 +117,13 @@ struct Consumer {
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int token = item.row + warpgroup * 64 + accumulator_row() + half * 8;
+            const int token = item.row + warpgroup * 64 + epilogue.accumulator_row() + half * 8;
             const bool real = token < arguments.tokens;
             threshold[half] = real ? arguments.thresholds[token] : std::numeric_limits<std::int32_t>::min();
             factor[half] = real ? arguments.keep_factors[token] : 1.0f;
             if (real) row_bits[half] = dropout_row(arguments.row_keys[token], arguments.modules[0].module);
         }
-        const int first_feature = item.column + accumulator_column();
+        const int first_feature = item.column + epilogue.accumulator_column();
         // Rows and not features in the inner loop: the hash of a feature is used twice and not kept.
 #pragma unroll
         for (int i = 0; i < 64; ++i) {
@@ -187,88 +182,6 @@ struct Consumer {
         finish(sum);
     }
 
-    // What leaves the accumulators goes through the warpgroup's staging area, from where the copy engine takes it while
-    // the next item's products are made. Returns once nothing is read from there any more.
-    __device__ __forceinline__ void await_staging() {
-        cute::tma_store_wait<0>();
-        warpgroup_barrier(warpgroup);
-    }
-    __device__ __forceinline__ unsigned char* staging() const { return shared.staging + warpgroup * kStagingBytes; }
-    // One of two buffers of this warp alone: its 16 rows of the accumulators by 64 16-bit columns.
-    __device__ __forceinline__ unsigned char* warp_buffer(int which) const {
-        return staging() + (thread / 32 * 2 + which) * kWarpBufferBytes;
-    }
-    // Makes the `count`-th buffer that this warp fills for an item free: of the earlier ones, only the last may still
-    // be read.
-    __device__ __forceinline__ void await_warp_buffer(int count) {
-        if (count < 2) return;
-        if (thread % 32 == 0) cute::tma_store_wait<1>();
-        __syncwarp();
-    }
-
-    // Writes this warpgroup's 64 x 256 of the output, each warp its own rows, half of the columns at a time.
-    __device__ __forceinline__ void store_output(const Item& item, const Sum& sum) {
-        const ModuleArguments& module = arguments.modules[kBackward ? 0 : item.module];
-        const CUtensorMap& output = kBackward ? arguments.input_grads : module.rows;
-        const int features = kBackward ? arguments.in_features : module.out_features;
-        const int lane = thread % 32;
-        const int row = lane % 16;
-        const int first_row = item.row + warpgroup * 64 + thread / 32 * kWarpRows;
-        await_staging();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (half == 1) {
-                if (lane == 0) cute::tma_store_wait<0>();
-                __syncwarp();
-            }
-#pragma unroll
-            for (int pair = 0; pair < 8; ++pair) {
-                std::uint32_t packed[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int at = (half * 16 + pair * 2 + i / 2) * 4 + i % 2 * 2;
-                    packed[i] = rounded_pair(sum[at], sum[at + 1], Element{});
-                }
-                const int piece = pair % 4 * 2 + lane / 16;
-                store_matrices(cute::cast_smem_ptr_to_uint(warp_buffer(pair / 4)) +
-                                   static_cast<std::uint32_t>(row * 128 + (piece ^ (row & 7)) * 16),
-                               packed[0], packed[1], packed[2], packed[3]);
-            }
-            fence_async_shared();
-            __syncwarp();
-            if (lane == 0) {
-#pragma unroll
-                for (int quarter = 0; quarter < 2; ++quarter) {
-                    const int column = item.column + half * 128 + quarter * 64;
-                    if (column >= features) continue;
-                    if (kBackward && arguments.adds_to_output) {
-                        add_box(output, warp_buffer(quarter), column, first_row);
-                    } else {
-                        store_box(output, warp_buffer(quarter), column, first_row);
-                    }
-                }
-                cute::tma_store_arrive();
-            }
-        }
-    }
-
-    // Forward. Apart from store_output, which is short without it: most layers have no bias.
-    __device__ __forceinline__ void add_bias(const Item& item, const Element* bias, Sum& sum) const {
-        const int features = arguments.modules[item.module].out_features;
-#pragma unroll
-        for (int block = 0; block < 32; ++block) {
-            const int column = item.column + block * 8 + accumulator_column();
-            if (column >= features) continue;
-            const float one = to_float(bias[column]);
-            const float two = to_float(bias[column + 1]);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                sum[block * 4 + half * 2] += one;
-                sum[block * 4 + half * 2 + 1] += two;
-            }
-        }
-    }
-
     // S blocks from one pass over the operand.
     template <int parts>
     __device__ __forceinline__ void down(const Item& item, Sum& sum) {
@@ -301,152 +214,6 @@ struct Consumer {
             fence_registers(sum);
         }
         finish(sum);
-    }
-
-    // One bit for each 16 columns of the parts: whether their owner's weights are not finite. Asked before the
-    // products, so that nobody waits for the answer after them; the owners are then in the L1 cache too.
-    __device__ __forceinline__ std::uint32_t bad_owners(const Item& item) const {
-        const int lane = thread % 32;
-        bool bad = false;
-        if (lane < item.part_count * kGranules && item.parts[lane / kGranules].detail >= 0) {
-            const Owner* owner = arguments.owners + item.parts[lane / kGranules].detail * kGranules + lane % kGranules;
-            bad = owner->start < owner->stop && arguments.slot_is_bad[owner->slot] != 0;
-        }
-        return __ballot_sync(0xFFFFFFFFu, bad);
-    }
-
-    // Writes S blocks, each warp its own 16 rows, and counts them as done: other blocks of threads read them by TMA.
-    __device__ __forceinline__ void write_blocks(const Item& item, std::uint32_t bad, const Sum& sum) {
-        int written = 0;
-        await_staging();
-#pragma unroll
-        for (int index = 0; index < kMaxParts; ++index) {
-            if (index >= item.part_count || item.parts[index].detail < 0) continue;
-            const Part& part = item.parts[index];
-            unsigned char* buffer = warp_buffer(written % 2);
-            await_warp_buffer(written);
-            fill_block(item, part, bad >> (index * kGranules), index * 32, sum, reinterpret_cast<Element*>(buffer));
-            fence_async_shared();
-            __syncwarp();
-            if (thread % 32 == 0) {
-                const int row = part.s_row + warpgroup * 64 + thread / 32 * kWarpRows;
-                store_bytes(static_cast<Element*>(arguments.modules[part.module].block_data) +
-                                static_cast<std::int64_t>(row) * kStepDepth,
-                            buffer, kWarpBufferBytes);
-                cute::tma_store_arrive();
-            }
-            ++written;
-        }
-        if (thread % 32 == 0 && written > 0) {
-            await_written();
-            fence_async_proxy();
-            add_release(arguments.ready + item.row / kTileRows, written);
-            add_release(arguments.ready + arguments.tiles, written);
-        }
-    }
-
-    // This warp's 16 rows of an S block: each owner's columns for its own tokens, zero elsewhere.
-    __device__ __forceinline__ void fill_block(const Item& item, const Part& part, std::uint32_t bad_owners,
-                                               const int first, const Sum& sum, Element* buffer) {
-        const int row = accumulator_row();
-        Element* to = buffer + row % kWarpRows * kStepDepth + accumulator_column();
-#pragma unroll
-        for (int granule = 0; granule < kGranules; ++granule) {
-            const Owner owner = arguments.owners[part.detail * kGranules + granule];
-            const float factor = owner.scale * (kBackward ? 1.0f : owner.keep_factor);
-            const bool bad = (bad_owners >> granule & 1) != 0;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int token = item.row + warpgroup * 64 + row + half * 8;
-                const bool inside = token >= owner.start && token < owner.stop;
-#pragma unroll
-                for (int block = 0; block < 2; ++block) {
-                    const int column = block * 8 + accumulator_column();
-                    const int at = first + (granule * 2 + block) * 4 + half * 2;
-                    float2 value{sum[at] * factor, sum[at + 1] * factor};
-                    if (bad) value.x = value.y = __int_as_float(0x7FC00000);
-                    if (!inside || column >= owner.columns) value.x = 0.0f;
-                    if (!inside || column + 1 >= owner.columns) value.y = 0.0f;
-                    *reinterpret_cast<std::uint32_t*>(to + half * 8 * kStepDepth + granule * kGranule + block * 8) =
-                        rounded_pair(value.x, value.y, Element{});
-                }
-            }
-        }
-    }
-
-    // Adds (or writes) a product of 64 features by 64 columns of an S block to the gradient: the segment's columns. It
-    // is turned in the staging area, so that whole lines go out. Each element is added to once a launch: deterministic.
-    template <int size>
-    __device__ __forceinline__ void add_gradient(const Item& item, const Part& part, float* gradient, int first_feature,
-                                                 const int first, const float (&sum)[size]) {
-        const bool of_a = item.kind == Kind::kGradA;
-        const int columns = min(item.rank - part.detail, kStepDepth);
-        const int features =
-            min(64, (of_a ? arguments.in_features : arguments.modules[part.module].out_features) - first_feature);
-        // A has a row for each rank column, B one for each feature.
-        const int row_stride = of_a ? 1 : kGradientRow;
-        const int column_stride = of_a ? kGradientRow : 1;
-        auto* const tile = reinterpret_cast<float*>(staging());
-        const float factor = of_a ? item.keep_factor : 1.0f;
-        await_staging();
-#pragma unroll
-        for (int block = 0; block < 8; ++block) {
-            const int column = block * 8 + accumulator_column() - part.column;  // among the segment's, of this part
-            if (column < 0 || column >= columns) continue;
-            float* const at = tile + accumulator_row() * row_stride + column * column_stride;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float one = sum[first + block * 4 + half * 2] * factor;
-                const float two = sum[first + block * 4 + half * 2 + 1] * factor;
-                float* const here = at + half * 8 * row_stride;
-                if (of_a) {
-                    here[0] = one;
-                    here[kGradientRow] = two;
-                } else {
-                    *reinterpret_cast<float2*>(here) = float2{one, two};
-                }
-            }
-        }
-        warpgroup_barrier(warpgroup);
-        const int rows = of_a ? columns : features;
-        const int width = of_a ? features : columns;
-        const std::int64_t stride = of_a ? arguments.in_features : item.rank;
-        float* const to =
-            gradient + (of_a ? part.detail * stride + first_feature : first_feature * stride + part.detail);
-        if (width % 4 == 0 && stride % 4 == 0 && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
-            put_rows<4>(item, to, stride, tile, rows, width);
-        } else {
-            put_rows<1>(item, to, stride, tile, rows, width);
-        }
-    }
-
-    // Adds, or writes where the gradient is fresh, `rows` x `width` floats of the staging area, `vector` at a time.
-    template <int vector>
-    __device__ __forceinline__ void put_rows(const Item& item, float* to, std::int64_t stride, const float* tile,
-                                             int rows, int width) {
-        constexpr int kThreadsOfRow = 64 / vector;
-        const int column = thread % kThreadsOfRow * vector;
-        if (column >= width) return;
-        const bool fresh = (item.flags & kFresh) != 0;
-#pragma unroll 4
-        for (int row = thread / kThreadsOfRow; row < rows; row += 128 / kThreadsOfRow) {
-            float* const here = to + row * stride + column;
-            const float* const from = tile + row * kGradientRow + column;
-            if constexpr (vector == 4) {
-                const float4 value = *reinterpret_cast<const float4*>(from);
-                if (fresh) {
-                    *reinterpret_cast<float4*>(here) = value;
-                } else {
-                    add_to(here, value);
-                }
-            } else {
-                if (fresh) {
-                    *here = *from;
-                } else {
-                    add_to(here, *from);
-                }
-            }
-        }
     }
 
     template <int parts>
@@ -499,8 +266,8 @@ struct Consumer {
             finish(first);
             fence_registers(second);
             float* const gradient = slot.gradients[0];
-            add_gradient(item, item.parts[0], gradient, feature, 0, first);
-            add_gradient(item, item.parts[0], gradient, feature + 64, 0, second);
+            epilogue.add_gradient(item, item.parts[0], gradient, feature, 0, first);
+            epilogue.add_gradient(item, item.parts[0], gradient, feature + 64, 0, second);
         } else {
             finish(sum);
         }
@@ -511,8 +278,8 @@ struct Consumer {
 #pragma unroll
         for (int part = 0; part < kMaxParts; ++part)
             if (part < slot.item.part_count && slot.gradients[part] != nullptr)
-                add_gradient(slot.item, slot.item.parts[part], slot.gradients[part], slot.item.column + warpgroup * 64,
-                             part * 32, sum);
+                epilogue.add_gradient(slot.item, slot.item.parts[part], slot.gradients[part],
+                                      slot.item.column + warpgroup * 64, part * 32, sum);
     }
 
     __device__ __forceinline__ void work(const ItemSlot& slot, Sum& sum) {
@@ -521,16 +288,16 @@ struct Consumer {
             base(item, sum);
             if constexpr (!kBackward) {
                 const auto* bias = static_cast<const Element*>(arguments.modules[item.module].bias);
-                if (bias != nullptr) add_bias(item, bias, sum);
+                if (bias != nullptr) epilogue.add_bias(item, bias, sum);
             }
-            store_output(item, sum);
+            epilogue.store_output(item, sum);
         } else if (item.kind == Kind::kDown) {
-            const std::uint32_t bad = bad_owners(item);
+            const std::uint32_t bad = epilogue.bad_owners(item);
             if (item.part_count == 1) down<1>(item, sum);
             if (item.part_count == 2) down<2>(item, sum);
             if (item.part_count == 3) down<3>(item, sum);
             if (item.part_count == 4) down<4>(item, sum);
-            write_blocks(item, bad, sum);
+            epilogue.write_blocks(item, bad, sum);
         } else if (kBackward && adds_anything(slot)) {
             if (item.part_count == 1) gradient<1>(slot, sum);
             if (item.part_count == 2) gradient<2>(slot, sum);
