@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable
+from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 _FUNCTION = "apply_rotary_pos_emb"
-Rotary = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def fuse_rotary(decoder: nn.Module) -> int:
-    """Have the modules of transformers that `decoder` is made of rotate by ours, where theirs gives the same.
+    """Have each attention of `decoder` rotate by ours, where its own function gives the same; return how many do.
 
-    They look their function up by name at each call, so that it changes for every model of the architecture. Returns
-    how many rotate so now.
+    They look the function up by name among their file's globals, which all models of the architecture share: each
+    module of `decoder` gets its class's `forward` over globals of its own.
     """
     fused = 0
-    for name in {type(module).__module__ for module in decoder.modules()}:
-        own: Rotary | None = getattr(sys.modules.get(name), _FUNCTION, None)
-        if own is not None and own is not rotated and _gives_the_same(own):
-            setattr(sys.modules[name], _FUNCTION, rotated)
-            own = rotated
-        fused += own is rotated
+    for module in decoder.modules():
+        forward = _forward_by_ours(type(module))  # type: ignore[arg-type]  # mypy: classes cannot be hashed
+        if forward is not None:
+            object.__setattr__(module, "forward", MethodType(forward, module))
+            fused += 1
     return fused
 
 
@@ -67,7 +68,24 @@ def _rotate(
     return y
 
 
+@cache
+def _forward_by_ours(kind: type[nn.Module]) -> FunctionType | None:
+    """Return a class's `forward` with our function in place of its own; None where it uses none, or another."""
+    forward: Any = kind.forward
+    if not isinstance(forward, FunctionType) or _FUNCTION not in forward.__code__.co_names:
+        return None
+    own = forward.__globals__.get(_FUNCTION)
+    if own is None or not _gives_the_same(own):
+        return None
+    names = forward.__globals__ | {_FUNCTION: _ours_where_alike(own)}
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return ours
+
+
 def _gives_the_same(own: Rotary) -> bool:
+    if tuple(inspect.signature(own).parameters) != tuple(inspect.signature(rotated).parameters):
+        return False
     draws = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, 3, 8, generator=draws) for heads in (4, 2))
     cos, sin = (torch.randn(1, 3, 8, generator=draws) for _ in range(2))
@@ -76,3 +94,18 @@ def _gives_the_same(own: Rotary) -> bool:
     except (TypeError, ValueError, RuntimeError):
         return False
     return all(theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-5) for theirs, ours in pairs)
+
+
+def _ours_where_alike(own: Rotary) -> Rotary:
+    """Return a function that takes ours for tensors of one width and type, and `own` for others.
+
+    GPT-NeoX rotates the first part of each head alone, OLMo multiplies in fp32 whatever q and k are.
+    """
+
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        alike = q.shape[-1] == k.shape[-1] == cos.shape[-1] and q.dtype == k.dtype == cos.dtype == sin.dtype
+        return (rotated if alike else own)(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+    return rotate
