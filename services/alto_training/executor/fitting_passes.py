@@ -47,7 +47,7 @@ class _Part(NamedTuple):
     @property
     def completes(self) -> bool:
         """Whether they complete the effective batch."""
-        return self.run.completes_batch(self.items)
+        return self.run.completes_batch(self.place, self.items)
 
 
 class FittingPasses:
@@ -143,7 +143,7 @@ class FittingPasses:
         for run in active:
             if run not in items:
                 items[run] = 0 if self._ownership.owns(run) else len(run.waiting_tokens(run.place))
-        after = [(run, run.place_after(items[run])) for run in active]
+        after = [(run, run.place_after(run.place, items[run])) for run in active]
         expected = self._choose([(run, place) for run, place in after if place is not None], turn)
         # Memory that does not suffice for it now may do so in its time.
         with suppress(passes.TickTooLargeError):

@@ -127,7 +127,7 @@ class KernelBackend:
         # The optimiser changed weights since the last tick: whatever is derived from them is renewed.
         self._table.refresh([seat for seat in seats if seat >= 0])
         segments = zip(seats, tick.segments, strict=True)
-        fresh = [seat for seat, one in segments if self._overwrites and one.begins_batch and one.end > one.start]
+        fresh = [seat for seat, segment in segments if self._overwrites and segment.begins_batch]
         return TickPlan(self._table, seats, offsets, row_keys_T, tick.training, fresh)
 
     def _holds(self, tick: Tick) -> bool:
@@ -162,6 +162,7 @@ class KernelBackend:
         weights = {
             index: (views.a_RK, views.b_NR, views.grad_a_RK, views.grad_b_NR) for index, views in adapter.views.items()
         }
+        self._seated[seat] = None  # until it is done: memory may run out on the way
         self._table.set_slot(seat, rank=adapter.lora_rank, scale=adapter.scaling, weights=weights, dropout=dropout)
         self._seated[seat] = _Seated(adapter, adapter.param, dropout)
 

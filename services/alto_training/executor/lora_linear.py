@@ -186,7 +186,7 @@ class MultiLoraLinear(nn.Module):
         self.backend = backend
         self.current = current
         self.shared_input: SharedInput | None = None
-        self.runs_once = True  # in a pass; not where the model uses a layer in several places
+        self.runs_once = True  # in a pass; not where the model uses a layer in several places, or in none
 
     def adapted_in(self, tick: Tick) -> bool:
         """Return whether an adapter of the tick adapts this layer."""

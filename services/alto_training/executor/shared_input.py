@@ -75,7 +75,7 @@ class SharedInput:
 def shared_inputs_found(layers: Sequence[MultiLoraLinear]) -> Iterator[None]:
     """While the model runs once, see which layers get the same tensor one after another, and join those.
 
-    A layer that runs several times in the pass is told so.
+    Each layer is told whether it runs once in the pass, and neither never nor several times.
     """
     calls: list[tuple[MultiLoraLinear, torch.Tensor]] = []
     handles = [
@@ -86,8 +86,9 @@ def shared_inputs_found(layers: Sequence[MultiLoraLinear]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-    for layer, count in Counter(layer for layer, _ in calls).items():
-        layer.runs_once = count == 1
+    counts = Counter(layer for layer, _ in calls)
+    for layer in layers:
+        layer.runs_once = counts[layer] == 1
     for _, same in groupby(calls, key=lambda call: id(call[1])):
         joined = [layer for layer, _ in same]
         if len(joined) > 1 and len(set(joined)) == len(joined):

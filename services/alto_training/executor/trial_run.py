@@ -94,11 +94,15 @@ class TrialRun:
         """Where the trial is."""
         return Place(self.step, self.items_done)
 
-    def place_after(self, items: int) -> Place | None:
-        """Return where the trial will be when `items` more items are trained and all is finite; None at its end."""
-        if not self.completes_batch(items):
-            return Place(self.step, self.items_done + items)
-        return Place(self.step + 1, 0) if self.step + 1 < self.total_steps else None
+    def completes_batch(self, place: Place, items: int) -> bool:
+        """Say whether the `items` items from `place` on complete its effective batch."""
+        return place.items_done + items == len(self._batch_of(place.step))
+
+    def place_after(self, place: Place, items: int) -> Place | None:
+        """Return where the trial is after the `items` items from `place` on, if all is finite; None at its end."""
+        if not self.completes_batch(place, items):
+            return Place(place.step, place.items_done + items)
+        return Place(place.step + 1, 0) if place.step + 1 < self.total_steps else None
 
     @property
     def reads_ahead(self) -> bool:
@@ -140,10 +144,6 @@ class TrialRun:
         self.samples_trained -= len(undone)
         self.items_done, self._batch_loss = 0, 0.0
         self.version += 1
-
-    def completes_batch(self, items: int) -> bool:
-        """Say whether `items` more items complete the effective batch."""
-        return self.items_done + items == len(self.batch)
 
     def step_due(self) -> AdapterStep:
         """Return the optimiser step that ends the effective batch. It is none if an earlier loss was not finite."""

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from alto_common.tuning import EarlyExit, TrialConfig
+from alto_kernels import AdapterTable
 from alto_training.executor import fitting_passes, passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.backends import choose_backend
@@ -116,6 +118,38 @@ def test_layers_that_a_model_uses_twice_are_told_so() -> None:
         "up_proj",
         "down_proj",
     }
+
+
+def test_layers_that_a_model_does_not_use_are_told_so() -> None:
+    from alto_training.executor.backbone import prepare_backbone
+    from tiny_jobs import tiny_llama
+
+    model = tiny_llama()
+    model.base_model.layers[1].spare_proj = torch.nn.Linear(8, 8)
+    backbone = prepare_backbone(model, "one too many", torch.device("cpu"))
+    assert [layer.path for layer in backbone.layers if not layer.runs_once] == ["model.layers.1.spare_proj"]
+
+
+def test_a_seat_whose_taking_failed_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone()
+    backbone.use_backend(choose_backend("cpu", backbone.layers, 1, backbone.device, backbone.dtype))
+    first, second = replace(example_share(backbone), begins_batch=True), example_share(backbone)
+    assert first.adapter is not None
+    passes.train_tick(backbone, passes.lay_out(backbone, [first]))
+    expected = first.adapter.grad.clone()
+    whole_set_slot = AdapterTable.set_slot
+
+    def set_slot(self: AdapterTable, *arguments: Any, **named: Any) -> None:
+        whole_set_slot(self, *arguments, **named)
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(passes.TickTooLargeError):
+        patch.setattr(AdapterTable, "set_slot", set_slot)
+        passes.lay_out(backbone, [second])
+    passes.train_tick(backbone, passes.lay_out(backbone, [first]))
+    assert torch.equal(first.adapter.grad, expected)
+    assert second.adapter is not None
+    assert not second.adapter.grad.any()
 
 
 def example_share(backbone: Backbone) -> Share:
