@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,7 +45,7 @@ class TickJobs:
     Launches of one plan must follow each other on one stream: they share counters.
     """
 
-    def __init__(self, plan: TickPlan, expected: Collection[LaunchShape] = ()) -> None:
+    def __init__(self, plan: TickPlan, expected: Sequence[LaunchShape]) -> None:
         pools = plan.table.pools
         assert isinstance(pools, CudaPools)
         self.clusters = resident_clusters()
@@ -62,6 +62,7 @@ class TickJobs:
         self.ready = torch.zeros(self._layout.tiles + 2, dtype=torch.int32, device=self._device)
         # C++ launches by (modules, backward, wants_output), made on first use.
         self.launches: dict[tuple[Sequence[int], bool, bool], Any] = {}
+        self.expected = expected
         self.used: dict[LaunchShape, None] = {}
         self._keep: list[torch.Tensor] = []
         layout = self._layout
@@ -114,7 +115,8 @@ class JobsOfTable:
         found = self._recent.pop(layout, None)
         if found is None:
             before = self._latest.get(kind)
-            found = TickJobs(plan, tuple(before.used) if before is not None else ())
+            # A plan that was made before its time may never have run.
+            found = TickJobs(plan, () if before is None else tuple(before.used or before.expected))
         if plan.row_keys is None:
             self._recent[layout] = found
             if len(self._recent) > _KEPT_LAYOUTS:

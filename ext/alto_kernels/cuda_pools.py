@@ -92,15 +92,14 @@ class CudaPools:
 
     def _allocate(self, capacity: int) -> None:
         device = self._table.device
-        self.capacity = capacity
         shapes = self._table.module_shapes
         dtype = self._table.dtype
-        self.a_PK = [torch.zeros(capacity, k, dtype=dtype, device=device) for k, _ in shapes]
-        self.b_NP = [torch.zeros(n, capacity, dtype=dtype, device=device) for _, n in shapes]
-        addresses = [
-            (a.data_ptr(), b.data_ptr(), k, n) for a, b, (k, n) in zip(self.a_PK, self.b_NP, shapes, strict=True)
-        ]
+        a_PK = [torch.zeros(capacity, k, dtype=dtype, device=device) for k, _ in shapes]
+        b_NP = [torch.zeros(n, capacity, dtype=dtype, device=device) for _, n in shapes]
+        addresses = [(a.data_ptr(), b.data_ptr(), k, n) for a, b, (k, n) in zip(a_PK, b_NP, shapes, strict=True)]
+        # All at once: where memory runs out on the way, they stay as they were.
         self._modules = torch.tensor(addresses, dtype=torch.int64).to(device)
+        self.capacity, self.a_PK, self.b_NP = capacity, a_PK, b_NP
 
     def _find(self, width: int) -> range:
         start = 0
