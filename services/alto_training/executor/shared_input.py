@@ -75,7 +75,7 @@ class SharedInput:
 def shared_inputs_found(layers: Sequence[MultiLoraLinear]) -> Iterator[None]:
     """While the model runs once, see which layers get the same tensor one after another, and join those.
 
-    Each layer is told whether it runs once in the pass, and neither never nor several times.
+    Each layer is told whether it runs exactly once in the pass.
     """
     calls: list[tuple[MultiLoraLinear, torch.Tensor]] = []
     handles = [

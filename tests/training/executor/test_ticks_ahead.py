@@ -12,10 +12,21 @@ import pytest
 import torch
 from alto_common.tuning import EarlyExit, TrialConfig
 from alto_kernels import AdapterTable
-from alto_training.executor import fitting_passes, passes
+from alto_training.executor import fitting_passes, kernel_backend, passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.backends import choose_backend
+from alto_training.executor.control import Command, ControlQueue, Join, Pause, ReviveTrial, StopTrial
+from alto_training.executor.events import (
+    Event,
+    TaskProgress,
+    TickHalved,
+    TrialDecided,
+    TrialEvaluated,
+    TrialFinished,
+    TrialProgress,
+)
 from alto_training.executor.fitting_passes import FittingPasses
+from alto_training.executor.kernel_backend import KernelBackend
 from alto_training.executor.optimizer import take_steps
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.tick import Share, Tick
@@ -66,10 +77,15 @@ def test_a_tick_laid_out_ahead_is_the_one_of_its_time(
     assert [type(event) for event in events_ahead] == [type(event) for event in events_in_time]
 
 
+@pytest.mark.parametrize("overwrites", [False, True])
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU])
 def test_what_gradients_hold_between_batches_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend, overwrites: bool
 ) -> None:
+    if overwrites:
+        # As on Hopper: nothing is cleared when the tick begins, but by each module's backward pass.
+        monkeypatch.setattr(kernel_backend, "clear_gradients", lambda tick: None)
+        monkeypatch.setattr(KernelBackend, "_overwrites", property(lambda _: True, lambda *_: None), raising=False)
     settings = ExecutorSettings(tokens_per_tick=64, backend=backend)
     clean, _ = run(job(*MIX), tmp_path / "clean", settings=settings)
 
@@ -162,3 +178,55 @@ def example_share(backbone: Backbone) -> Share:
     adapter.param.add_(0.01)
     data = MemoryDataset(4)
     return Share(adapter, [SupervisedObjective().item(data, row, 32, row) for row in range(3)], batch_denominator=20.0)
+
+
+def test_whatever_happens_between_two_ticks_nothing_is_lost_or_done_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials are stopped and revived, a guest comes and goes, memory runs out, the run pauses and carries on."""
+    guest = job(replace(CONFIG, seed=8), replace(CONFIG, seed=9, lora_dropout=0.1), task_id="guest")
+    host = job(*MIX, task_id="host", early_exit=EarlyExit("paper", warmup_fraction=0.3, keep_fraction=0.5))
+    settings = ExecutorSettings(
+        tokens_per_tick=96, backend=Backend.CPU, slots=3, progress_interval_s=0.0, checkpoint_every_ticks=2
+    )
+    run_tick = passes.train_tick
+
+    def story(folder: Path) -> list[Any]:
+        told: list[Any] = []
+        control = ControlQueue()
+        commands: dict[int, list[Command]] = {
+            2: [Join(guest, folder / "guest")],
+            3: [StopTrial("trial-1", "host")],
+            4: [ReviveTrial("trial-1", "host"), StopTrial("trial-4", "host")],
+            6: [Pause("guest")],
+            7: [Join(guest, folder / "guest")],
+            9: [Pause()],
+        }
+
+        def listen(event: Event) -> None:
+            if isinstance(event, TaskProgress) and event.task_id == "host":
+                for command in commands.pop(event.tick, []):
+                    control.put(command)
+            if isinstance(event, TrialFinished):
+                told.append(replace(event, adapter_path=None))
+            elif isinstance(event, TrialProgress | TrialEvaluated | TrialDecided | TickHalved):
+                told.append(event)
+
+        def train_tick(backbone: Backbone, tick: Tick | None) -> torch.Tensor:
+            losses = run_tick(backbone, tick)
+            assert tick is not None
+            told.append(tick.input_ids_1T.tolist())
+            if sum(isinstance(one, list) for one in told) in (5, 14):
+                raise passes.TickTooLargeError("made up")
+            return losses
+
+        monkeypatch.setattr(passes, "train_tick", train_tick)
+        states = [run(host, folder, settings=settings, control=control, events=listen)[0].state for _ in range(2)]
+        assert states == ["paused", "succeeded"]
+        assert not commands
+        assert sum(isinstance(one, TickHalved) and one.task_id == "host" for one in told) == 2
+        return told
+
+    ahead = story(tmp_path / "ahead")
+    monkeypatch.setattr(FittingPasses, "_lay_out_ahead", lambda *_: None)
+    assert repr(story(tmp_path / "in-time")) == repr(ahead)  # repr: a loss that is not a number equals itself
