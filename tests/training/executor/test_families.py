@@ -14,6 +14,8 @@ from alto_common.tuning import Evaluation, TrialConfig
 from alto_training.executor.backbone import load_backbone, prepare_backbone
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
 from alto_training.executor.events import TrialProgress
+from alto_training.executor.fused_norm import fuse_norms
+from alto_training.executor.fused_rotary import fuse_rotary
 from alto_training.executor.settings import Backend, ExecutorSettings
 from peft_solo import train_alone
 from safetensors.torch import load_file, save_file
@@ -68,12 +70,16 @@ def make(family: str) -> Any:
     return getattr(transformers, head)(getattr(transformers, f"{prefix}Config")(**values)).eval()
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trials_over_each_family_equal_peft(tmp_path: Path, family: str) -> None:
+def test_trials_over_each_family_equal_peft(tmp_path: Path, family: str, fused: bool) -> None:
     config = TrialConfig(lora_rank=3, learning_rate=1e-3, batch_size=3, max_steps=3, max_length=20, adam_epsilon=3e-4)
     task = job(config, config, evaluation=Evaluation(count=1))
-    backbone = prepare_backbone(make(family), family, torch.device("cpu"))
-    outcome, _ = run(task, tmp_path, backbone=backbone)
+    model = make(family)
+    if fused:
+        fuse_norms(model.base_model)
+        assert fuse_rotary(model.base_model) == (0 if family == "gpt2" else 2)
+    outcome, _ = run(task, tmp_path, backbone=prepare_backbone(model, family, torch.device("cpu")))
     alone = train_alone(make(family), MemoryDataset(23, seed=1), config)
     weights = adapter_weights(outcome.trials[0].adapter_path)
     for side, letter in enumerate("AB"):
