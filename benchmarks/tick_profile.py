@@ -47,11 +47,11 @@ COUNTED_TICKS = 5
 TOP = 40
 
 
-class CountedOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CountedOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Counts operators that go through torch's dispatcher below autograd."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # nor for this
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -111,7 +111,7 @@ class Phases:
         statistic = pstats.Stats(self._python, stream=written).sort_stats("tottime")
         statistic.print_stats(TOP)
         self.text += written.getvalue()
-        self.found["function_calls"] = round(statistic.total_calls / self._ticks)  # type: ignore[attr-defined]
+        self.found["function_calls"] = round(statistic.total_calls / self._ticks)  # type: ignore[attr-defined]  # typeshed lacks it
 
     def _begin_counting(self) -> None:
         if self._device.type == "cpu":

@@ -5,13 +5,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 headers="$1" wheels="$2" results="$3"
-site="$PWD/build/device/site"
-export PYTHONPATH="$site:ext:services:clients/python:benchmarks:tests/training/executor" PYTHONUNBUFFERED=1
+export PYTHONPATH="build/device/site:ext:services:clients/python:benchmarks:tests/training/executor" PYTHONUNBUFFERED=1
 test_options=(-c /dev/null --rootdir=. --import-mode=importlib -q --maxfail=6 -p no:cacheprovider)
-if compgen -G "$wheels/*.whl" > /dev/null; then
-  python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
-    "$wheels"/*.whl || exit 1
-fi
+benchmarks/device/wheels.sh "$wheels" || exit 1
 time benchmarks/device/kernels_build.sh "$headers" || exit 1
 time python3 -m pytest "${test_options[@]}" --noconftest tests/kernels/test_cutlass.py
 time python3 -m pytest "${test_options[@]}" --confcutdir=tests/training/executor tests/training/executor/test_cuda.py

@@ -9,13 +9,9 @@ cd "$(dirname "$0")/../.."
 headers="$1" wheels="$2" results="$3"
 limit_s="${LIMIT_S:-420}" gpus="${GPUS:-2}" device="${DEVICE:-cuda}" shape="${SHAPE:-8b}"
 mkdir -p "$results" build/device
-site="$PWD/build/device/site"
-export PYTHONPATH="$site:ext:services:clients/python:benchmarks" PYTHONUNBUFFERED=1
+export PYTHONPATH="build/device/site:ext:services:clients/python:benchmarks" PYTHONUNBUFFERED=1
 
-if compgen -G "$wheels/*.whl" > /dev/null; then
-  python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
-    "$wheels"/*.whl || exit 1
-fi
+benchmarks/device/wheels.sh "$wheels" || exit 1
 if [ "$device" = cuda ]; then
   ALTO_CUDA_ARCHITECTURES=90a benchmarks/device/kernels_build.sh "$headers" || exit 1
 fi

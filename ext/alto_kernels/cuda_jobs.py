@@ -90,9 +90,9 @@ class TickJobs:
         return made
 
     def _upload(self, parts: Sequence[bytes]) -> list[int]:
-        on_device, addresses = upload_parts(parts, self._device)
+        on_device, starts = upload_parts(parts, self._device)
         self._keep.append(on_device)
-        return addresses
+        return [on_device.data_ptr() + start for start in starts]
 
 
 class JobsOfTable:

@@ -45,7 +45,6 @@ def low_rank_backward(
 def _jobs(plan: TickPlan) -> GroupedJobs:
     if plan.grouped_jobs is None:
         plan.grouped_jobs = GroupedJobs(plan)
-    assert isinstance(plan.grouped_jobs, GroupedJobs)
     return plan.grouped_jobs
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from alto_kernels.availability import CudaKernels
 from alto_kernels.table import AdapterTable, AdapterWeights
+
+if TYPE_CHECKING:
+    from alto_kernels.cuda_jobs import TickJobs
+    from alto_kernels.grouped_jobs import GroupedJobs
 
 NO_ADAPTER = -1
 
@@ -66,14 +70,14 @@ class TickPlan:
         self._version = table.version
         # Caches of the back ends, made on first use.
         self.cpu_layers: dict[int, object] = {}
-        self.jobs: object | None = None
-        self.grouped_jobs: object | None = None
+        self.jobs: TickJobs | None = None
+        self.grouped_jobs: GroupedJobs | None = None
         if table.kernels == CudaKernels.HOPPER:
             from alto_kernels.cuda_jobs import JobsOfTable
 
             if table.jobs is None:
                 table.jobs = JobsOfTable()
-            self.jobs = table.jobs.of(self)  # type: ignore[attr-defined]
+            self.jobs = table.jobs.of(self)
         elif table.kernels == CudaKernels.GROUPED:
             from alto_kernels.grouped_jobs import GroupedJobs
 
@@ -127,7 +131,7 @@ def _segment(table: AdapterTable, slot: int, start: int, stop: int, training: bo
 def _saved_shape(plan: TickPlan) -> tuple[int, int]:
     jobs = plan.jobs or plan.grouped_jobs
     if jobs is not None:
-        return jobs.saved_shape  # type: ignore[attr-defined,no-any-return]
+        return jobs.saved_shape
     return plan.tokens, max((segment.rank for segment in plan.segments), default=1)
 
 

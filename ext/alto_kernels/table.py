@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from alto_kernels.availability import CudaKernels, choose, choose_kernels
+
+if TYPE_CHECKING:
+    from alto_kernels.cuda_jobs import JobsOfTable
 
 MAX_LORA_RANK = 256
 
@@ -75,7 +78,7 @@ class AdapterTable:
         self._occupants: list[Occupant | None] = [None] * max_slots
         # Of the back ends: copies of weights, and what plans of this table have in common.
         self.pools: object | None = None
-        self.jobs: object | None = None
+        self.jobs: JobsOfTable | None = None
         self.dtype = dtype
         self.kernels: CudaKernels | None = None
         if self.backend == "cutlass":

@@ -20,15 +20,14 @@ def upload(on_host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def upload_parts(parts: Sequence[bytes], device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """Upload all parts in one copy; return the tensor that holds them, and the address of each, aligned.
+    """Upload all parts in one copy; return the bytes (uint8) that hold them, and where in these each begins, aligned.
 
-    A part without content gets an address too.
+    A part without content has a place too.
     """
     joined = bytearray()
-    offsets = []
+    starts = []
     for part in parts:
         joined.extend(b"\0" * (-len(joined) % _ALIGNMENT))
-        offsets.append(len(joined))
+        starts.append(len(joined))
         joined.extend(part or b"\0" * _ALIGNMENT)
-    on_device = upload(torch.frombuffer(joined, dtype=torch.uint8), device)
-    return on_device, [on_device.data_ptr() + offset for offset in offsets]
+    return upload(torch.frombuffer(joined, dtype=torch.uint8), device), starts

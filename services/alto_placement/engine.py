@@ -7,6 +7,7 @@ the state in memory change and anybody hear of it. A failed write is followed by
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -70,7 +71,8 @@ class PlacementEngine:
         self._settings = settings
         self._rules = settings.rules
         self._policy = settings.policy
-        self._waits = WaitBound(self._policy.wait_patience)
+        patience = self._policy.wait_patience
+        self._waits = WaitBound(patience) if math.isfinite(patience) else None
         self._clock = clock or SteadyClock()
         self._learning = Learning(store, self._clock)
         self._lock = asyncio.Lock()
@@ -326,7 +328,8 @@ class PlacementEngine:
         snapshot, left = snapshot_of(
             self.state, self._learning.forecasts, self._policy, usage_gpu_s, now, self._revision
         )
-        snapshot = await asyncio.to_thread(self._waits.applied, snapshot)
+        if self._waits is not None:
+            snapshot = await asyncio.to_thread(self._waits.applied, snapshot)
         plan = await self._think(snapshot)
         self._facts = await asyncio.to_thread(facts_of, plan, snapshot, left)
         for placement in plan.starting:

@@ -38,6 +38,7 @@ def rotated(
     q and k are [1, heads, T, D]; cos and sin [1, T, D] get their dimension for heads at `unsqueeze_dim`.
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    # mypy: torch has no types for `apply`
     return _Rotated.apply(q, cos, sin), _Rotated.apply(k, cos, sin)  # type: ignore[no-untyped-call]
 
 

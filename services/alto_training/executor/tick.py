@@ -9,12 +9,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import torch
-from alto_kernels.upload import upload
+from alto_kernels.upload import upload, upload_parts
 
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.randomness import dropout_row_keys
-
-_ALIGNMENT = 16  # bytes, of each array in what is uploaded
 
 
 @dataclass(frozen=True)
@@ -231,13 +229,7 @@ def _joined(parts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
 
 def _on_device(arrays: Sequence[npt.NDArray[np.generic]], device: torch.device) -> list[torch.Tensor]:
     """Return the arrays as tensors on the device, by one copy that waits for nothing."""
-    joined = bytearray()
-    starts = []
-    for array in arrays:
-        joined.extend(b"\0" * (-len(joined) % _ALIGNMENT))
-        starts.append(len(joined))
-        joined.extend(array.tobytes())
-    whole = upload(torch.frombuffer(joined, dtype=torch.uint8), device)
+    whole, starts = upload_parts([array.tobytes() for array in arrays], device)
     return [
         whole[start : start + array.nbytes].view(torch.from_numpy(array).dtype)
         for start, array in zip(starts, arrays, strict=True)

@@ -555,12 +555,14 @@ async def test_a_task_whose_node_died_goes_before_newer_and_smaller_ones(stub):
 
 async def test_orders_that_leave_long_tasks_waiting_are_thought_over(settings, monkeypatch):
     settings = settings.model_copy(update={"lease_s": 30.0, "decision_budget_s": 0.6})
-    budgets = {}
+    plans = []  # of each snapshot: it, how many tasks its first plan starts, and the budgets of all its plans
     made = engine.planner.plan
 
     def noted(snapshot, budget_s):
         plan = made(snapshot, budget_s=budget_s)
-        budgets.setdefault((len(snapshot.waiting), len(plan.starting)), []).append(budget_s)
+        if not plans or plans[-1][0] is not snapshot:
+            plans.append((snapshot, len(plan.starting), []))
+        plans[-1][2].append(budget_s)
         return plan
 
     monkeypatch.setattr(engine.planner, "plan", noted)
@@ -575,9 +577,11 @@ async def test_orders_that_leave_long_tasks_waiting_are_thought_over(settings, m
         await node.hears("assignment")
         node.call.cancel()
     await placement.stop()
-    thought_over = [row for (waiting, starting), row in budgets.items() if 0 < starting < waiting]
-    assert [0.05, 0.6] in [row[:2] for row in thought_over]
-    assert all(set(row) == {0.05} for (waiting, starting), row in budgets.items() if starting in (0, waiting))
+    thought_over = [budgets for snapshot, starting, budgets in plans if 0 < starting < len(snapshot.waiting)]
+    assert [0.05, 0.6] in thought_over
+    for snapshot, starting, budgets in plans:
+        if starting in (0, len(snapshot.waiting)):
+            assert budgets == [0.05]
 
 
 async def test_the_message_of_a_plan_is_made_beside_the_loop_from_one_moment(stub, monkeypatch):

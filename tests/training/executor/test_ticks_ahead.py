@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from alto_common.tuning import EarlyExit, TrialConfig
-from alto_kernels import AdapterTable
+from alto_kernels import AdapterStep, AdapterTable
 from alto_training.executor import fitting_passes, kernel_backend, passes
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.backends import choose_backend
@@ -57,13 +57,13 @@ def test_a_tick_laid_out_ahead_is_the_one_of_its_time(
     laid_out: list[Tick | None] = []
     ran: list[Tick | None] = []
 
-    def lay_out(backbone: Backbone, shares: Sequence[Share], original: object = passes.lay_out) -> Tick | None:
-        laid_out.append(original(backbone, shares))  # type: ignore[operator]
+    def lay_out(backbone: Backbone, shares: Sequence[Share], original: Any = passes.lay_out) -> Tick | None:
+        laid_out.append(original(backbone, shares))
         return laid_out[-1]
 
-    def train_tick(backbone: Backbone, tick: Tick | None, original: object = passes.train_tick) -> torch.Tensor:
+    def train_tick(backbone: Backbone, tick: Tick | None, original: Any = passes.train_tick) -> Any:
         ran.append(tick)
-        return original(backbone, tick)  # type: ignore[operator, no-any-return]
+        return original(backbone, tick)
 
     with monkeypatch.context() as patch:
         patch.setattr(passes, "lay_out", lay_out)
@@ -89,10 +89,10 @@ def test_what_gradients_hold_between_batches_changes_nothing(
     settings = ExecutorSettings(tokens_per_tick=64, backend=backend)
     clean, _ = run(job(*MIX), tmp_path / "clean", settings=settings)
 
-    def leave_rubbish(steps: Sequence[tuple[object, torch.Tensor]]) -> torch.Tensor:
-        norms = take_steps(steps)  # type: ignore[arg-type]
+    def leave_rubbish(steps: Sequence[tuple[AdapterStep, torch.Tensor]]) -> torch.Tensor:
+        norms = take_steps(steps)
         for step, _ in steps:
-            step.grad.fill_(math.nan)  # type: ignore[attr-defined]
+            step.grad.fill_(math.nan)
         return norms
 
     monkeypatch.setattr(fitting_passes, "take_steps", leave_rubbish)
