@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "following.hpp"
 #include "orders.hpp"
 #include "reader.hpp"
 #include "settling.hpp"
@@ -182,6 +183,17 @@ PYBIND11_MODULE(_planner, module) {
                 return ReadSnapshot{std::move(problem)};
             },
             py::arg("snapshot"));
+    py::class_<alto::Following>(module, "FirstCome")
+        .def(py::init<>())
+        .def("follow", &alto::Following::follow, py::arg("snapshot"))
+        .def_property_readonly("longest_wait_s", [](const alto::Following& f) { return f.schedule().longest_wait_s(); })
+        .def("line", [](const alto::Following& f) { return f.schedule().line(); })
+        .def("running", [](const alto::Following& f) {
+            py::list rows;
+            for (const alto::FirstCome::VirtualRun& run : f.schedule().running())
+                rows.append(py::make_tuple(run.id, run.parts, run.began_s, run.end_s));
+            return rows;
+        });
     py::class_<ReadSnapshot>(module, "ReadSnapshot")
         .def("free_now", &ReadSnapshot::free_now)
         .def("plain", &ReadSnapshot::plain)

@@ -10,14 +10,7 @@ import alto_planner
 
 from alto_placement.planner import exact
 from alto_placement.planner.answers import Explanations, Placements
-from alto_placement.planner.errors import (
-    DuplicateRowError,
-    GpuConflictError,
-    InvalidRowError,
-    ReservationConflictError,
-    SnapshotError,
-    UnknownNodeError,
-)
+from alto_placement.planner.errors import snapshot_error
 from alto_placement.planner.explaining import Explainer
 from alto_placement.planner.model import Placement, Plan, Snapshot
 from alto_placement.planner.preempting import preemptions
@@ -29,14 +22,6 @@ EXACT_TASKS, EXACT_TASKS_PACKED = 50, 24
 EXACT_SHARE, EXACT_SHARE_PACKED = 0.7, 0.3  # of the budget
 LEAST_EXACT_BUDGET_S = 0.5
 WORTH_PROVING = 1e-4
-
-_ERRORS: dict[str, type[SnapshotError]] = {
-    "duplicate": DuplicateRowError,
-    "gpu_conflict": GpuConflictError,
-    "invalid": InvalidRowError,
-    "reservation_conflict": ReservationConflictError,
-    "unknown_node": UnknownNodeError,
-}
 
 
 class Memory:
@@ -111,8 +96,7 @@ def _read(reader: alto_planner.Reader, snapshot: Snapshot) -> alto_planner.ReadS
     try:
         return reader.read(snapshot)
     except alto_planner.ReadError as error:
-        kind, subject, message = error.args
-        raise _ERRORS[kind](subject, message) from None
+        raise snapshot_error(error) from None
 
 
 def _join(snapshot: Snapshot, read: alto_planner.ReadSnapshot, seed: int) -> dict[str, Placement]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import alto_planner
+
 
 class SnapshotError(ValueError):
     """A snapshot contradicts itself. `subject` is the id of the row at fault."""
@@ -37,3 +39,18 @@ class TaskNeverFitsError(SnapshotError):
     def __init__(self, subject: str, message: str, largest_fit_gpus: int) -> None:
         super().__init__(subject, message)
         self.largest_fit_gpus = largest_fit_gpus
+
+
+_BY_KIND: dict[str, type[SnapshotError]] = {
+    "duplicate": DuplicateRowError,
+    "gpu_conflict": GpuConflictError,
+    "invalid": InvalidRowError,
+    "reservation_conflict": ReservationConflictError,
+    "unknown_node": UnknownNodeError,
+}
+
+
+def snapshot_error(error: alto_planner.ReadError) -> SnapshotError:
+    """Return what the compiled core found wrong with a snapshot as the error of its kind."""
+    kind, subject, message = error.args
+    return _BY_KIND[kind](subject, message)

@@ -4,10 +4,11 @@ import dataclasses
 import random
 
 import pytest
-from alto_placement.first_come import FirstCome, WaitBound
+from alto_placement.first_come import WaitBound
 from alto_placement.planner import (
     Choice,
     Duration,
+    InvalidRowError,
     Node,
     NodeState,
     Objective,
@@ -18,6 +19,7 @@ from alto_placement.planner import (
 )
 from alto_placement.simulator import Cluster, Job, Planned, scaled_to_load, simulate
 from alto_placement.simulator.baselines import Easy
+from alto_planner import FirstCome
 
 NODES = (Node("n0", "gpu", 4), Node("n1", "gpu", 4))
 
@@ -123,3 +125,15 @@ def test_without_a_patience_the_snapshot_stays_as_it_is() -> None:
     snapshot = Snapshot(0.0, NODES, [waiting("one", 4, 100.0)])
     assert WaitBound(float("inf")).applied(snapshot) is snapshot
     assert WaitBound(2.0).applied(snapshot).objective.longest_wait_s == 0.0
+
+
+def test_a_snapshot_that_cannot_be_read_is_refused_and_changes_nothing() -> None:
+    bound = WaitBound(1.0)
+    bound.applied(Snapshot(0.0, NODES[:1], [waiting("long", 4, 1000.0), waiting("next", 4, 10.0)]))
+    endless = waiting("endless", 4, float("inf"))
+    with pytest.raises(InvalidRowError, match="endless"):
+        bound.applied(Snapshot(5000.0, NODES, [endless]))
+    assert bound.longest_wait_s == pytest.approx(1000.0)
+    # Had that snapshot been followed, "next" would have ended long ago.
+    bound.applied(Snapshot(1.0, NODES[:1], [waiting("next", 4, 10.0), waiting("last", 4, 10.0)]))
+    assert bound.longest_wait_s == pytest.approx(1000.0)
