@@ -7,7 +7,7 @@ Each cell is one bundle of linear layers, forward and backward with the gradient
 tokens. Columns: the frozen product alone; `loop`: one adapter after another, as PEFT would; `grouped_mm`: two
 torch._grouped_mm over stacked weights padded to the largest rank; `ours`, which adds to the gradients of A and B in
 place, and `ours_fresh`, which overwrites them (the first tick of an effective batch). Eager and replayed from a CUDA
-graph. The last line is one JSON object.
+graph. `--gradients bf16` gives ours and AdamW gradients of that format. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ BUNDLES = {
     "gate,up": [(4096, 14336), (4096, 14336)],
 }
 RANKS = {"16": (16,), "64": (64,), "8-128": (8, 16, 32, 64, 128)}
+GRADIENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[], object]
 
 
@@ -141,12 +142,19 @@ def grouped_step(cell: Cell, problem: Problem) -> Step:
     return step
 
 
-def our_step(cell: Cell, problem: Problem, fresh: bool = False, dropout: float = 0.0) -> Step:
-    table = AdapterTable(BUNDLES[cell.bundle], cell.adapters, "cuda", "cutlass")
+def our_step(
+    cell: Cell,
+    problem: Problem,
+    fresh: bool = False,
+    dropout: float = 0.0,
+    gradient_dtype: torch.dtype = torch.float32,
+) -> Step:
+    table = AdapterTable(BUNDLES[cell.bundle], cell.adapters, "cuda", "cutlass", gradient_dtype=gradient_dtype)
     for slot, rank in enumerate(cell.lora_ranks()):
         weights = {}
         for module, (a, b) in enumerate(zip(problem.a, problem.b, strict=True)):
-            weights[module] = (a[slot], b[slot], torch.zeros_like(a[slot]), torch.zeros_like(b[slot]))
+            gradients = (torch.zeros_like(m[slot], dtype=gradient_dtype) for m in (a, b))
+            weights[module] = (a[slot], b[slot], *gradients)
         table.set_slot(slot, rank=rank, scale=2.0, weights=weights, dropout=dropout)
     row_keys = torch.arange(TOKENS, dtype=torch.int32)
     plan = TickPlan(table, range(cell.adapters), cell.offsets(), row_keys, fresh=range(cell.adapters) if fresh else ())
@@ -199,19 +207,22 @@ def milliseconds(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def bytes_beyond_frozen(cell: Cell) -> int:
+def bytes_beyond_frozen(cell: Cell, gradient_dtype: torch.dtype) -> int:
     """Return what the low-rank part must move at least: weights read thrice in bf16, gradients read and written."""
     total = 0
     for k, n in BUNDLES[cell.bundle]:
-        total += sum(rank * (k + n) * (2 * 2 + 2 * 4) for rank in cell.lora_ranks())
+        total += sum(rank * (k + n) * (2 * 2 + 2 * gradient_dtype.itemsize) for rank in cell.lora_ranks())
     return total
 
 
-def measure(cell: Cell, rounds: int, peers: bool) -> dict[str, object]:
+def measure(cell: Cell, rounds: int, peers: bool, gradient_dtype: torch.dtype) -> dict[str, object]:
     problem = make_problem(cell)
     # Each against the frozen product in turns of its own: after a step that leaves the GPU cool, the next one is fast.
     turns: list[dict[str, Callable[[], Step]]] = [
-        {"ours": lambda: our_step(cell, problem), "ours_fresh": lambda: our_step(cell, problem, fresh=True)}
+        {
+            "ours": lambda: our_step(cell, problem, gradient_dtype=gradient_dtype),
+            "ours_fresh": lambda: our_step(cell, problem, fresh=True, gradient_dtype=gradient_dtype),
+        }
     ]
     if peers:
         turns += [{"grouped_mm": lambda: grouped_step(cell, problem)}, {"loop": lambda: loop_step(cell, problem)}]
@@ -233,20 +244,31 @@ def measure(cell: Cell, rounds: int, peers: bool) -> dict[str, object]:
                 figures[f"{name}_ms"] = round(statistics.median(values), 4)
                 figures[f"{name}_tax_percent"] = round((ratio - 1) * 100, 1)
         row[mode] = figures
-    row["floor_tax_percent"] = round(bytes_beyond_frozen(cell) / 3.0e9 / row["graph"]["frozen_ms"] * 100, 1)  # type: ignore[index]
+    row["floor_tax_percent"] = round(
+        bytes_beyond_frozen(cell, gradient_dtype) / 3.0e9 / row["graph"]["frozen_ms"] * 100,  # type: ignore[index]
+        1,
+    )
     return row
 
 
-def measure_adamw(adapters: int, elements: int) -> dict[str, float]:
-    """Time one step of `adapters` adapters against reading and writing their state once (28 bytes an element)."""
+def measure_adamw(adapters: int, elements: int, gradient_dtype: torch.dtype) -> dict[str, float]:
+    """Time one step of `adapters` adapters against reading and writing their state once.
+
+    That is 28 bytes an element with fp32 gradients, 26 with bf16 ones: the gradient is read and not written.
+    """
     steps = []
     for i in range(adapters):
         buffers = torch.randn(4, elements, device="cuda")
         buffers[3].square_()
+        param, grad, exp_avg, exp_avg_sq = buffers.unbind()
+        grad = grad.to(gradient_dtype)
         steps.append(
-            AdapterStep(*buffers.unbind(), step=3 + i, lr=1e-4, lr_b=1e-4, b_start=elements // 2, max_grad_norm=1.0)
+            AdapterStep(
+                param, grad, exp_avg, exp_avg_sq, 3 + i, lr=1e-4, lr_b=1e-4, b_start=elements // 2, max_grad_norm=1.0
+            )
         )
-    source = torch.empty(adapters * elements * 14, dtype=torch.uint8, device="cuda")
+    moved = 24 + gradient_dtype.itemsize
+    source = torch.empty(adapters * elements * moved // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     times = milliseconds({"ours": lambda: adamw_step(steps), "floor": lambda: target.copy_(source)}, 20)
     ours, floor = (statistics.median(times[name]) for name in ("ours", "floor"))
@@ -271,6 +293,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer cells, no peers")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--only", default="", help="bundles whose name contains this")
+    parser.add_argument("--gradients", choices=GRADIENTS, default="fp32", help="the format of the adapters' gradients")
     parser.add_argument("--output", type=Path, help="write the JSON object there too")
     options = parser.parse_args()
     if not cuda_available():
@@ -284,16 +307,17 @@ def main() -> int:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "tokens": TOKENS,
+        "gradients": options.gradients,
         "rows": rows,
     }
     # r = 16 over the seven projections of an 8B model is 42 million elements; 32 such adapters at a third of that size
     # fit beside the copy they are held against.
-    result["adamw"] = measure_adamw(32, 14_000_000)
+    result["adamw"] = measure_adamw(32, 14_000_000, GRADIENTS[options.gradients])
     print(result["adamw"], flush=True)
     for cell in cells(options.quick):
         if options.only not in cell.bundle:
             continue
-        row = measure(cell, options.rounds, peers=not options.quick)
+        row = measure(cell, options.rounds, peers=not options.quick, gradient_dtype=GRADIENTS[options.gradients])
         rows.append(row)
         figures = " ".join(
             f"{mode}: {row[mode]['frozen_ms']:.3f} "  # type: ignore[index]

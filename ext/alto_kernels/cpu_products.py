@@ -72,6 +72,7 @@ def _layer(plan: TickPlan, module: int) -> Any:
         tokens=plan.tokens,
         segments=segments,
         row_keys=0 if plan.row_keys is None else plan.row_keys.data_ptr(),
+        gradients_are_bfloat16=plan.table.gradient_dtype == torch.bfloat16,
     )
     plan.cpu_layers[module] = layer
     return layer

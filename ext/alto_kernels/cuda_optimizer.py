@@ -21,7 +21,9 @@ def cuda_adamw_step(adapters: Sequence[AdapterStep], zero_grad: bool) -> tuple[t
     for adapter in adapters:
         size = adapter.param.numel()
         addresses = tuple(t.data_ptr() for t in (adapter.param, adapter.grad, adapter.exp_avg, adapter.exp_avg_sq))
-        packed += kernels.pack_adamw_adapter((*addresses, size, adapter.b_start, sum(counts)), _constants(adapter))
+        packed += kernels.pack_adamw_adapter(
+            (*addresses, size, adapter.b_start, sum(counts)), _constants(adapter), adapter.grad.dtype == torch.bfloat16
+        )
         counts.append(-(-size // kernels.adamw_block))
     on_device = upload(torch.frombuffer(packed, dtype=torch.uint8), device)
     partial = torch.empty(sum(counts), dtype=torch.float64, device=device)

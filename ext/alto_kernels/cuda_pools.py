@@ -1,4 +1,4 @@
-"""Back end `cutlass`: bf16 or fp16 copies of all adapters' weights, and where their fp32 masters and gradients lie.
+"""Back end `cutlass`: bf16 or fp16 copies of all adapters' weights, and where the fp32 masters and the gradients lie.
 
 A module's pools are A [P, in] and B [out, P]; an adapter owns the same range of the P columns in every module, its rank
 padded with zeros to a multiple of 16. Addresses go to the device when a slot's occupant changes, never per call.

@@ -92,6 +92,7 @@ def _launch(plan: TickPlan, modules: tuple[int, ...], *, backward: bool, wants_o
     launch = require_compiled().Launch(
         backward=backward,
         is_float16=_dtype(plan) == torch.float16,
+        gradients_are_bfloat16=plan.table.gradient_dtype == torch.bfloat16,
         modules=[
             (
                 module,

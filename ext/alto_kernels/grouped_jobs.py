@@ -75,4 +75,5 @@ class GroupedJobs:
                 "module": module,
             },
             is_float16=table.dtype == torch.float16,
+            gradients_are_bfloat16=table.gradient_dtype == torch.bfloat16,
         )

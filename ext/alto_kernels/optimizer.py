@@ -28,7 +28,8 @@ class StepReport:
 def adamw_step(adapters: Sequence[AdapterStep], zero_grad: bool = False, backend: str | None = None) -> StepReport:
     """Step every adapter by AdamW in fp32, as clip_grad_norm_ and torch.optim.AdamW would step each alone.
 
-    Decoupled weight decay, bias correction by the adapter's own step count. An adapter with a gradient that is not
+    Gradients may be bf16, of some adapters or all. Decoupled weight decay, bias correction by the adapter's own step
+    count. An adapter with a gradient that is not
     finite keeps its weights and moments and is reported; the others are unaffected. `zero_grad` clears the gradients,
     also of adapters that were not stepped.
     """
@@ -60,6 +61,7 @@ def _cpu_step(adapters: Sequence[AdapterStep], zero_grad: bool) -> list[tuple[fl
         kernels.CpuAdapterStep(
             param=adapter.param.data_ptr(),
             grad=adapter.grad.data_ptr(),
+            grad_is_bfloat16=adapter.grad.dtype == torch.bfloat16,
             exp_avg=adapter.exp_avg.data_ptr(),
             exp_avg_sq=adapter.exp_avg_sq.data_ptr(),
             count=adapter.param.numel(),

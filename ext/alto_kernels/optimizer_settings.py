@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+_GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class AdapterStep:
-    """One AdamW step of one adapter over its flat fp32 buffers, each [P] and contiguous.
+    """One AdamW step of one adapter over its flat buffers, each [P] and contiguous: `grad` fp32 or bf16, the rest fp32.
+
+    A bf16 gradient is widened as it is read; its norm and the step are computed in fp32 like those of any other.
 
     `step` counts from 1. Elements from `b_start` on are those of B matrices and learn at `lr_b` (LoRA+); the others at
     `lr`. The gradient is multiplied by `grad_scale`, then clipped to `max_grad_norm` (0: not clipped).
@@ -33,8 +37,10 @@ class AdapterStep:
         size = self.param.numel()
         for name in ("param", "grad", "exp_avg", "exp_avg_sq"):
             tensor: torch.Tensor = getattr(self, name)
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tuple(tensor.shape) != (size,):
-                raise ValueError(f"{name}: must be contiguous float32 of shape ({size},)")
+            dtypes = _GRADIENT_DTYPES if name == "grad" else (torch.float32,)
+            if tensor.dtype not in dtypes or not tensor.is_contiguous() or tuple(tensor.shape) != (size,):
+                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise ValueError(f"{name}: must be contiguous {wanted} of shape ({size},)")
             if tensor.device != self.param.device:
                 raise ValueError(f"{name}: on {tensor.device}, must be on {self.param.device} as param is")
         if self.step < 1:

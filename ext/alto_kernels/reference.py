@@ -59,7 +59,10 @@ def low_rank_backward(
     module: int,
     dx_TK: torch.Tensor | None,
 ) -> None:
-    """Add to the gradients of A and B of every segment and, unless None, the low-rank part to `dx_TK`, in place."""
+    """Add to the gradients of A and B of every segment and, unless None, the low-rank part to `dx_TK`, in place.
+
+    What is added keeps the arithmetic's format until it is in the sum, which is then rounded to the gradients' own.
+    """
     dtype = saved_TR.dtype
     for segment in plan.segments:
         weights = plan.weights(segment, module)
@@ -81,7 +84,7 @@ def adamw_step(adapter: AdapterStep) -> tuple[float, bool]:
 
     An adapter whose gradient is not finite is left as it is.
     """
-    grad_P = adapter.grad * adapter.grad_scale
+    grad_P = adapter.grad.float() * adapter.grad_scale
     norm = float(torch.linalg.vector_norm(grad_P.double()))
     if not math.isfinite(norm):
         return norm, False

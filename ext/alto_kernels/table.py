@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from alto_kernels.cuda_jobs import JobsOfTable
 
 MAX_LORA_RANK = 256
+_GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class AdapterWeights(NamedTuple):
-    """One module of one adapter, fp32 and contiguous: A [R, in], B [out, R], and the gradients that are added to."""
+    """One module of one adapter, contiguous: A [R, in], B [out, R], both fp32, and the gradients that are added to.
+
+    Gradients are of the table's `gradient_dtype`.
+    """
 
     a_RK: torch.Tensor
     b_NR: torch.Tensor
@@ -45,6 +49,14 @@ class AdapterTable:
     After weights change in place (an optimiser step), call `refresh`: the `cutlass` back end keeps copies in `dtype`
     for the tensor cores; elsewhere it does nothing. `dtype` and `kernels` are for `cutlass` alone.
 
+    `gradient_dtype` is that of all gradients of A and B: fp32, or bf16 for half of the memory and traffic. A tick is
+    summed over its tokens in fp32 either way; the choice is about the sum of several ticks. bf16 has 8 significant
+    bits: every tick rounds the sum by up to 2^-8 of it (kernels `hopper` also round the tick's part first, by up to
+    2^-8 of that). A part smaller than 2^-9 of what an element holds is lost there whole: once the sum is 512 times a
+    tick's part, further ticks of that size no longer count, however many. n ticks of independent sign and like size
+    end 0.17 % (one tick) to 0.12 % times sqrt(n) (many) of the sum off. So bf16 is for effective batches of one tick
+    or a few; the first, whose slots are `fresh`, rounds once.
+
     >>> table = AdapterTable([(64, 32)], max_slots=4)
     >>> table.occupied()
     ()
@@ -58,11 +70,14 @@ class AdapterTable:
         backend: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
         kernels: CudaKernels | None = None,
+        gradient_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Make an empty table. `backend` is one of `backends()`; None takes the fastest for `device`.
 
         `dtype` is that of the activations, bf16 or fp16; `kernels` None takes the fastest that run here.
         """
+        if gradient_dtype not in _GRADIENT_DTYPES:
+            raise ValueError(f"gradient_dtype={gradient_dtype}: must be torch.float32 or torch.bfloat16")
         if not module_shapes or any(len(shape) != 2 or min(shape) < 1 for shape in module_shapes):
             raise ValueError("module_shapes: needs at least one (in_features, out_features), both positive")
         if max_slots < 1:
@@ -80,6 +95,7 @@ class AdapterTable:
         self.pools: object | None = None
         self.jobs: JobsOfTable | None = None
         self.dtype = dtype
+        self.gradient_dtype = gradient_dtype
         self.kernels: CudaKernels | None = None
         if self.backend == "cutlass":
             self.kernels = choose_kernels(dtype, kernels)
@@ -155,12 +171,13 @@ class AdapterTable:
         in_features, out_features = self.module_shapes[module]
         found = AdapterWeights(*tensors)
         shapes = ((rank, in_features), (out_features, rank), (rank, in_features), (out_features, rank))
-        for name, tensor, shape in zip(("A", "B", "grad_A", "grad_B"), found, shapes, strict=True):
+        dtypes = (torch.float32, torch.float32, self.gradient_dtype, self.gradient_dtype)
+        for name, tensor, shape, dtype in zip(("A", "B", "grad_A", "grad_B"), found, shapes, dtypes, strict=True):
             where = f"weights[{module}].{name}"
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{where}: shape {tuple(tensor.shape)}, must be {shape}")
-            if tensor.dtype != torch.float32:
-                raise ValueError(f"{where}: dtype {tensor.dtype}, must be torch.float32")
+            if tensor.dtype != dtype:
+                raise ValueError(f"{where}: dtype {tensor.dtype}, must be {dtype}")
             if tensor.device.type != self.device.type:
                 raise ValueError(f"{where}: on {tensor.device}, must be on {self.device}")
             if not tensor.is_contiguous():

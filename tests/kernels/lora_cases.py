@@ -26,11 +26,12 @@ class Case:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         kernels: CudaKernels | None = None,
+        gradient_dtype: torch.dtype = torch.float32,
     ) -> AdapterTable:
         """Seat the adapters; weights are rounded to `dtype`, so that the oracle sees what the kernels see."""
         draws = torch.Generator().manual_seed(self.seed)
         slots = max([*self.adapters, 0]) + 1
-        table = AdapterTable(self.shapes, slots, device, backend, dtype, kernels)
+        table = AdapterTable(self.shapes, slots, device, backend, dtype, kernels, gradient_dtype)
         self.tensors = {}
         for slot, (rank, dropout, modules) in self.adapters.items():
             weights = {}
@@ -38,8 +39,8 @@ class Case:
                 in_features, out_features = self.shapes[module]
                 a_RK = torch.randn(rank, in_features, generator=draws) / in_features**0.5
                 b_NR = torch.randn(out_features, rank, generator=draws) / rank**0.5
-                grad_a_RK = torch.randn(rank, in_features, generator=draws)
-                grad_b_NR = torch.randn(out_features, rank, generator=draws)
+                grad_a_RK = torch.randn(rank, in_features, generator=draws).to(gradient_dtype)
+                grad_b_NR = torch.randn(out_features, rank, generator=draws).to(gradient_dtype)
                 rounded = (a_RK.to(dtype).float(), b_NR.to(dtype).float(), grad_a_RK, grad_b_NR)
                 weights[module] = tuple(tensor.to(device) for tensor in rounded)
             self.tensors[slot] = weights
@@ -78,9 +79,10 @@ def float64_oracle(
     modules: Sequence[int],
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    gradient_dtype: torch.dtype = torch.float32,
 ) -> Outcome:
     """Run the case through autograd in float64 with nothing of the package but the dropout mask."""
-    table = case.table("reference", device, dtype)
+    table = case.table("reference", device, dtype, gradient_dtype=gradient_dtype)
     plan = case.plan(table)
     x = xs.double().to(device).requires_grad_()
     ys, grads = [], {}

@@ -80,6 +80,23 @@ def test_equals_torch_to_rounding(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_bf16_gradient_is_read_as_what_it_stands_for(backend: str) -> None:
+    narrow, wide = ([buffers(size, i) for i, size in enumerate(SIZES)] for _ in range(2))
+    for i in (0, 2):  # beside one that is fp32
+        narrow[i][1] = narrow[i][1].bfloat16()
+        wide[i][1] = narrow[i][1].float()
+    reports = [adamw_step(steps(tensors), zero_grad=True, backend=backend) for tensors in (narrow, wide)]
+    assert torch.equal(reports[0].grad_norm, reports[1].grad_norm)
+    for mine, wanted in zip(narrow, wide, strict=True):
+        assert (mine[1] == 0.0).all()
+        assert all(torch.equal(mine[i], wanted[i]) for i in (0, 2, 3))
+    narrow[2][1][4] = float("inf")
+    before = narrow[2][0].clone()
+    assert adamw_step(steps(narrow), backend=backend).finite.tolist() == [True, True, False]
+    assert torch.equal(narrow[2][0], before)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_gradient_that_is_not_finite_stops_its_own_adapter_alone(backend: str, bad: float) -> None:
     tensors = [buffers(size, i) for i, size in enumerate(SIZES)]
@@ -111,6 +128,10 @@ def test_errors_name_the_argument() -> None:
     tensors = buffers(8, 0)
     with pytest.raises(ValueError, match="grad"):
         AdapterStep(tensors[0], tensors[1][:4], *tensors[2:], step=1, lr=1.0, lr_b=1.0, b_start=0)
+    with pytest.raises(ValueError, match="grad: must be contiguous float32 or bfloat16"):
+        AdapterStep(tensors[0], tensors[1].half(), *tensors[2:], step=1, lr=1.0, lr_b=1.0, b_start=0)
+    with pytest.raises(ValueError, match=r"param: must be contiguous float32 of"):
+        AdapterStep(tensors[0].bfloat16(), *tensors[1:], step=1, lr=1.0, lr_b=1.0, b_start=0)
     with pytest.raises(ValueError, match="step=0"):
         AdapterStep(*tensors, step=0, lr=1.0, lr_b=1.0, b_start=0)
     with pytest.raises(ValueError, match="b_start=9"):

@@ -104,6 +104,21 @@ def test_plan_refuses_fresh_slots_without_tokens(fresh: list[int]) -> None:
         TickPlan(made, [1], [0, 3], training=False, fresh=[1])
 
 
+def test_gradients_are_of_the_tables_format_alone() -> None:
+    with pytest.raises(ValueError, match=r"gradient_dtype=torch\.float16"):
+        AdapterTable([(8, 6)], 1, gradient_dtype=torch.float16)
+    a, b, grad_a, grad_b = tensors()
+    made = AdapterTable([(8, 6)], max_slots=1, gradient_dtype=torch.bfloat16)
+    for wrong, name in (((grad_a, grad_b.bfloat16()), "grad_A"), ((grad_a.bfloat16(), grad_b), "grad_B")):
+        with pytest.raises(ValueError, match=rf"weights\[0\].{name}: dtype torch.float32, must be torch.bfloat16"):
+            made.set_slot(0, rank=4, scale=1.0, weights={0: (a, b, *wrong)})
+    with pytest.raises(ValueError, match=r"weights\[0\].A: dtype torch.bfloat16, must be torch.float32"):
+        made.set_slot(0, rank=4, scale=1.0, weights={0: (a.bfloat16(), b, grad_a.bfloat16(), grad_b.bfloat16())})
+    made.set_slot(0, rank=4, scale=1.0, weights={0: (a, b, grad_a.bfloat16(), grad_b.bfloat16())})
+    with pytest.raises(ValueError, match=r"weights\[0\].grad_A: dtype torch.bfloat16, must be torch.float32"):
+        table().set_slot(0, rank=4, scale=1.0, weights={0: (a, b, grad_a.bfloat16(), grad_b)})
+
+
 def test_plan_with_dropout_needs_keys() -> None:
     made = table()
     made.set_slot(0, rank=4, scale=1.0, weights={0: tensors()}, dropout=0.5)

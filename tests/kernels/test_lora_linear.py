@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from alto_kernels import TickPlan, lora_linear, lora_linears, low_rank_backward, low_rank_forward
+from alto_kernels import AdapterTable, TickPlan, lora_linear, lora_linears, low_rank_backward, low_rank_forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +16,14 @@ BACKENDS = ("reference", "cpu")
 SHAPES = [(70, 50), (70, 33)]
 
 
-def run(case: Case, backend: str, modules: Sequence[int] = (0, 1), dtype: torch.dtype = torch.float32) -> Outcome:
-    table = case.table(backend)
+def run(
+    case: Case,
+    backend: str,
+    modules: Sequence[int] = (0, 1),
+    dtype: torch.dtype = torch.float32,
+    gradient_dtype: torch.dtype = torch.float32,
+) -> Outcome:
+    table = case.table(backend, gradient_dtype=gradient_dtype)
     plan = case.plan(table)
     x = case.rows(case.shapes[0][0], 1).to(dtype).requires_grad_()
     ys = lora_linears(x, [w.to(dtype) for w in frozen(case, modules)], plan, modules)
@@ -73,6 +79,48 @@ def test_bf16_is_within_its_rounding(backend: str) -> None:
     assert_matches(MIXED, run(MIXED, backend, dtype=torch.bfloat16), bound=2e-2)
 
 
+def assert_rounded_once(case: Case, found: Outcome) -> None:
+    """Hold bf16 gradients against float64: each element to the nearest bf16 number, but for the error of fp32."""
+    expected = float64_oracle(
+        case,
+        case.rows(case.shapes[0][0], 1),
+        frozen(case, (0, 1)),
+        output_gradients(case, (0, 1)),
+        (0, 1),
+        gradient_dtype=torch.bfloat16,
+    )
+    for key, wanted_pair in expected.grads.items():
+        for grad, wanted in zip(found.grads[key], wanted_pair, strict=True):
+            assert grad.dtype == torch.bfloat16
+            half_of_last_place = 2.0 ** (torch.frexp(wanted).exponent - 9).double()
+            largest_error = half_of_last_place + 1e-5 * wanted.abs().max()
+            assert ((grad.double() - wanted).abs() <= largest_error).all(), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_gradients_are_sums_rounded_once(backend: str) -> None:
+    found = run(MIXED, backend, gradient_dtype=torch.bfloat16)
+    assert_rounded_once(MIXED, found)
+    with_fp32 = run(MIXED, backend)
+    assert all(torch.equal(y, wanted) for y, wanted in zip(found.ys, with_fp32.ys, strict=True))
+    assert torch.equal(found.dx, with_fp32.dx)
+
+
+def test_many_small_ticks_are_lost_in_bf16_as_documented() -> None:
+    lost = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        gradients = torch.full((1, 8), 1.0, dtype=dtype), torch.full((8, 1), 1.0, dtype=dtype)
+        table = AdapterTable([(8, 8)], 1, "cpu", "cpu", gradient_dtype=dtype)
+        table.set_slot(0, rank=1, scale=1.0, weights={0: (torch.ones(1, 8), torch.ones(8, 1), *gradients)})
+        plan = TickPlan(table, [0], [0, 1])
+        for _ in range(64):
+            # Each tick adds 2^-8 to every element of B: half of the last place of bf16 at 1, rounded to the even side.
+            lora_linear(torch.full((1, 8), 2.0**-11), torch.zeros(8, 8), None, plan, 0).sum().backward()
+        lost[dtype] = 1.0 + 64 * 2.0**-8 - gradients[1]
+    assert (lost[torch.float32] == 0.0).all()
+    assert (lost[torch.bfloat16] == 64 * 2.0**-8).all()
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     shapes = [(draw(st.integers(1, 80)), draw(st.integers(1, 80)))]
@@ -98,6 +146,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases())
 def test_ragged_mixes_match_float64(case: Case) -> None:
     assert_matches(case, run(case, "cpu"), bound=1e-4)  # single elements may cancel
+    assert_rounded_once(case, run(case, "cpu", gradient_dtype=torch.bfloat16))
 
 
 def test_an_adapter_gets_the_same_bits_alone_and_among_others() -> None:
@@ -115,10 +164,11 @@ def test_an_adapter_gets_the_same_bits_alone_and_among_others() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_neighbour_of_nan_leaks_nothing(backend: str) -> None:
-    clean = run(MIXED, backend)
-    table = MIXED.table(backend)
+def test_a_neighbour_of_nan_leaks_nothing(backend: str, gradient_dtype: torch.dtype) -> None:
+    clean = run(MIXED, backend, gradient_dtype=gradient_dtype)
+    table = MIXED.table(backend, gradient_dtype=gradient_dtype)
     for tensors in MIXED.tensors[1].values():
         tensors[0].fill_(float("nan"))
         tensors[1].fill_(float("inf"))
@@ -184,10 +234,11 @@ def test_bias_and_evaluation_without_dropout() -> None:
     assert relative_error(y, expected) < 2e-6
 
 
-def test_compiles_to_one_graph_for_every_tick() -> None:
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
+def test_compiles_to_one_graph_for_every_tick(gradient_dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    table = MIXED.table("cpu")
+    table = MIXED.table("cpu", gradient_dtype=gradient_dtype)
     weights = frozen(MIXED, (0, 1))
 
     def layer(x: torch.Tensor, plan: TickPlan) -> torch.Tensor:
@@ -199,11 +250,15 @@ def test_compiles_to_one_graph_for_every_tick() -> None:
         plan = TickPlan(table, [3, -1, 0], [0, 41, 50, tokens], torch.arange(tokens, dtype=torch.int32))
         x = torch.randn(tokens, 70, requires_grad=True)
         eager = x.detach().clone().requires_grad_()
-        compiled(x, plan).backward()
-        layer(eager, plan).backward()
-        assert x.grad is not None
-        assert eager.grad is not None
-        assert torch.equal(x.grad, eager.grad)
+        gradients = [tensor for each in MIXED.tensors.values() for four in each.values() for tensor in four[2:]]
+        found = []
+        for run_layer, leaf in ((compiled, x), (layer, eager)):
+            for gradient in gradients:
+                gradient.zero_()
+            run_layer(leaf, plan).backward()
+            found.append([leaf.grad, *(gradient.clone() for gradient in gradients)])
+        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+        assert any((gradient != 0.0).any() for gradient in gradients)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -222,6 +277,19 @@ def test_operators_pass_torchs_own_checks() -> None:
 
 def _saved(plan: TickPlan) -> tuple[int, int]:
     return plan.saved_rows, plan.saved_columns
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fresh_bf16_gradients_are_the_rounded_fp32_ones(backend: str) -> None:
+    found = []
+    for gradient_dtype in (torch.float32, torch.bfloat16):
+        table = MIXED.table(backend, gradient_dtype=gradient_dtype)
+        plan = TickPlan(table, MIXED.slots, MIXED.offsets, MIXED.plan(table).row_keys, fresh=[1, 2, 3])
+        ys = lora_linears(MIXED.rows(70, 1), frozen(MIXED, (0, 1)), plan, (0, 1))
+        torch.autograd.backward(ys, output_gradients(MIXED, (0, 1)))
+        found.append([tensor for slot in (1, 2, 3) for four in MIXED.tensors[slot].values() for tensor in four[2:]])
+    for fp32, bf16 in zip(*found, strict=True):
+        assert torch.equal(fp32.bfloat16(), bf16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -35,10 +35,12 @@ using SegmentFields =
     std::tuple<std::int64_t, std::int64_t, std::int64_t, Address, Address, Address, Address, float, double>;
 
 alto::cpu::Layer make_layer(std::int64_t in_features, std::int64_t out_features, std::uint32_t module,
-                            std::int64_t tokens, const std::vector<SegmentFields>& segments, Address row_keys) {
+                            std::int64_t tokens, const std::vector<SegmentFields>& segments, Address row_keys,
+                            bool gradients_are_bfloat16) {
     require(in_features > 0, "in_features", "must be positive");
     require(out_features > 0, "out_features", "must be positive");
-    alto::cpu::Layer layer{in_features, out_features, module, {}, pointer<const std::uint32_t>(row_keys)};
+    alto::cpu::Layer layer{in_features,           out_features, module, {}, pointer<const std::uint32_t>(row_keys),
+                           gradients_are_bfloat16};
     std::int64_t previous_stop = 0;
     for (const auto& [start, stop, rank, a, b, grad_a, grad_b, scale, dropout] : segments) {
         require(start >= previous_stop && stop >= start && stop <= tokens, "segments",
@@ -49,7 +51,7 @@ alto::cpu::Layer make_layer(std::int64_t in_features, std::int64_t out_features,
         require(dropout == 0.0 || row_keys != 0, "row_keys", "needed where a segment has dropout");
         previous_stop = stop;
         layer.segments.push_back({start, stop, rank, pointer<const float>(a), pointer<const float>(b),
-                                  pointer<float>(grad_a), pointer<float>(grad_b), scale, dropout});
+                                  pointer<void>(grad_a), pointer<void>(grad_b), scale, dropout});
     }
     return layer;
 }
@@ -104,15 +106,16 @@ std::vector<std::pair<float, bool>> cpu_adamw_step(const std::vector<alto::cpu::
     return result;
 }
 
-alto::cpu::AdapterStep make_adapter_step(Address param, Address grad, Address exp_avg, Address exp_avg_sq,
-                                         std::int64_t count, std::int64_t b_start, std::int64_t step, double lr,
-                                         double lr_b, double beta1, double beta2, double eps, double weight_decay,
-                                         double max_grad_norm, double grad_scale) {
+alto::cpu::AdapterStep make_adapter_step(Address param, Address grad, bool grad_is_bfloat16, Address exp_avg,
+                                         Address exp_avg_sq, std::int64_t count, std::int64_t b_start,
+                                         std::int64_t step, double lr, double lr_b, double beta1, double beta2,
+                                         double eps, double weight_decay, double max_grad_norm, double grad_scale) {
     require(count >= 0, "count", "must not be negative");
     require(param != 0 && grad != 0 && exp_avg != 0 && exp_avg_sq != 0, "adapters", "null address");
     require(step >= 1, "step", "must be at least 1");
     return {pointer<float>(param),
-            pointer<float>(grad),
+            pointer<void>(grad),
+            grad_is_bfloat16,
             pointer<float>(exp_avg),
             pointer<float>(exp_avg_sq),
             count,
@@ -135,17 +138,17 @@ PYBIND11_MODULE(_kernels, module) {
 
     py::class_<alto::cpu::Layer>(module, "CpuLayer")
         .def(py::init(&make_layer), py::kw_only(), py::arg("in_features"), py::arg("out_features"), py::arg("module"),
-             py::arg("tokens"), py::arg("segments"), py::arg("row_keys"));
+             py::arg("tokens"), py::arg("segments"), py::arg("row_keys"), py::arg("gradients_are_bfloat16"));
     module.def("cpu_forward", &cpu_forward, py::kw_only(), py::arg("layer"), py::arg("x"), py::arg("y"),
                py::arg("saved"), py::arg("threads"));
     module.def("cpu_backward", &cpu_backward, py::kw_only(), py::arg("layer"), py::arg("x"), py::arg("dy"),
                py::arg("saved"), py::arg("dx"), py::arg("threads"));
 
     py::class_<alto::cpu::AdapterStep>(module, "CpuAdapterStep")
-        .def(py::init(&make_adapter_step), py::kw_only(), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
-             py::arg("exp_avg_sq"), py::arg("count"), py::arg("b_start"), py::arg("step"), py::arg("lr"),
-             py::arg("lr_b"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
-             py::arg("max_grad_norm"), py::arg("grad_scale"));
+        .def(py::init(&make_adapter_step), py::kw_only(), py::arg("param"), py::arg("grad"),
+             py::arg("grad_is_bfloat16"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("count"),
+             py::arg("b_start"), py::arg("step"), py::arg("lr"), py::arg("lr_b"), py::arg("beta1"), py::arg("beta2"),
+             py::arg("eps"), py::arg("weight_decay"), py::arg("max_grad_norm"), py::arg("grad_scale"));
     module.def("cpu_adamw_step", &cpu_adamw_step, py::kw_only(), py::arg("adapters"), py::arg("zero_grad"),
                py::arg("threads"));
 #ifdef ALTO_CUDA

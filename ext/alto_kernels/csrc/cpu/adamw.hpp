@@ -1,4 +1,4 @@
-// AdamW in fp32 over the flat buffers of many adapters.
+// AdamW in fp32 over the flat buffers of many adapters, whose gradients may be bf16.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,9 @@
 namespace alto::cpu {
 
 struct AdapterStep {
-    float* param = nullptr;  // all four: [count]
-    float* grad = nullptr;
+    float* param = nullptr;         // all four: [count]
+    void* grad = nullptr;           // fp32, or
+    bool grad_is_bfloat16 = false;  // bf16
     float* exp_avg = nullptr;
     float* exp_avg_sq = nullptr;
     std::int64_t count = 0;

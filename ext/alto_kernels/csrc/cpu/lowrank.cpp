@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../dropout.hpp"
+#include "bfloat16.hpp"
 #include "gemm.hpp"
 #include "thread_pool.hpp"
 #include "vectorised.hpp"
@@ -70,15 +71,30 @@ std::vector<TokenBlock> token_blocks(const Layer& layer, const std::vector<std::
     return blocks;
 }
 
+// to[i] += from[i] factor, rounded once.
+template <typename Gradient>
+void add_scaled(Gradient* to, const float* from, std::int64_t stride, std::int64_t count, float factor) {
+    for (std::int64_t i = 0; i < count; ++i) round_to(widened(to[i]) + factor * from[i * stride], to[i]);
+}
+
+void add_to_gradient(const Layer& layer, void* gradient, std::int64_t at, const float* from, std::int64_t stride,
+                     std::int64_t count, float factor) {
+    if (layer.gradients_are_bfloat16) {
+        add_scaled(static_cast<Bfloat16*>(gradient) + at, from, stride, count, factor);
+    } else {
+        add_scaled(static_cast<float*>(gradient) + at, from, stride, count, factor);
+    }
+}
+
 // grad_b[n, r] += scale sum_t dy[t, n] saved[t, r] for one block of columns n.
-void add_grad_b(const Segment& segment, Rows dy, Rows saved, std::int64_t first, std::int64_t count) {
+void add_grad_b(const Layer& layer, const Segment& segment, Rows dy, Rows saved, std::int64_t first,
+                std::int64_t count) {
     std::vector<float> sum(static_cast<std::size_t>(segment.rank * count), 0.0f);  // [rank, count]
     gemm_nn(segment.rank, count, segment.stop - segment.start, saved.data + segment.start * saved.stride, 1,
             saved.stride, dy.data + segment.start * dy.stride + first, dy.stride, sum.data(), count);
     for (std::int64_t n = 0; n < count; ++n)
-        for (std::int64_t r = 0; r < segment.rank; ++r)
-            segment.grad_b[(first + n) * segment.rank + r] +=
-                segment.scale * sum[static_cast<std::size_t>(r * count + n)];
+        add_to_gradient(layer, segment.grad_b, (first + n) * segment.rank, sum.data() + n, count, segment.rank,
+                        segment.scale);
 }
 
 // grad_a[r, k] += sum_t ds[t, r] drop(x)[t, k] for one block of columns k.
@@ -92,8 +108,7 @@ void add_grad_a(const Layer& layer, const Segment& segment, Rows x, Rows ds, std
                 sum.data(), count);
     }
     for (std::int64_t r = 0; r < segment.rank; ++r)
-        for (std::int64_t k = 0; k < count; ++k)
-            segment.grad_a[r * layer.in_features + first + k] += sum[static_cast<std::size_t>(r * count + k)];
+        add_to_gradient(layer, segment.grad_a, r * layer.in_features + first, sum.data() + r * count, 1, count, 1.0f);
 }
 
 }  // namespace
@@ -168,7 +183,7 @@ void backward(const Layer& layer, Rows x, Rows dy, Rows saved, Rows dx, int thre
         const std::int64_t piece = task % pieces;
         if (piece < pieces_b) {
             const std::int64_t first = piece * kColumnBlock;
-            add_grad_b(segment, dy, saved, first, std::min(kColumnBlock, layer.out_features - first));
+            add_grad_b(layer, segment, dy, saved, first, std::min(kColumnBlock, layer.out_features - first));
         } else {
             const std::int64_t first = (piece - pieces_b) * kColumnBlock;
             add_grad_a(layer, segment, x, ds, first, std::min(kColumnBlock, layer.in_features - first));

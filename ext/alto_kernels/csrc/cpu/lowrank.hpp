@@ -6,16 +6,16 @@
 
 namespace alto::cpu {
 
-// One adapter's part of the packed token axis, with everything that one module's product needs. Pointers are fp32,
-// row-major and contiguous: a [rank, in_features], b [out_features, rank], gradients alike.
+// One adapter's part of the packed token axis, with everything that one module's product needs. Matrices are row-major
+// and contiguous: a [rank, in_features], b [out_features, rank], gradients alike, in the layer's format for them.
 struct Segment {
     std::int64_t start = 0;
     std::int64_t stop = 0;
     std::int64_t rank = 0;
     const float* a = nullptr;
     const float* b = nullptr;
-    float* grad_a = nullptr;
-    float* grad_b = nullptr;
+    void* grad_a = nullptr;
+    void* grad_b = nullptr;
     float scale = 0.0f;
     double dropout = 0.0;
 };
@@ -27,6 +27,7 @@ struct Layer {
     std::uint32_t module = 0;
     std::vector<Segment> segments;
     const std::uint32_t* row_keys = nullptr;  // [tokens], read only where a segment drops
+    bool gradients_are_bfloat16 = false;      // else fp32
 };
 
 // A matrix of tokens: row t starts at data + t * stride.

@@ -1,4 +1,5 @@
-// AdamW in fp32 over the flat buffers of many adapters: three launches, whatever their number.
+// AdamW in fp32 over the flat buffers of many adapters, whose gradients may be bf16: three launches, whatever their
+// number.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +12,7 @@ constexpr std::int64_t kAdamwBlock = 1 << 12;  // elements that one thread block
 
 struct alignas(16) AdamwAdapter {
     float* param;
-    float* grad;
+    void* grad;  // fp32, or bf16 where `grad_is_bfloat16`
     float* exp_avg;
     float* exp_avg_sq;
     std::int64_t count;
@@ -28,7 +29,7 @@ struct alignas(16) AdamwAdapter {
     float one_minus_beta2;
     float inverse_root_correction2;  // 1 / sqrt(1 - beta2^step)
     float eps;
-    float unused;
+    std::int32_t grad_is_bfloat16;
 };
 
 // `partial` [blocks] double and `factor` [adapters] are scratch; `norm` [adapters] and `finite` [adapters] are results.

@@ -71,8 +71,9 @@ using ModuleFields = std::tuple<std::uint32_t, int, Address, Address, Address>;
 // A launch of a tick, of one or more modules with the same input: all but the activations is fixed when it is made.
 class Launch {
   public:
-    Launch(bool backward, bool is_float16, const std::vector<ModuleFields>& modules, std::int64_t pool_columns,
-           const py::dict& addresses, int tokens, int in_features, std::int64_t saved_rows, int clusters)
+    Launch(bool backward, bool is_float16, bool gradients_are_bfloat16, const std::vector<ModuleFields>& modules,
+           std::int64_t pool_columns, const py::dict& addresses, int tokens, int in_features, std::int64_t saved_rows,
+           int clusters)
         : backward_(backward), is_float16_(is_float16), saved_rows_(saved_rows), clusters_(clusters) {
         if (modules.empty() || modules.size() > kMaxModules)
             throw std::invalid_argument("modules: a launch has one to four");
@@ -102,6 +103,7 @@ class Launch {
         fixed_.tokens = tokens;
         fixed_.tiles = (tokens + kTileRows - 1) / kTileRows;
         fixed_.in_features = in_features;
+        fixed_.gradients_are_bfloat16 = gradients_are_bfloat16;
     }
 
     // Each list has one address a module; a bias may be 0.
@@ -172,13 +174,13 @@ void refresh(Address modules, int module_count, Address slots, int slot_count, A
 }
 
 // The struct of one adapter as bytes, from (param, grad, exp_avg, exp_avg_sq, count, b_start, first_block) and the
-// eleven floats in the order of AdamwAdapter.
+// eleven floats in the order of AdamwAdapter, and whether the gradient is bf16.
 py::bytes pack_adapter(
     const std::tuple<Address, Address, Address, Address, std::int64_t, std::int64_t, std::int64_t>& a,
-    const std::vector<float>& f) {
+    const std::vector<float>& f, bool grad_is_bfloat16) {
     if (f.size() != 11) throw std::invalid_argument("constants: must be 11");
     const AdamwAdapter adapter{pointer<float>(std::get<0>(a)),
-                               pointer<float>(std::get<1>(a)),
+                               pointer<void>(std::get<1>(a)),
                                pointer<float>(std::get<2>(a)),
                                pointer<float>(std::get<3>(a)),
                                std::get<4>(a),
@@ -195,7 +197,7 @@ py::bytes pack_adapter(
                                f[8],
                                f[9],
                                f[10],
-                               0.0f};
+                               grad_is_bfloat16 ? 1 : 0};
     return py::bytes(reinterpret_cast<const char*>(&adapter), sizeof(adapter));
 }
 
@@ -226,11 +228,11 @@ void bind(py::module_& module) {
              py::arg("in_features"), py::arg("out_features"), py::arg("drops"), py::arg("pairs_in_group"),
              py::arg("clusters"));
     py::class_<Launch>(module, "Launch")
-        .def(py::init<bool, bool, const std::vector<ModuleFields>&, std::int64_t, const py::dict&, int, int,
+        .def(py::init<bool, bool, bool, const std::vector<ModuleFields>&, std::int64_t, const py::dict&, int, int,
                       std::int64_t, int>(),
-             py::kw_only(), py::arg("backward"), py::arg("is_float16"), py::arg("modules"), py::arg("pool_columns"),
-             py::arg("addresses"), py::arg("tokens"), py::arg("in_features"), py::arg("saved_rows"),
-             py::arg("clusters"))
+             py::kw_only(), py::arg("backward"), py::arg("is_float16"), py::arg("gradients_are_bfloat16"),
+             py::arg("modules"), py::arg("pool_columns"), py::arg("addresses"), py::arg("tokens"),
+             py::arg("in_features"), py::arg("saved_rows"), py::arg("clusters"))
         .def("forward", &Launch::forward)
         .def("backward", &Launch::backward);
     module.def("resident_clusters", &count_clusters);

@@ -57,6 +57,7 @@ struct GroupedModule {
     int in_features;
     int out_features;
     std::uint32_t module;
+    bool gradients_are_bfloat16;  // else fp32
 };
 
 // X [T, K] -> S [T, R], or dY [T, N] -> dS [T, R] where `backward`. Element is __nv_bfloat16 or __half.
@@ -69,7 +70,7 @@ template <typename Element>
 cudaError_t launch_grouped_up(const GroupedModule& module, bool backward, const Element* saved, Element* output,
                               cudaStream_t stream);
 
-// Adds to the fp32 gradients of A and B of every group.
+// Adds to the gradients of A and B of every group; where they are bf16, the sum is made in fp32 and rounded once.
 template <typename Element>
 cudaError_t launch_grouped_gradients(const GroupedModule& module, const Element* x, const Element* dy, const Element* s,
                                      const Element* ds, cudaStream_t stream);

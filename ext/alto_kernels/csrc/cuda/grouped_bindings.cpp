@@ -58,7 +58,8 @@ py::tuple layout(std::int64_t tokens, const std::vector<GroupFields>& fields) {
 // The low-rank part of one module in one tick: all but the activations is fixed when it is made.
 class GroupedLaunch {
   public:
-    GroupedLaunch(const py::dict& addresses, const py::dict& sizes, bool is_float16) : is_float16_(is_float16) {
+    GroupedLaunch(const py::dict& addresses, const py::dict& sizes, bool is_float16, bool gradients_are_bfloat16)
+        : is_float16_(is_float16) {
         const auto at = [&](const char* name) { return addresses[name].cast<Address>(); };
         const auto size = [&](const char* name) { return sizes[name].cast<std::int64_t>(); };
         module_.groups = pointer<const Group>(at("groups"));
@@ -75,6 +76,7 @@ class GroupedLaunch {
         module_.in_features = static_cast<int>(size("in_features"));
         module_.out_features = static_cast<int>(size("out_features"));
         module_.module = static_cast<std::uint32_t>(size("module"));
+        module_.gradients_are_bfloat16 = gradients_are_bfloat16;
     }
 
     // Writes S to `saved` and adds to `y`.
@@ -122,8 +124,8 @@ class GroupedLaunch {
 void bind_grouped(py::module_& module) {
     module.def("grouped_layout", &layout, py::kw_only(), py::arg("tokens"), py::arg("groups"));
     py::class_<GroupedLaunch>(module, "GroupedLaunch")
-        .def(py::init<const py::dict&, const py::dict&, bool>(), py::kw_only(), py::arg("addresses"), py::arg("sizes"),
-             py::arg("is_float16"))
+        .def(py::init<const py::dict&, const py::dict&, bool, bool>(), py::kw_only(), py::arg("addresses"),
+             py::arg("sizes"), py::arg("is_float16"), py::arg("gradients_are_bfloat16"))
         .def("forward", &GroupedLaunch::forward)
         .def("backward", &GroupedLaunch::backward);
 }

@@ -7,6 +7,39 @@
 
 namespace alto::cuda {
 
+__device__ __forceinline__ float widened(float value) { return value; }
+__device__ __forceinline__ float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// A is [rank, K], B is [N, rank]. All old values are read before the first is written: one wait for memory.
+template <typename Gradient>
+__device__ __forceinline__ void add_to_gradient(Gradient* gradient, const Accumulator& sum, bool of_a, int own_feature,
+                                                int features, int chunk, int rank) {
+    const std::int64_t feature_stride = of_a ? 1 : rank;
+    const std::int64_t column_stride = of_a ? features : 1;
+    const auto address = [&](int block, int i) -> Gradient* {
+        const int row = own_feature + i / 2 * 8;
+        const int column = chunk + block * 8 + accumulator_column() + i % 2;
+        return row < features && column < rank ? gradient + row * feature_stride + column * column_stride : nullptr;
+    };
+    Accumulator old;
+#pragma unroll
+    for (int block = 0; block < 8; ++block) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const Gradient* at = address(block, i);
+            old[block][i] = at == nullptr ? 0.0f : widened(*at);
+        }
+    }
+#pragma unroll
+    for (int block = 0; block < 8; ++block) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            Gradient* at = address(block, i);
+            if (at != nullptr) *at = static_cast<Gradient>(old[block][i] + sum[block][i]);
+        }
+    }
+}
+
 // Grid: (64 features of dB and then of dA, 64 columns, groups).
 template <typename Element>
 __global__ void __launch_bounds__(kGroupedThreads)
@@ -58,32 +91,11 @@ __global__ void __launch_bounds__(kGroupedThreads)
     };
     pipeline(stages, (group.stop - group.start + kBoxRows - 1) / kBoxRows, load, multiply);
 
-    // A is [rank, K], B is [N, rank]. All old values are read before the first is written: one wait for memory.
-    float* const gradient = of_a ? pointers.grad_a : pointers.grad_b;
-    const std::int64_t feature_stride = of_a ? 1 : group.rank;
-    const std::int64_t column_stride = of_a ? features : 1;
-    const auto address = [&](int block, int i) -> float* {
-        const int row = own_feature + i / 2 * 8;
-        const int column = chunk + block * 8 + accumulator_column() + i % 2;
-        return row < features && column < group.rank ? gradient + row * feature_stride + column * column_stride
-                                                     : nullptr;
-    };
-    Accumulator old;
-#pragma unroll
-    for (int block = 0; block < 8; ++block) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float* at = address(block, i);
-            old[block][i] = at == nullptr ? 0.0f : *at;
-        }
-    }
-#pragma unroll
-    for (int block = 0; block < 8; ++block) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float* at = address(block, i);
-            if (at != nullptr) *at = old[block][i] + sum[block][i];
-        }
+    void* const gradient = of_a ? pointers.grad_a : pointers.grad_b;
+    if (module.gradients_are_bfloat16) {
+        add_to_gradient(static_cast<__nv_bfloat16*>(gradient), sum, of_a, own_feature, features, chunk, group.rank);
+    } else {
+        add_to_gradient(static_cast<float*>(gradient), sum, of_a, own_feature, features, chunk, group.rank);
     }
 }
 

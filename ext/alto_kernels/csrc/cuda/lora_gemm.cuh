@@ -47,7 +47,7 @@ __device__ __forceinline__ bool drops_in_backward(const LoraGemmArguments& argum
 struct ItemSlot {
     Item item;
     // What the parts of a gradient item go to; null where the adapter does not adapt the module.
-    float* gradients[kMaxParts];
+    void* gradients[kMaxParts];
 };
 
 // Whether any part of a gradient item has somewhere to go.

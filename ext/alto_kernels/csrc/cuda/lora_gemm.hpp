@@ -55,6 +55,7 @@ struct LoraGemmArguments {
     const std::int32_t* thresholds;  // [T] of dropout, by token
     const float* keep_factors;       // [T]
     bool adds_to_output;             // backward: dX is added to, rounding in its format, and not written
+    bool gradients_are_bfloat16;     // backward: else fp32
 };
 static_assert(sizeof(LoraGemmArguments) <= 4096);
 

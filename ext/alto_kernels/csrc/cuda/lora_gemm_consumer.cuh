@@ -265,7 +265,7 @@ struct Consumer {
         if constexpr (parts == 1) {
             finish(first);
             fence_registers(second);
-            float* const gradient = slot.gradients[0];
+            void* const gradient = slot.gradients[0];
             epilogue.add_gradient(item, item.parts[0], gradient, feature, 0, first);
             epilogue.add_gradient(item, item.parts[0], gradient, feature + 64, 0, second);
         } else {

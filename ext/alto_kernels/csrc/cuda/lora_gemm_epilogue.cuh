@@ -175,7 +175,7 @@ struct Epilogue {
     // Adds (or writes) a product of 64 features by 64 columns of an S block to the gradient: the segment's columns. It
     // is turned in the staging area, so that whole lines go out. Each element is added to once a launch: deterministic.
     template <int size>
-    __device__ __forceinline__ void add_gradient(const Item& item, const Part& part, float* gradient, int first_feature,
+    __device__ __forceinline__ void add_gradient(const Item& item, const Part& part, void* gradient, int first_feature,
                                                  const int first, const float (&sum)[size]) {
         const bool of_a = item.kind == Kind::kGradA;
         const int columns = min(item.rank - part.detail, kStepDepth);
@@ -209,18 +209,29 @@ struct Epilogue {
         const int rows = of_a ? columns : features;
         const int width = of_a ? features : columns;
         const std::int64_t stride = of_a ? arguments.in_features : item.rank;
-        float* const to =
-            gradient + (of_a ? part.detail * stride + first_feature : first_feature * stride + part.detail);
-        if (width % 4 == 0 && stride % 4 == 0 && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
-            put_rows<4>(item, to, stride, tile, rows, width);
+        const std::int64_t to = of_a ? part.detail * stride + first_feature : first_feature * stride + part.detail;
+        if (arguments.gradients_are_bfloat16) {
+            put(item, static_cast<__nv_bfloat16*>(gradient) + to, stride, tile, rows, width);
+        } else {
+            put(item, static_cast<float*>(gradient) + to, stride, tile, rows, width);
+        }
+    }
+
+    // Adds, or writes where the gradient is fresh, `rows` x `width` elements of the staging area, by 16 bytes where
+    // that goes up in the gradient's rows.
+    template <typename Gradient>
+    __device__ __forceinline__ void put(const Item& item, Gradient* to, std::int64_t stride, const float* tile,
+                                        int rows, int width) {
+        constexpr int kVector = 16 / static_cast<int>(sizeof(Gradient));
+        if (width % kVector == 0 && stride % kVector == 0 && reinterpret_cast<std::uintptr_t>(to) % 16 == 0) {
+            put_rows<kVector>(item, to, stride, tile, rows, width);
         } else {
             put_rows<1>(item, to, stride, tile, rows, width);
         }
     }
 
-    // Adds, or writes where the gradient is fresh, `rows` x `width` floats of the staging area, `vector` at a time.
-    template <int vector>
-    __device__ __forceinline__ void put_rows(const Item& item, float* to, std::int64_t stride, const float* tile,
+    template <int vector, typename Gradient>
+    __device__ __forceinline__ void put_rows(const Item& item, Gradient* to, std::int64_t stride, const float* tile,
                                              int rows, int width) {
         constexpr int kThreadsOfRow = 64 / vector;
         const int column = thread % kThreadsOfRow * vector;
@@ -228,22 +239,34 @@ struct Epilogue {
         const bool fresh = (item.flags & kFresh) != 0;
 #pragma unroll 4
         for (int row = thread / kThreadsOfRow; row < rows; row += 128 / kThreadsOfRow) {
-            float* const here = to + row * stride + column;
-            const float* const from = tile + row * kGradientRow + column;
-            if constexpr (vector == 4) {
-                const float4 value = *reinterpret_cast<const float4*>(from);
-                if (fresh) {
-                    *reinterpret_cast<float4*>(here) = value;
-                } else {
-                    add_to(here, value);
-                }
+            Gradient* const here = to + row * stride + column;
+            const auto value = stored<vector>(tile + row * kGradientRow + column, here);
+            if (fresh) {
+                *reinterpret_cast<std::remove_const_t<decltype(value)>*>(here) = value;
             } else {
-                if (fresh) {
-                    *here = *from;
-                } else {
-                    add_to(here, *from);
-                }
+                add_to(here, value);
             }
+        }
+    }
+
+    // `vector` numbers of the staging area as they are stored in a gradient: 16 bytes, or one.
+    template <int vector>
+    __device__ __forceinline__ static auto stored(const float* from, const float* /*format*/) {
+        if constexpr (vector == 4) {
+            return *reinterpret_cast<const float4*>(from);
+        } else {
+            return *from;
+        }
+    }
+    template <int vector>
+    __device__ __forceinline__ static auto stored(const float* from, const __nv_bfloat16* /*format*/) {
+        if constexpr (vector == 8) {
+            const float4 low = *reinterpret_cast<const float4*>(from);
+            const float4 high = *reinterpret_cast<const float4*>(from + 4);
+            return uint4{rounded_pair(low.x, low.y, __nv_bfloat16{}), rounded_pair(low.z, low.w, __nv_bfloat16{}),
+                         rounded_pair(high.x, high.y, __nv_bfloat16{}), rounded_pair(high.z, high.w, __nv_bfloat16{})};
+        } else {
+            return __float2bfloat16_rn(*from);
         }
     }
 };

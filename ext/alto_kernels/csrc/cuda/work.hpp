@@ -91,12 +91,13 @@ struct Segment {
     bool fresh;         // its gradients are overwritten
 };
 
-// One (module, slot): fp32 masters and gradients, null where the adapter does not adapt the module.
+// One (module, slot): fp32 masters and the gradients, all of them fp32 or all bf16; null where the adapter does not
+// adapt the module.
 struct alignas(32) SlotPointers {
     const float* a;
     const float* b;
-    float* grad_a;
-    float* grad_b;
+    void* grad_a;
+    void* grad_b;
 };
 
 }  // namespace alto::cuda
