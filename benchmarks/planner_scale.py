@@ -3,9 +3,11 @@
     make bench NAME=planner_scale
 
 The cluster is full and the queue long. Each event changes one row; the plan is the whole plan, with a place for every
-task, and `plan` is called as the service calls it. All is measured twice: `sizes` without a bound of waits,
-`waits_bounded` with waits bounded by first come first served, whose virtual schedule is shown every snapshot: a re-plan
-is then both, and `follow` is the virtual schedule's part. The last line is one JSON object; progress goes to stderr.
+task, and `plan` is called as the service calls it. Three queues of each size: `sizes`, all just arrived and no bound of
+waits; `waits_bounded`, the same with waits bounded by first come first served, whose virtual schedule is shown every
+snapshot: a re-plan is then both, and `follow` is the virtual schedule's part; `overdue`, so bounded too, of tasks that
+arrived during the last day, so that GPUs are kept for most of them. The last line is one JSON object; progress goes to
+stderr.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ def task(number: int, now_s: float, draw: random.Random) -> WaitingTask:
     return WaitingTask(f"t{number:07}", f"tenant{number % 20}", (choice,), now_s)
 
 
-def measure(tasks: int, gpus: int, events: int, seed: int, patience: float) -> dict[str, Any]:
+def measure(tasks: int, gpus: int, events: int, seed: int, patience: float, waited_s: float) -> dict[str, Any]:
     draw = random.Random(seed)
     nodes = tuple(Node(f"n{index:05}", "gpu", 8) for index in range(gpus // 8))
     memory, bound = Memory(), WaitBound(patience)
     now = 0.0
-    waiting = {row.task_id: row for row in (task(number, now, draw) for number in range(tasks))}
+    arriving = (task(number, now - draw.uniform(0.0, waited_s), draw) for number in range(tasks))
+    waiting = {row.task_id: row for row in arriving}
     running: dict[str, RunningTask] = {}
     number = tasks
     delays: list[float] = []
@@ -98,8 +101,9 @@ def main() -> None:
     options = parser.parse_args()
     result = {
         "benchmark": "planner_scale",
-        "sizes": [measure(tasks, gpus, events, options.seed, math.inf) for tasks, gpus, events in SIZES],
-        "waits_bounded": [measure(tasks, gpus, events, options.seed, WAIT_PATIENCE) for tasks, gpus, events in SIZES],
+        "sizes": [measure(*size, options.seed, math.inf, 0.0) for size in SIZES],
+        "waits_bounded": [measure(*size, options.seed, WAIT_PATIENCE, 0.0) for size in SIZES],
+        "overdue": [measure(*size, options.seed, WAIT_PATIENCE, 86400.0) for size in SIZES],
         "wait_patience": WAIT_PATIENCE,
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

@@ -8,6 +8,7 @@ namespace {
 
 constexpr std::size_t kMostServed = 16;  // at the same time
 constexpr int kOverdueServed = 3;        // of them, merely overdue
+constexpr std::size_t kBlock = 16;       // nodes looked at together
 
 }  // namespace
 
@@ -46,11 +47,32 @@ AheadOfList::AheadOfList(const Problem& problem, const Allotment& allotment, con
         is_overdue_[one.task] = one.priority == lowest && !problem.tasks[one.task].begun;
     }
     free_s_.assign(problem.nodes.size() * kMaxGpus, problem.now_s);
-    for (const Pinned& pinned : problem.pinned) taken({pinned.node, pinned.gpus}, pinned.end_s);
+    int widest = 0;
+    for (const Node& node : problem.nodes) widest = std::max(widest, node.gpus);
+    stride_ = (problem.nodes.size() + kBlock - 1) / kBlock * kBlock;
+    ends_s_.assign(stride_ * widest, kNever);
+    for (const Pinned& pinned : problem.pinned)
+        for (Mask left = pinned.gpus; left; left &= left - 1)
+            free_s_[pinned.node * kMaxGpus + std::countr_zero(left)] = pinned.end_s;
+    for (std::size_t n = 0; n < problem.nodes.size(); ++n) sort_ends(static_cast<int>(n));
 }
 
 void AheadOfList::taken(const PartOut& part, double end_s) {
     for (Mask left = part.gpus; left; left &= left - 1) free_s_[part.node * kMaxGpus + std::countr_zero(left)] = end_s;
+    sort_ends(part.node);
+}
+
+void AheadOfList::sort_ends(int node) {
+    if (!problem_.nodes[node].ready) return;
+    double sorted[kMaxGpus];
+    const int gpus = problem_.nodes[node].gpus;
+    for (int gpu = 0; gpu < gpus; ++gpu) {
+        const double end_s = free_s_[node * kMaxGpus + gpu];
+        int at = gpu;
+        for (; at > 0 && sorted[at - 1] > end_s; --at) sorted[at] = sorted[at - 1];
+        sorted[at] = end_s;
+    }
+    for (int gpu = 0; gpu < gpus; ++gpu) ends_s_[gpu * stride_ + node] = sorted[gpu];
 }
 
 const std::vector<int>& AheadOfList::served(const std::vector<char>& started) {
@@ -74,14 +96,28 @@ void AheadOfList::hold(int task, const Shape& shape, double seconds, double now_
     for (int width : shape.parts) {
         double best_s = kNever;
         PartOut best{-1, 0};
-        for (std::size_t n = 0; n < problem_.nodes.size(); ++n) {
-            const int node = static_cast<int>(n);
-            if (!nodes.ready(node) || !shape.eligible[nodes.node_class(node)]) continue;
-            if (std::any_of(parts.begin(), parts.end(), [&](const PartOut& part) { return part.node == node; }))
-                continue;
-            kept.earliest(node, width, seconds, &free_s_[n * kMaxGpus], now_s, best_s, best);
+        const double* ends_s = &ends_s_[(width - 1) * stride_];
+        for (std::size_t first = 0; first < stride_ && best_s > now_s; first += kBlock) {
+            bool is_earlier = false;  // any of the block, whatever is kept there: that can only make it later
+            for (std::size_t n = first; n < first + kBlock; ++n) is_earlier |= ends_s[n] < best_s;
+            for (std::size_t n = first; is_earlier && n < first + kBlock; ++n) {
+                const int node = static_cast<int>(n);
+                if (std::max(now_s, ends_s[n]) >= best_s || !shape.eligible[nodes.node_class(node)]) continue;
+                if (std::any_of(parts.begin(), parts.end(), [&](const PartOut& part) { return part.node == node; }))
+                    continue;
+                if (kept.has(node)) {
+                    kept.earliest(node, width, seconds, &free_s_[n * kMaxGpus], now_s, best_s, best);
+                } else {
+                    best_s = std::max(now_s, ends_s[n]);
+                    best = {node, 0};
+                }
+            }
         }
         if (best.node < 0) return;
+        if (!best.gpus) {
+            double again_s = kNever;
+            kept.earliest(best.node, width, seconds, &free_s_[best.node * kMaxGpus], now_s, again_s, best);
+        }
         parts.push_back(best);
         from_s = std::max(from_s, best_s);
     }

@@ -29,7 +29,11 @@ class AheadOfList {
 
   private:
     const Problem& problem_;
+    void sort_ends(int node);
+
     std::vector<double> free_s_;    // per node and GPU
+    std::vector<double> ends_s_;    // per width and node: when so many of its GPUs are free, whatever is kept of them
+    std::size_t stride_ = 0;        // of a width in it
     std::vector<int> row_;          // all who go ahead, first in line first
     std::vector<char> is_overdue_;  // per task: in the row, and neither of raised priority nor begun
     std::size_t next_ = 0;

@@ -210,12 +210,15 @@ class Dispatcher {
 
     // The first task of a line that is short enough for what the kept nodes have left.
     Entry backfilling(const Line& line, const Shape& shape, int below) {
+        const double until_s = shape.parts.size() == 1 ? kept_.until_s(shape, shape.parts[0], now_) : kNever;
+        if (until_s == -kNever) return {};  // not even one for whom they are held finds so many there
         int looked = 0;
         for (std::size_t i = line.head; i < line.entries.size() && looked < kBackfillDepth; ++i) {
             const Entry& entry = line.entries[i];
             if (entry.rank >= below) break;
             if (started_[entry.task]) continue;
             ++looked;
+            if (now_ + entry.seconds - kSameTime > until_s && !kept_.is_held_for(entry.task)) continue;
             if (find(entry.task, shape, entry.seconds)) return entry;
         }
         return {};

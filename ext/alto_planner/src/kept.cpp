@@ -25,6 +25,7 @@ void KeptNodes::hold(int task, std::vector<PartOut> parts, double from_s) {
         }
     }
     holds_.push_back({task, std::move(parts)});
+    is_held_for_[task] = 1;
 }
 
 const KeptNodes::Hold* KeptNodes::hold_of(int task) const {
@@ -47,6 +48,7 @@ void KeptNodes::release(int task, double now_s) {
         tidy(part.node, now_s);
     }
     holds_.erase(holds_.begin() + (hold - holds_.data()));
+    is_held_for_[task] = 0;
 }
 
 void KeptNodes::tidy(int node, double now_s) {
@@ -76,7 +78,7 @@ PartOut KeptNodes::find(int task, const Shape& shape, int width, double seconds,
                         const std::vector<PartOut>& used) const {
     for (const Kept& kept : kept_) {
         if (!shape.eligible[nodes_.node_class(kept.node)]) continue;
-        if (std::popcount(nodes_.free(kept.node)) < width) continue;
+        if (nodes_.free_count(kept.node) < width) continue;
         if (std::any_of(used.begin(), used.end(), [&](const PartOut& part) { return part.node == kept.node; }))
             continue;
         PartOut found{kept.node, 0};
@@ -90,6 +92,20 @@ PartOut KeptNodes::find(int task, const Shape& shape, int width, double seconds,
         if (count == width) return found;
     }
     return {-1, 0};
+}
+
+double KeptNodes::until_s(const Shape& shape, int width, double now_s) const {
+    double longest_s = -kNever;
+    for (const Kept& kept : kept_) {
+        if (!shape.eligible[nodes_.node_class(kept.node)] || nodes_.free_count(kept.node) < width) continue;
+        double needed_s[kMaxGpus];
+        int count = 0;
+        for (Mask left = nodes_.free(kept.node); left; left &= left - 1)
+            needed_s[count++] = needed_from_s(kept, std::countr_zero(left), -1, now_s);
+        std::nth_element(needed_s, needed_s + width - 1, needed_s + count, std::greater<>());
+        longest_s = std::max(longest_s, needed_s[width - 1]);
+    }
+    return longest_s;
 }
 
 void KeptNodes::earliest(int node, int width, double seconds, const double* free_s, double now_s, double& best_s,

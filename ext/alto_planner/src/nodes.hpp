@@ -18,11 +18,14 @@ class FreeNodes {
             const Node& node = problem.nodes[n];
             rows_[n].node_class = node.node_class;
             rows_[n].ready = node.ready;
-            if (node.ready) rows_[n].free = node.gpus == kMaxGpus ? ~Mask{0} : (Mask{1} << node.gpus) - 1;
+            if (!node.ready) continue;
+            rows_[n].free = node.gpus == kMaxGpus ? ~Mask{0} : (Mask{1} << node.gpus) - 1;
+            rows_[n].count = node.gpus;
         }
     }
 
     [[nodiscard]] Mask free(int node) const { return rows_[node].free; }
+    [[nodiscard]] int free_count(int node) const { return rows_[node].count; }
     [[nodiscard]] bool ready(int node) const { return rows_[node].ready; }
     [[nodiscard]] int node_class(int node) const { return rows_[node].node_class; }
 
@@ -62,6 +65,7 @@ class FreeNodes {
   private:
     struct Row {
         Mask free = 0;
+        int count = 0;  // of free GPUs
         int next = -1, previous = -1;
         int node_class = 0;
         bool ready = false, listed = false;
@@ -70,12 +74,13 @@ class FreeNodes {
     void change(int node, Mask free) {
         if (rows_[node].listed) unlink(node);
         rows_[node].free = free;
+        rows_[node].count = std::popcount(free);
         if (rows_[node].listed) link(node);
     }
 
     void link(int node) {
         Row& row = rows_[node];
-        const int count = std::popcount(row.free);
+        const int count = row.count;
         if (count == 0) return;
         int& head = heads_[row.node_class * (kMaxGpus + 1) + count];
         row.next = head;
@@ -87,7 +92,7 @@ class FreeNodes {
 
     void unlink(int node) {
         const Row& row = rows_[node];
-        const int count = std::popcount(row.free);
+        const int count = row.count;
         if (count == 0) return;
         int& head = heads_[row.node_class * (kMaxGpus + 1) + count];
         if (row.previous >= 0) rows_[row.previous].next = row.next;
