@@ -28,9 +28,11 @@ from alto_training.sharding.worker_ranks import WorkerRanks
 from multi_gpu_shapes import LORA_RANK, TARGETS, make_config
 from safetensors.torch import load_file
 
+# Before what is timed; the first small ticks of a process are a third slower than later ones.
 WARM_ROUNDS = 2
+WARM_TOKENS = 24 * 1024
 TIMED_TICKS = 6  # at the least, of full size
-MOST_ROUNDS = 8
+MOST_ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def measure(
     trials, batch, length = cell
     round_tokens = trials * batch * length
     rounds = min(MOST_ROUNDS, max(3, -(-TIMED_TICKS * tokens_per_tick * world.size // round_tokens)))
+    warm = min(MOST_ROUNDS, max(WARM_ROUNDS, WARM_TOKENS // round_tokens))
     steps, exchanged = 0, [0.0, 0.0]
     moments: list[float] = []
 
@@ -143,11 +146,11 @@ def measure(
         if not isinstance(event, TrialProgress):
             return
         steps += 1
-        if steps == WARM_ROUNDS * trials:
+        if steps == warm * trials:
             exchanged[0] = getattr(world.ranks, "seconds", 0.0)
-        if steps >= WARM_ROUNDS * trials and steps % trials == 0:
+        if steps >= warm * trials and steps % trials == 0:
             moments.append(perf_counter())
-        if steps == (WARM_ROUNDS + rounds) * trials:
+        if steps == (warm + rounds) * trials:
             exchanged[1] = getattr(world.ranks, "seconds", 0.0)
             raise EnoughError
 

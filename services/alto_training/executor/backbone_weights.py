@@ -16,10 +16,12 @@ class BackboneWeights(Protocol):
     """What a backbone asks of whoever keeps its weights.
 
     Layers and embeddings are seen to by hooks on the modules. `fingerprint` names the weights, wherever they are.
+    `in_lock_step`: every pass must be one of all ranks.
     """
 
     fingerprint: str
     parameters: int
+    in_lock_step: bool
 
     def head(self) -> AbstractContextManager[OutputHead]:
         """Return the output head, usable within the context."""
@@ -32,6 +34,8 @@ class BackboneWeights(Protocol):
 
 class WholeWeights:
     """All weights of `model`, a causal language model of transformers, in this process."""
+
+    in_lock_step = False
 
     def __init__(self, model: Any) -> None:
         named = list(model.named_parameters())

@@ -50,6 +50,14 @@ class _Part(NamedTuple):
         return self.run.completes_batch(self.place, self.items)
 
 
+class _Ahead(NamedTuple):
+    """A tick that was laid out before its time and, where `losses` are there, whose pass was begun too."""
+
+    parts: Sequence[_Part]
+    tick: Tick | None
+    losses: torch.Tensor | None = None
+
+
 class FittingPasses:
     """Holds the token budgets of a run, of training ticks and of evaluation, and halves what did not fit.
 
@@ -75,8 +83,7 @@ class FittingPasses:
         self._meter = meter
         self._on_halved = on_halved
         self._clock = clock
-        # A tick that is laid out before its time, and what is on it.
-        self._ahead: tuple[Sequence[_Part], Tick | None] | None = None
+        self._ahead: _Ahead | None = None
 
     def train(self, active: Sequence[TrialRun], turn: int) -> dict[TrialRun, Trained]:
         """Train a tick's worth of these trials, forward and backward; return what it did for each that was on it.
@@ -90,9 +97,10 @@ class FittingPasses:
             except passes.TickTooLargeError as error:
                 self._halve([part.run for part in parts], sum(part.items for part in parts), error)
                 continue
+            read_numbers = passes.reading(torch.cat([losses, norms.to(losses)]))
             # A GPU still works on it; this is the last that is done without waiting for it.
             self._lay_out_ahead(active, parts, turn + 1)
-            numbers = torch.cat([losses, norms.to(losses)]).tolist()
+            numbers = read_numbers()
             norm_of = dict(zip([part for part in parts if part.completes], numbers[len(parts) :], strict=True))
             places = {run: str(place) for place, run in enumerate(active)}
             trained = self._ranks.united(
@@ -123,10 +131,10 @@ class FittingPasses:
 
         Return each part's loss, and the gradient norms of those steps; on a GPU both are still being computed.
         """
-        if self._ahead is None or self._ahead[0] != parts:
-            self._ahead = (parts, self._lay_out(parts))
-        tick, self._ahead = self._ahead[1], None
-        losses = passes.train_tick(self._backbone, tick)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.parts != parts:
+            ahead = _Ahead(parts, self._lay_out(parts))
+        losses = passes.train_tick(self._backbone, ahead.tick) if ahead.losses is None else ahead.losses
         with passes.out_of_memory_told(self._backbone):
             steps = [(part.run.step_due(), loss) for part, loss in zip(parts, losses, strict=True) if part.completes]
             return losses, take_steps(steps)
@@ -135,7 +143,11 @@ class FittingPasses:
         return passes.lay_out(self._backbone, [part.run.share(part.place, part.items) for part in parts])
 
     def _lay_out_ahead(self, active: Sequence[TrialRun], parts: Sequence[_Part], turn: int) -> None:
-        """Lay out the tick that comes next unless something ends before it, while the device works on this one."""
+        """Lay out the tick that comes next unless something ends before it, while the device works on this one.
+
+        Its pass is begun as well where that is all but certain to be wanted, and can be dropped: nothing has been done
+        but to gradients that begin from nothing. The device then has work while the host hears what came of this tick.
+        """
         if not all(run.reads_ahead for run in active):
             return
         items = {part.run: part.items for part in parts}
@@ -145,9 +157,18 @@ class FittingPasses:
                 items[run] = 0 if self._ownership.owns(run) else len(run.waiting_tokens(run.place))
         after = [(run, run.place_after(run.place, items[run])) for run in active]
         expected = self._choose([(run, place) for run, place in after if place is not None], turn)
+        certain = all(place is not None and not run.evaluates_between(place) for run, place in after)
+        can_be_dropped = all(part.place.items_done == 0 for part in expected)
         # Memory that does not suffice for it now may do so in its time.
         with suppress(passes.TickTooLargeError):
-            self._ahead = (expected, self._lay_out(expected))
+            tick = self._lay_out(expected)
+            begins = self._begins_ahead and certain and can_be_dropped
+            self._ahead = _Ahead(expected, tick, passes.train_tick(self._backbone, tick) if begins else None)
+
+    @property
+    def _begins_ahead(self) -> bool:
+        """Whether a pass can be under way unseen, and nobody else counts this rank's passes."""
+        return self._backbone.device.type == "cuda" and not self._backbone.weights.in_lock_step
 
     def validation_losses(
         self, due: Sequence[TrialRun], share_of: Callable[[TrialRun], Share]

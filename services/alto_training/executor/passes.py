@@ -86,6 +86,23 @@ def reference_sums(backbone: Backbone, items: Sequence[Item], tokens_per_tick: i
     return answers
 
 
+def reading(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Begin to read values from the device; what is returned waits for them, and for nothing that is begun later."""
+    if values.device.type != "cuda":
+        return values.tolist
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    on_host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record(torch.cuda.current_stream(values.device))
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        numbers: list[float] = on_host.tolist()
+        return numbers
+
+    return read
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether torch (on either device) or Python says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

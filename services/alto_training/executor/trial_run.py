@@ -104,6 +104,10 @@ class TrialRun:
             return Place(place.step, place.items_done + items)
         return Place(place.step + 1, 0) if place.step + 1 < self.total_steps else None
 
+    def evaluates_between(self, place: Place) -> bool:
+        """Whether validation loss is measured on the way from here to `place`, at most one step ahead."""
+        return place.step != self.step and place.step in self._evaluation_steps
+
     @property
     def reads_ahead(self) -> bool:
         """Whether batches to come can be read before their time: not where that takes passes of the backbone."""

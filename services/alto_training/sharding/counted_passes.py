@@ -22,6 +22,7 @@ class CountedPasses:
         self.weights = weights
         self.fingerprint = weights.fingerprint
         self.parameters = weights.parameters
+        self.in_lock_step = weights.in_lock_step
         self.training = 0
         self.inference = 0
         self.idle_training = 0

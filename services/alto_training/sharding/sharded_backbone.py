@@ -26,6 +26,8 @@ class ShardedWeights:
     `order` is what every pass goes through.
     """
 
+    in_lock_step = True
+
     def __init__(self, model: Any, order: GatherOrder, head: ShardedUnit, digest: str, parameters: int) -> None:
         self.fingerprint = digest
         self.parameters = parameters

@@ -28,6 +28,7 @@ from alto_training.executor.checkpoint import CheckpointStore, checkpoints_folde
 from alto_training.executor.control import Command, ControlQueue
 from alto_training.executor.data_source import DataSource
 from alto_training.executor.errors import ExecutorError
+from alto_training.executor.events import Event
 from alto_training.executor.executor import Executor, job_folder
 from alto_training.executor.loading import load_job_backbone, open_job_data
 from alto_training.executor.progress import peak_memory_bytes
@@ -114,7 +115,7 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
         outcomes = Executor(
             order.jobs[0],
             order.workdir,
-            lambda event: parent.tell("event", encode_named(event)),
+            parent.tell_event,
             settings,
             parent.commands if rank == 0 else None,
             companions=order.jobs[1:],
@@ -202,6 +203,11 @@ class _Parent:
         if self._stream is not None:
             self._stream.write(json.dumps({kind: value}) + "\n")
             self._stream.flush()
+
+    def tell_event(self, event: Event) -> None:
+        """Tell of an event."""
+        if self._stream is not None:
+            self.tell("event", encode_named(event))
 
     def settle(self) -> None:
         """Wait until all that was told has been heard."""

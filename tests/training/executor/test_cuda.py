@@ -16,6 +16,7 @@ from alto_training.executor.backbone import load_backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
 from alto_training.executor.control import Join
 from alto_training.executor.events import Event, TaskStarted, TrialProgress
+from alto_training.executor.fitting_passes import FittingPasses
 from alto_training.executor.settings import BackboneDtype, Backend, ExecutorSettings
 from test_guests import Shared, guest, host
 from tiny_jobs import job, llama_config, run, tiny_llama
@@ -54,6 +55,34 @@ def test_fp32_on_the_gpu_is_what_the_cpu_gives(tmp_path: Path, objective: Object
     _, on_cpu = run(task, tmp_path / "cpu")
     _, on_cuda = run(task, tmp_path / "cuda", **on_gpu(torch.float32))
     assert losses(on_cuda) == pytest.approx(losses(on_cpu), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "tolerance"),
+    [(torch.float32, Backend.REFERENCE, 1e-5), (torch.bfloat16, Backend.AUTO, 1e-2)],
+)
+def test_a_pass_begun_before_the_last_one_is_heard_of_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, backend: Backend, tolerance: float
+) -> None:
+    task = job(*MIX, replace(CONFIG, max_steps=5, seed=6))
+    begun: list[bool] = []
+    original = FittingPasses._lay_out_ahead
+
+    def lay_out_ahead(self: FittingPasses, *arguments: Any) -> None:
+        original(self, *arguments)
+        begun.append(self._ahead is not None and self._ahead.losses is not None)
+
+    monkeypatch.setattr(FittingPasses, "_lay_out_ahead", lay_out_ahead)
+    found = []
+    for name in ("ahead", "in time"):
+        options = on_gpu(dtype, backend, model=llama_for_the_kernel())
+        # All batches fit one tick.
+        options["settings"] = replace(options["settings"], tokens_per_tick=400)
+        found.append(losses(run(task, tmp_path / name, **options)[1]))
+        assert any(begun) is (name == "ahead")
+        begun.clear()
+        monkeypatch.setattr(FittingPasses, "_begins_ahead", False)
+    assert found[0] == pytest.approx(found[1], rel=tolerance)
 
 
 def llama_for_the_kernel() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from alto_common.tuning import EarlyExit, TrialConfig
+from alto_common.tuning import EarlyExit, Evaluation, TrialConfig
 from alto_kernels import AdapterStep, AdapterTable
 from alto_training.executor import fitting_passes, kernel_backend, passes
 from alto_training.executor.backbone import Backbone
@@ -18,6 +19,7 @@ from alto_training.executor.backends import choose_backend
 from alto_training.executor.control import Command, ControlQueue, Join, Pause, ReviveTrial, StopTrial
 from alto_training.executor.events import (
     Event,
+    Outcome,
     TaskProgress,
     TickHalved,
     TrialDecided,
@@ -75,6 +77,62 @@ def test_a_tick_laid_out_ahead_is_the_one_of_its_time(
     in_time, events_in_time = run(task, tmp_path / "in-time", settings=settings)
     assert_same_bits(ahead, in_time, but="trial-3")
     assert [type(event) for event in events_ahead] == [type(event) for event in events_in_time]
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU])
+@pytest.mark.parametrize("tokens_per_tick", [96, 300])
+def test_a_pass_begun_before_the_last_one_is_heard_of_is_the_one_of_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens_per_tick: int, backend: Backend
+) -> None:
+    # Of 96 tokens a tick, gradients add up over several; of 300 they begin anew in each.
+    longer = replace(CONFIG, max_steps=12)
+    nan, ends_early = replace(longer, learning_rate=1e30, seed=5), replace(longer, max_steps=5, seed=6)
+    small = replace(longer, lora_rank=16, lora_dropout=0.2, batch_size=1, seed=1)
+    trials = (replace(longer, batch_size=12 if tokens_per_tick == 96 else 3), small, ends_early, nan)
+    task = job(*trials, evaluation=Evaluation(count=2))
+    settings = ExecutorSettings(tokens_per_tick=tokens_per_tick, backend=backend, checkpoint_every_ticks=2)
+    calls = Counter[str]()
+    where = "in time"
+
+    def train_tick(backbone: Backbone, tick: Tick | None, original: object = passes.train_tick) -> torch.Tensor:
+        calls[where] += 1
+        return original(backbone, tick)  # type: ignore[operator, no-any-return]
+
+    def lay_out_ahead(self: FittingPasses, *arguments: object, original: object = FittingPasses._lay_out_ahead) -> None:
+        nonlocal where
+        where = "ahead"
+        original(self, *arguments)  # type: ignore[operator]
+        where = "in time"
+
+    def search(folder: Path) -> tuple[Outcome, list[Event]]:
+        """Run the search; its user stops trial-1 in the middle of other trials' batches."""
+        control, events = ControlQueue(), list[Event]()
+
+        def listen(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, TrialProgress) and (event.trial_id, event.step) == ("trial-1", 7):
+                control.put(StopTrial("trial-1"))
+
+        outcome, _ = run(task, folder, settings=settings, control=control, events=listen)
+        return outcome, events
+
+    monkeypatch.setattr(passes, "train_tick", train_tick)
+    monkeypatch.setattr(FittingPasses, "_lay_out_ahead", lay_out_ahead)
+    plain, plain_events = search(tmp_path / "plain")
+    (ticks,) = calls.values()
+    calls.clear()
+    # What a GPU gains by: here it only has to come to the same.
+    monkeypatch.setattr(FittingPasses, "_begins_ahead", True)
+    ahead, events_ahead = search(tmp_path / "ahead")
+    assert calls["ahead"] > ticks // 3
+    # Dropped are what was begun with the trial that becomes NaN, and with the one that is stopped. In the middle of a
+    # batch nothing may be begun: its gradients are not to be had again.
+    assert calls.total() - ticks == (2 if tokens_per_tick == 300 else 0)
+    assert_same_bits(ahead, plain, but="trial-3")
+    assert [event for event in events_ahead if isinstance(event, TrialProgress)] == [
+        event for event in plain_events if isinstance(event, TrialProgress)
+    ]
+    assert [type(event) for event in events_ahead] == [type(event) for event in plain_events]
 
 
 @pytest.mark.parametrize("overwrites", [False, True])
