@@ -28,6 +28,8 @@ endfunction()
 target_sources(alto_kernels_module PRIVATE
   csrc/cuda/adamw.cu
   csrc/cuda/bindings.cpp
+  csrc/cuda/elementwise.cu
+  csrc/cuda/elementwise_bindings.cpp
   csrc/cuda/grouped_bindings.cpp
   csrc/cuda/grouped_down_bfloat16.cu
   csrc/cuda/grouped_down_float16.cu

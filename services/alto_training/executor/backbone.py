@@ -19,6 +19,7 @@ from alto_training.executor.adapter import AdaptedModule
 from alto_training.executor.backbone_weights import BackboneWeights, WholeWeights
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
 from alto_training.executor.frozen_linear import frozen_linear
+from alto_training.executor.fused_gate import fuse_gates
 from alto_training.executor.fused_norm import fuse_norms
 from alto_training.executor.fused_rotary import fuse_rotary
 from alto_training.executor.lora_linear import LoraBackend, MultiLoraLinear, ReferenceBackend
@@ -73,7 +74,7 @@ class Backbone:
         finally:
             if not tick.training:
                 self.current.tick = None
-        hidden_TH: torch.Tensor = output.last_hidden_state[0]
+        hidden_TH: torch.Tensor = output.last_hidden_state.squeeze(0)
         return hidden_TH.index_select(0, tick.rows_R)
 
     def end_tick(self) -> None:
@@ -180,6 +181,7 @@ def prepare_backbone(
     if device.type == "cuda":
         fuse_norms(model.base_model)
         fuse_rotary(model.base_model)
+        fuse_gates(model.base_model)
     attention.register()
     model.set_attn_implementation(attention.IMPLEMENTATION)
     decoder = model.base_model

@@ -195,14 +195,17 @@ class MultiLoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., K] to [..., N]; the leading dimensions hold the tick's T tokens in order."""
         tick = self.current.require()
-        x_TK = x.reshape(-1, self.frozen.in_features)
-        y_TN: torch.Tensor
-        if self.adapted_in(tick):
-            shared_TN = None if self.shared_input is None else self.shared_input.output(self, x, tick)
-            y_TN = self.backend.linear(x_TK, self.frozen, self.index, tick) if shared_TN is None else shared_TN
+        if not self.adapted_in(tick):
+            y_TN: torch.Tensor = _FrozenProduct.apply(self._tokens(x), self.frozen)  # type: ignore[no-untyped-call]
         else:
-            y_TN = _FrozenProduct.apply(x_TK, self.frozen)  # type: ignore[no-untyped-call]
+            shared_TN = None if self.shared_input is None else self.shared_input.output(self, x, tick)
+            y_TN = (
+                self.backend.linear(self._tokens(x), self.frozen, self.index, tick) if shared_TN is None else shared_TN
+            )
         return y_TN.view(*x.shape[:-1], self.frozen.out_features)
+
+    def _tokens(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, self.frozen.in_features)
 
 
 class _FrozenProduct(torch.autograd.Function):

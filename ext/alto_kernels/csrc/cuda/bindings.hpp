@@ -6,6 +6,8 @@
 namespace alto::cuda {
 
 void bind(pybind11::module_& module);
-void bind_grouped(pybind11::module_& module);  // called by bind
+// Called by bind.
+void bind_elementwise(pybind11::module_& module);
+void bind_grouped(pybind11::module_& module);
 
 }  // namespace alto::cuda
