@@ -65,6 +65,7 @@ class TickJobs:
         self.expected = expected
         self.used: dict[LaunchShape, None] = {}
         self._keep: list[torch.Tensor] = []
+        self._block_gradients: torch.Tensor | None = None
         layout = self._layout
         parts = [layout.extras(), layout.owners(), layout.ready_target(), *_by_token(plan)]
         for shape in expected:
@@ -82,6 +83,14 @@ class TickJobs:
             found = Schedule(*self._upload(self._make(shape)))
             self._schedules[shape] = found
         return found
+
+    def block_gradients(self, modules: int, dtype: torch.dtype) -> list[int]:
+        """Return device addresses for the dS blocks of so many modules; they are of use within one launch alone."""
+        held = self._block_gradients
+        if held is None or len(held) < modules:
+            held = self._block_gradients = torch.empty(modules, *self.saved_shape, dtype=dtype, device=self._device)
+        size = held.stride(0) * held.element_size()
+        return [held.data_ptr() + number * size for number in range(modules)]
 
     def _make(self, shape: LaunchShape) -> tuple[bytes, bytes]:
         made: tuple[bytes, bytes] = self._layout.schedule(

@@ -9,6 +9,7 @@ import torch
 
 from alto_kernels.availability import require_compiled
 from alto_kernels.optimizer_settings import AdapterStep
+from alto_kernels.streams import current_stream
 from alto_kernels.upload import upload
 
 
@@ -38,7 +39,7 @@ def cuda_adamw_step(adapters: Sequence[AdapterStep], zero_grad: bool) -> tuple[t
         adapter_count=len(adapters),
         most_blocks=max(counts),
         zero_grad=zero_grad,
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        stream=current_stream(device),
     )
     return norm, finite
 

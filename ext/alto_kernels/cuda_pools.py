@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alto_kernels.availability import require_compiled
+from alto_kernels.streams import current_stream
 from alto_kernels.upload import upload
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class CudaPools:
             pool_columns=self.capacity,
             slot_is_bad=self.slot_is_bad.data_ptr(),
             is_float16=self._table.dtype == torch.float16,
-            stream=torch.cuda.current_stream(self._table.device).cuda_stream,
+            stream=current_stream(self._table.device),
         )
 
     def _allocate(self, capacity: int) -> None:

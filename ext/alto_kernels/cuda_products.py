@@ -12,6 +12,7 @@ from alto_kernels.availability import require_compiled
 from alto_kernels.cuda_jobs import LaunchShape
 from alto_kernels.cuda_pools import CudaPools
 from alto_kernels.plan import TickPlan
+from alto_kernels.streams import current_stream
 
 _MAX_MODULES = 4  # of one launch
 
@@ -28,7 +29,7 @@ def linears_forward(
         return outputs + saved
     weights = [_matrix(weight, "weight_NK", dtype) for weight in weights]
     given = [None if bias is None else _matrix(bias, "bias_N", dtype) for bias in biases]
-    stream = torch.cuda.current_stream(x_TK.device).cuda_stream
+    stream = current_stream(x_TK.device)
     for part in _parts(len(weights), _MAX_MODULES):
         _launch(plan, tuple(modules[part]), backward=False, wants_output=True).forward(
             x_TK.data_ptr(),
@@ -62,15 +63,16 @@ def linears_backward(
         return dx_TK if needs_dx else None
     dys = [_matrix(dy, "dy_TN", dtype) for dy in dys]
     weights = [_matrix(weight, "weight_NK", dtype) for weight in weights]
-    s_gradients = [_empty(blocks, *blocks.shape) for blocks in saved]
-    stream = torch.cuda.current_stream(x_TK.device).cuda_stream
+    assert plan.jobs is not None
+    s_gradients = plan.jobs.block_gradients(len(saved), dtype)
+    stream = current_stream(x_TK.device)
     for part in _parts(len(weights), 1 if plan.row_keys is not None else _MAX_MODULES):
         _launch(plan, tuple(modules[part]), backward=True, wants_output=needs_dx).backward(
             _addresses(dys[part]),
             x_TK.data_ptr(),
             _addresses(weights[part]),
             _addresses(saved[part]),
-            _addresses(s_gradients[part]),
+            s_gradients[part],
             dx_TK.data_ptr(),
             part.start > 0,
             stream,

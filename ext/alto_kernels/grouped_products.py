@@ -6,6 +6,7 @@ import torch
 
 from alto_kernels.grouped_jobs import GroupedJobs
 from alto_kernels.plan import TickPlan
+from alto_kernels.streams import current_stream
 
 
 def low_rank_forward(y_TN: torch.Tensor, x_TK: torch.Tensor, plan: TickPlan, module: int) -> torch.Tensor:
@@ -17,7 +18,9 @@ def low_rank_forward(y_TN: torch.Tensor, x_TK: torch.Tensor, plan: TickPlan, mod
     saved_TR = torch.empty(*jobs.saved_shape, dtype=x_TK.dtype, device=x_TK.device)
     # Bound to a name, like all operands here: the memory of a copy must not be handed out before the launch.
     operand_TK, output_TN = _operand(x_TK, "x_TK", plan), _in_place(y_TN, "y_TN", plan)
-    jobs.launch(module).forward(operand_TK.data_ptr(), saved_TR.data_ptr(), output_TN.data_ptr(), _stream(operand_TK))
+    jobs.launch(module).forward(
+        operand_TK.data_ptr(), saved_TR.data_ptr(), output_TN.data_ptr(), current_stream(operand_TK.device)
+    )
     return saved_TR
 
 
@@ -38,7 +41,7 @@ def low_rank_backward(
         saved_TR.data_ptr(),
         ds_TR.data_ptr(),
         0 if dx_TK is None else _in_place(dx_TK, "dx_TK", plan).data_ptr(),
-        _stream(operand_TK),
+        current_stream(operand_TK.device),
     )
 
 
@@ -58,7 +61,3 @@ def _in_place(tensor: torch.Tensor, name: str, plan: TickPlan) -> torch.Tensor:
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: must be contiguous, it is written in place")
     return _operand(tensor, name, plan)
-
-
-def _stream(tensor: torch.Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream

@@ -2,10 +2,14 @@
 
 #include <cuda_runtime.h>
 
+#include <functional>
 #include <stdexcept>
+#include <unordered_map>
 
 namespace alto::cuda {
 namespace {
+
+constexpr std::size_t kMostKept = 8192;  // maps of 128 bytes
 
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
@@ -25,9 +29,24 @@ Encode encoder() {
     return found;
 }
 
-}  // namespace
+struct Request {
+    Matrix matrix;
+    int box_rows;
+    bool is_float16;
 
-CUtensorMap tensor_map(const Matrix& matrix, int box_rows, bool is_float16, const std::string& name) {
+    bool operator==(const Request&) const = default;
+};
+
+struct Hash {
+    std::size_t operator()(const Request& request) const {
+        std::size_t mixed = std::hash<std::uintptr_t>()(request.matrix.address);
+        for (const std::int64_t part : {request.matrix.rows, request.matrix.columns, std::int64_t{request.box_rows}})
+            mixed = mixed * 0x9E3779B97F4A7C15ull + static_cast<std::size_t>(part);
+        return mixed;
+    }
+};
+
+CUtensorMap encode(const Matrix& matrix, int box_rows, bool is_float16, const std::string& name) {
     if (matrix.address == 0 || matrix.address % 16 != 0)
         throw std::invalid_argument(name + ": its address must be a multiple of 16 bytes");
     if (matrix.rows < 1 || matrix.columns < 1) throw std::invalid_argument(name + ": must not be empty");
@@ -45,6 +64,17 @@ CUtensorMap tensor_map(const Matrix& matrix, int box_rows, bool is_float16, cons
     if (status != CUDA_SUCCESS)
         throw std::invalid_argument(name + ": TMA refused the matrix (error " + std::to_string(status) + ")");
     return map;
+}
+
+}  // namespace
+
+CUtensorMap tensor_map(const Matrix& matrix, int box_rows, bool is_float16, const char* name) {
+    // Weights stay where they are, and an allocator gives the same few addresses to activations over and over.
+    thread_local std::unordered_map<Request, CUtensorMap, Hash> encoded;
+    const Request request{matrix, box_rows, is_float16};
+    if (const auto found = encoded.find(request); found != encoded.end()) return found->second;
+    if (encoded.size() == kMostKept) encoded.clear();
+    return encoded.emplace(request, encode(matrix, box_rows, is_float16, name)).first->second;
 }
 
 }  // namespace alto::cuda

@@ -4,7 +4,6 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <string>
 
 namespace alto::cuda {
 
@@ -14,9 +13,12 @@ struct Matrix {
     std::int64_t rows = 0;
     std::int64_t columns = 0;
     std::int64_t stride = 0;
+
+    bool operator==(const Matrix&) const = default;
 };
 
-// Encodes the map; throws std::invalid_argument that names the matrix where TMA cannot address it.
-CUtensorMap tensor_map(const Matrix& matrix, int box_rows, bool is_float16, const std::string& name);
+// Returns the map; throws std::invalid_argument that names the matrix where TMA cannot address it. The driver takes
+// microseconds to encode one and a launch has up to 14, so each thread keeps those that it asked for lately.
+CUtensorMap tensor_map(const Matrix& matrix, int box_rows, bool is_float16, const char* name);
 
 }  // namespace alto::cuda
