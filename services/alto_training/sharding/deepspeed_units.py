@@ -21,6 +21,7 @@ class DeepSpeedEngine:
     """A `ShardingEngine` over the ranks of `group`. Needs torch.distributed started and LOCAL_RANK set."""
 
     name = "deepspeed"
+    in_lock_step = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         import deepspeed

@@ -18,6 +18,7 @@ class FsdpEngine:
     """A `ShardingEngine` over the ranks of `group`; `device_type` is where the weights live ("cpu", "cuda")."""
 
     name = "fsdp2"
+    in_lock_step = True
 
     def __init__(self, group: dist.ProcessGroup, device_type: str) -> None:
         from torch.distributed.device_mesh import DeviceMesh

@@ -1,7 +1,8 @@
-"""Lock step: the one order in which every rank gathers the parts of the backbone, with work or without.
+"""The one order in which every rank gathers the parts of the backbone; in lock step, with work or without.
 
 The order is fixed by the model alone. A training pass meets embeddings, layers, head, and the layers backwards; a pass
-without gradients ends at the head. A rank without work walks through the same order and computes nothing.
+without gradients ends at the head. Where a gather is one of all ranks, a rank without work walks through the same order
+and computes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class GatherOrder:
         head: ShardedUnit,
         prefetch: int = 1,
         beat: Callable[[], None] = lambda: None,
+        in_lock_step: bool = True,
     ) -> None:
+        self.in_lock_step = in_lock_step
         self._forward = (*embeddings, *layers, head)
         self._round_trip = (*self._forward, *reversed(layers))
         self._prefetch = prefetch
@@ -51,9 +54,11 @@ class GatherOrder:
         return total
 
     def begin(self, training: bool) -> None:
-        """Begin a pass."""
+        """Begin a pass. One that was broken off is only forgotten where no other rank counts on it."""
         if self._position != len(self._order):
-            raise self._broken("a new pass")
+            if self.in_lock_step:
+                raise self._broken("a new pass")
+            self._let_go()
         self._order = self._round_trip if training else self._forward
         self._position = 0
 
@@ -84,6 +89,11 @@ class GatherOrder:
         for unit in self._order:
             self.enter(unit)
             self.leave(unit)
+
+    def _let_go(self) -> None:
+        for unit in (*self._launched, *self._here):
+            unit.release()
+        self._launched, self._here = [], []
 
     def _stays(self, order: Sequence[ShardedUnit], position: int) -> bool:
         """Say whether the unit at `position` is met again within the prefetched ones: the last layer, at the turn."""

@@ -19,6 +19,7 @@ from torch import nn
 from alto_training.sharding.units import ShardedUnit, tensor_bytes
 
 _ALIGNMENT = 64  # elements: what kernels and copies like
+_LANES = 2  # streams of copies: one for this rank's own share, the rest for those of the others
 
 
 @dataclass(frozen=True)
@@ -43,57 +44,74 @@ def flat_layout(sizes: Sequence[int], ranks: int) -> FlatLayout:
     return FlatLayout(tuple(offsets), -(-share // _ALIGNMENT) * _ALIGNMENT)
 
 
-class CopyLane:
-    """Copies beside the computation, into buffers that units take turns in. On a CPU they are plain copies."""
+@dataclass(frozen=True)
+class GatherBuffer:
+    """Room for all shares of a unit: `whole`, and each rank's part of it."""
+
+    whole: torch.Tensor
+    parts: Sequence[torch.Tensor]
+
+
+class CopyLanes:
+    """Copies beside the computation, into buffers that units take turns in. On a CPU they are plain copies.
+
+    A rank's own share goes by a lane of its own: over NVLink the others' shares are what takes long.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._idle: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        self._streams: list[Any] = []
+        if device.type == "cuda":
+            self._streams = [torch.cuda.Stream(device) for _ in range(_LANES)]  # type: ignore[no-untyped-call]
+        self._idle: dict[tuple[int, torch.dtype], list[GatherBuffer]] = {}
 
-    def gather(self, shares: Sequence[torch.Tensor], first: int) -> tuple[torch.Tensor, Any]:
-        """Launch the copies of all shares, beginning with `first`; return the buffer, and the event of their end."""
-        share = shares[0]
-        waiting = self._idle.setdefault((share.numel() * len(shares), share.dtype), [])
-        buffer = (
-            waiting.pop()
-            if waiting
-            else torch.empty(share.numel() * len(shares), dtype=share.dtype, device=self._device)
-        )
-        order = [(first + turn) % len(shares) for turn in range(len(shares))]
-        if self._stream is None:
-            self._copy(buffer, shares, order)
-            return buffer, None
+    def gather(self, shares: Sequence[torch.Tensor], mine: int) -> tuple[GatherBuffer, list[Any]]:
+        """Launch the copies of all shares, of which `mine` is this rank's; return the buffer, and the lanes' ends."""
+        size, ranks = shares[0].numel(), len(shares)
+        waiting = self._idle.setdefault((size * ranks, shares[0].dtype), [])
+        buffer = waiting.pop() if waiting else self._make_buffer(shares)
+        others = [(mine + turn) % ranks for turn in range(1, ranks)]
+        if not self._streams:
+            for rank in (*others, mine):
+                buffer.parts[rank].copy_(shares[rank])
+            return buffer, []
         # Whoever used the buffer last has been launched on the current stream.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            self._copy(buffer, shares, order)
-            return buffer, self._stream.record_event()
+        idle = torch.cuda.current_stream(self._device).record_event()
+        remote = len(self._streams) - 1
+        ends = []
+        for lane, stream in enumerate(self._streams):
+            stream.wait_event(idle)
+            with torch.cuda.stream(stream):
+                for rank in others[lane::remote] if lane < remote else (mine,):
+                    buffer.parts[rank].copy_(shares[rank], non_blocking=True)
+                ends.append(stream.record_event())
+        return buffer, ends
 
-    def wait(self, event: Any) -> None:
+    def wait(self, ends: Sequence[Any]) -> None:
         """Have what is launched from here on wait for a gather."""
-        if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)
+        for end in ends:
+            torch.cuda.current_stream(self._device).wait_event(end)
 
-    def give_back(self, buffer: torch.Tensor) -> None:
+    def give_back(self, buffer: GatherBuffer) -> None:
         """Let another unit have the buffer."""
-        self._idle[buffer.numel(), buffer.dtype].append(buffer)
+        self._idle[buffer.whole.numel(), buffer.whole.dtype].append(buffer)
 
-    def _copy(self, buffer: torch.Tensor, shares: Sequence[torch.Tensor], order: Sequence[int]) -> None:
+    def _make_buffer(self, shares: Sequence[torch.Tensor]) -> GatherBuffer:
         size = shares[0].numel()
-        for rank in order:
-            buffer[rank * size : (rank + 1) * size].copy_(shares[rank], non_blocking=True)
+        whole = torch.empty(size * len(shares), dtype=shares[0].dtype, device=self._device)
+        return GatherBuffer(whole, whole.split(size))
 
 
 class PeerEngine:
     """A `ShardingEngine` over the ranks of `group`, which are on one host, each with a GPU of its own."""
 
     name = "peer"
+    in_lock_step = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group = group
         self._device = device
-        self._lane = CopyLane(device)
+        self._lanes = CopyLanes(device)
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         """See `ShardingEngine.shard`."""
@@ -109,7 +127,7 @@ class PeerEngine:
         mine.copy_(flatten(parameters, layout, ranks)[rank * layout.share : (rank + 1) * layout.share])
         torch.cuda.synchronize(self._device)
         dist.barrier(self._group)  # nobody reads before all have written
-        return PeerUnit(name, parameters, layout, shares, rank, self._lane)
+        return PeerUnit(name, parameters, layout, shares, rank, self._lanes)
 
 
 def flatten(parameters: Sequence[nn.Parameter], layout: FlatLayout, ranks: int) -> torch.Tensor:
@@ -131,7 +149,7 @@ class PeerUnit:
         layout: FlatLayout,
         shares: Sequence[torch.Tensor],
         rank: int,
-        lane: CopyLane,
+        lanes: CopyLanes,
     ) -> None:
         self.name = name
         self.gathered_bytes = tensor_bytes(list(shares))
@@ -141,34 +159,35 @@ class PeerUnit:
         self._layout = layout
         self._shares = shares
         self._rank = rank
-        self._lane = lane
+        self._lanes = lanes
         self._nothing = shares[rank].new_empty(0)
         # By the buffer's address: the lane has few, and making views anew takes the host longer than all else here.
         self._views: dict[int, list[torch.Tensor]] = {}
-        self._buffer = self._nothing
-        self._event: Any = None
+        self._buffer: GatherBuffer | None = None
+        self._ends: list[Any] = []
         self.release()
 
     def start(self) -> None:
-        """See `ShardedUnit.start`; only, nobody else need do the same."""
-        self._buffer, self._event = self._lane.gather(self._shares, self._rank)
+        """See `ShardedUnit.start`."""
+        self._buffer, self._ends = self._lanes.gather(self._shares, self._rank)
 
     def finish(self) -> None:
         """See `ShardedUnit.finish`."""
-        self._lane.wait(self._event)
-        buffer = self._buffer
-        if buffer.data_ptr() not in self._views:
-            self._views[buffer.data_ptr()] = [
-                buffer[offset : offset + math.prod(shape)].view(shape)
+        assert self._buffer is not None
+        self._lanes.wait(self._ends)
+        whole = self._buffer.whole
+        if whole.data_ptr() not in self._views:
+            self._views[whole.data_ptr()] = [
+                whole[offset : offset + math.prod(shape)].view(shape)
                 for shape, offset in zip(self._shapes, self._layout.offsets, strict=True)
             ]
-        for parameter, view in zip(self._parameters, self._views[buffer.data_ptr()], strict=True):
+        for parameter, view in zip(self._parameters, self._views[whole.data_ptr()], strict=True):
             parameter.data = view
 
     def release(self) -> None:
         """See `ShardedUnit.release`."""
         for parameter in self._parameters:
             parameter.data = self._nothing
-        if self._buffer.numel():
-            self._lane.give_back(self._buffer)
-        self._buffer = self._nothing
+        if self._buffer is not None:
+            self._lanes.give_back(self._buffer)
+        self._buffer = None

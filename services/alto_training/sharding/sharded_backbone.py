@@ -26,12 +26,11 @@ class ShardedWeights:
     `order` is what every pass goes through.
     """
 
-    in_lock_step = True
-
     def __init__(self, model: Any, order: GatherOrder, head: ShardedUnit, digest: str, parameters: int) -> None:
         self.fingerprint = digest
         self.parameters = parameters
         self.order = order
+        self.in_lock_step = order.in_lock_step
         self._model = model
         self._head = head
 
@@ -43,8 +42,9 @@ class ShardedWeights:
         self.order.leave(self._head)
 
     def idle_pass(self, training: bool) -> None:
-        """See `BackboneWeights.idle_pass`."""
-        self.order.walk(training)
+        """See `BackboneWeights.idle_pass`: nothing to do where no other rank waits for this one."""
+        if self.in_lock_step:
+            self.order.walk(training)
 
 
 def load_sharded_backbone(
@@ -106,7 +106,9 @@ def shard_model(
     layers = [(modules, shard(name, modules)) for name, modules in plan.layers]
     tied = next((unit for modules, unit in embeddings if len(modules) > 1), None)
     head = tied if tied is not None else shard(*plan.head)
-    order = GatherOrder([unit for _, unit in embeddings], [unit for _, unit in layers], head, prefetch, beat)
+    order = GatherOrder(
+        [unit for _, unit in embeddings], [unit for _, unit in layers], head, prefetch, beat, engine.in_lock_step
+    )
     _hook_embeddings(embeddings, order)
     for modules, unit in layers:
         _hook_layer(modules[0], unit, order)

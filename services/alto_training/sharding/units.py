@@ -22,7 +22,7 @@ class ShardedUnit(Protocol):
     shard_bytes: int
 
     def start(self) -> None:
-        """Launch the gather; every rank of the group must do the same, in the same order."""
+        """Launch the gather; where ranks are in lock step, every rank of the group must do the same."""
         ...
 
     def finish(self) -> None:
@@ -35,9 +35,13 @@ class ShardedUnit(Protocol):
 
 
 class ShardingEngine(Protocol):
-    """Cuts parameters into shares and gathers them: DeepSpeed's ZeRO-3 or torch's FSDP2."""
+    """Cuts parameters into shares and gathers them: DeepSpeed's ZeRO-3, torch's FSDP2, or copies from peers.
+
+    `in_lock_step`: a gather is one of all ranks, which must come to the same ones in the same order.
+    """
 
     name: str
+    in_lock_step: bool
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         """Cut the parameters of `modules`, which hold their whole weights, and keep this rank's share."""

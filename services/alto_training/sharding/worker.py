@@ -124,6 +124,10 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
             ranks=ranks,
             before_checkpoint=parent.settle,
         ).run_all()
+        if device.type == "cuda":
+            # A pass that was begun and dropped may still read the weights of other ranks: none of them leaves before.
+            torch.cuda.synchronize(device)
+        ranks.united({})
         report_file(folder, rank).write_text(
             json.dumps(encode(_report(ranks, backbone, weights, meter, idle_memory_bytes)))
         )

@@ -22,10 +22,10 @@ class NotedUnit:
         self._log.append(f"release {self.name}")
 
 
-def make(layers: int, prefetch: int) -> tuple[GatherOrder, list[NotedUnit], list[str]]:
+def make(layers: int, prefetch: int, in_lock_step: bool = True) -> tuple[GatherOrder, list[NotedUnit], list[str]]:
     log: list[str] = []
     units = [NotedUnit(name, log) for name in ("embedding", *(f"layer{number}" for number in range(layers)), "head")]
-    return GatherOrder(units[:1], units[1:-1], units[-1], prefetch), units, log
+    return GatherOrder(units[:1], units[1:-1], units[-1], prefetch, in_lock_step=in_lock_step), units, log
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2, 5])
@@ -63,4 +63,27 @@ def test_a_rank_out_of_step_is_told_so() -> None:
     with pytest.raises(LockStepError, match=r"layer1 where layer0 was to be gathered"):
         order.enter(units[2])
     with pytest.raises(LockStepError, match=r"a new pass"):
+        order.begin(training=False)
+
+
+def test_where_no_rank_waits_for_another_a_pass_that_was_broken_off_is_forgotten() -> None:
+    order, units, log = make(layers=3, prefetch=1, in_lock_step=False)
+    order.begin(training=True)
+    for unit in units[:2]:
+        order.enter(unit)
+        order.leave(unit)
+    order.enter(units[2])  # layer1 is here, and layer2 under way
+    log.clear()
+    order.begin(training=False)
+    assert sorted(log) == ["release layer1", "release layer2"]
+    log.clear()
+    order.walk(training=False)
+    assert [entry for entry in log if entry.startswith("start")] == [f"start {unit.name}" for unit in units]
+
+
+def test_in_lock_step_a_pass_that_was_broken_off_is_told_of() -> None:
+    order, units, _ = make(layers=3, prefetch=1)
+    order.begin(training=True)
+    order.enter(units[0])
+    with pytest.raises(LockStepError, match="a new pass"):
         order.begin(training=False)

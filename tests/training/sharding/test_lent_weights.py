@@ -12,7 +12,7 @@ from alto_training.executor.fused_norm import fuse_norms
 from alto_training.executor.kernel_backend import KernelBackend
 from alto_training.executor.lora_linear import FrozenLinear
 from alto_training.executor.tick import Item, PackedSequence, Share, Tick
-from alto_training.sharding.peer_units import CopyLane, PeerUnit, flat_layout, flatten
+from alto_training.sharding.peer_units import CopyLanes, GatherBuffer, PeerUnit, flat_layout, flatten
 from alto_training.sharding.sharded_backbone import empty_model, shard_model
 from alto_training.sharding.units import ShardedUnit
 from alto_training.sharding.weight_files import RandomWeights, fill
@@ -27,17 +27,18 @@ GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_positions=64, n_layer=5, n_head=4)
 CONFIG = TrialConfig(lora_rank=4)
 
 
-class SpoilingLane(CopyLane):
+class SpoilingLane(CopyLanes):
     """Spoils what is given back, as another layer's weights would."""
 
-    def give_back(self, buffer: torch.Tensor) -> None:
-        buffer.fill_(float("nan"))
+    def give_back(self, buffer: GatherBuffer) -> None:
+        buffer.whole.fill_(float("nan"))
 
 
 class OneHostEngine:
     """Two shares in this process, gathered as from peers."""
 
     name = "one host"
+    in_lock_step = True
 
     def __init__(self) -> None:
         self._lane = SpoilingLane(CPU)
