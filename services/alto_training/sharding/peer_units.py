@@ -99,7 +99,7 @@ class CopyLanes:
     def _make_buffer(self, shares: Sequence[torch.Tensor]) -> GatherBuffer:
         size = shares[0].numel()
         whole = torch.empty(size * len(shares), dtype=shares[0].dtype, device=self._device)
-        return GatherBuffer(whole, whole.split(size))
+        return GatherBuffer(whole, torch.split(whole, size))
 
 
 class PeerEngine:
