@@ -14,10 +14,10 @@ compares with their BATCH / N on each GPU, which is the trial's own batch. Warm-
 the median round (`round_s`: all trials' steps); `mean_tokens_per_s` is that of all rounds.
 
 `bytes_per_tick` are the gathers of a training pass on a rank, `adapter_bytes` what collectives sent beyond gathers and
-the fixed small messages, `exchange_shares` the part of its time that each rank spends on those messages (waiting for
-slower ranks included), `gather_s` how long all gathers of a pass take with nothing else to do. NVLink multicast stays
-as the environment sets it. One set of processes runs everything; a strategy that fails or hangs is named, and the rest
-goes on in a new set. `--output` is written after each result.
+the fixed small messages, `exchange_shares` the part of its time that each rank's host spends on those messages (waiting
+for others' hosts included, while its GPU has the next pass to work on), `gather_s` how long all gathers of a pass take
+with nothing else to do. NVLink multicast stays as the environment sets it. One set of processes runs everything; a
+strategy that fails or hangs is named, and the rest goes on in a new set. `--output` is written after each result.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_what_the_last_tick_launched_is_expected_also_after_plans_that_never_ran
 def test_pools_that_did_not_find_memory_to_grow_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(refresh_pools=lambda **_: None)
     monkeypatch.setattr(cuda_pools, "require_compiled", lambda: kernels)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cuda_pools, "current_stream", lambda device: 0)
     occupants = {slot: SimpleNamespace(rank=rank, weights={}) for slot, rank in enumerate((128, 256))}
     table: Any = SimpleNamespace(
         module_shapes=[(8, 16)],

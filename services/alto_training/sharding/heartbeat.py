@@ -11,6 +11,7 @@ from pathlib import Path
 
 _COUNTER = struct.Struct("<q")
 _INTERVAL_S = 5.0
+_MOST_BETWEEN = 1 << 24  # signs of life between two moments
 
 
 class Heartbeats:
@@ -25,6 +26,13 @@ class Heartbeats:
     def beat(self, rank: int) -> None:
         """Count one more sign of life of a rank."""
         self._put(rank, self.read()[rank] + 1)
+
+    def arrive(self, rank: int, moment: int) -> None:
+        """Count a rank as having come to `moment`, which all ranks come to in turn: more than any signs before it.
+
+        Between two moments ranks may have more work or less.
+        """
+        self._put(rank, moment * _MOST_BETWEEN)
 
     @contextmanager
     def kept_up(self, rank: int, interval_s: float = _INTERVAL_S) -> Iterator[None]:

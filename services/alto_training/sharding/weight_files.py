@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,18 +60,24 @@ class SafetensorsFolder:
         return name, name.removeprefix(self._prefix), self._prefix + name
 
 
+@dataclass(frozen=True)
 class RandomWeights:
-    """Weights drawn by name and shape, for measuring shapes of which no weights are at hand."""
+    """Weights drawn by name and shape, for measuring shapes of which no weights are at hand.
+
+    The smaller `deviation`, the less a deep model makes of roundings: see the check of packing.
+    """
+
+    deviation: float = 0.02
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return N(0, 0.02), or ones for a vector: the same on every rank."""
+        """Return N(0, deviation), or ones for a vector: the same on every rank."""
         if len(shape) < 2:
             return torch.ones(shape, dtype=dtype, device=device)
         drawn = torch.empty(shape, dtype=dtype, device=device)
         if device.type == "cpu":
-            return drawn.normal_(0.0, 0.02, generator=generator(name))
+            return drawn.normal_(0.0, self.deviation, generator=generator(name))
         seeded = torch.Generator(device).manual_seed(generator(name).initial_seed())
-        return drawn.normal_(0.0, 0.02, generator=seeded)
+        return drawn.normal_(0.0, self.deviation, generator=seeded)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -99,7 +100,7 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    ranks = WorkerRanks(dist.new_group(backend="gloo", timeout=timeout), beat)
+    ranks = WorkerRanks(dist.new_group(backend="gloo", timeout=timeout), partial(beats.arrive, rank))
     settings = replace(order.settings, device=str(device), backend=_backend(order.settings, device))
     if order.strategy in (Strategy.SHARDED, Strategy.HYBRID):
         # It tries ticks of its own until memory runs out: other ranks would wait in the middle of them.

@@ -18,7 +18,7 @@ _LENGTH_BYTES = 8
 
 
 class WorkerRanks:
-    """`Ranks` over a gloo process group. `beat` is called before and after each exchange.
+    """`Ranks` over a gloo process group. `arrived` is told which moment it is before and after each exchange.
 
     `moves` counts the times that a trial was dealt to another rank.
 
@@ -26,12 +26,13 @@ class WorkerRanks:
     and file names; never a weight or a gradient.
     """
 
-    def __init__(self, group: dist.ProcessGroup, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, group: dist.ProcessGroup, arrived: Callable[[int], None] = lambda moment: None) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.moves = 0
         self._group = group
-        self._beat = beat
+        self._arrived = arrived
+        self._moment = 0
 
     def first(self, commands: list[Command], due: bool) -> tuple[list[Command], bool]:
         """See `Ranks.first`."""
@@ -50,7 +51,7 @@ class WorkerRanks:
 
     def _exchange(self, mine: Any) -> list[Any]:
         """Return what each rank gives, by rank. Most fits into one small message; else a second one takes it all."""
-        self._beat()
+        self._arrive()
         said = json.dumps(mine).encode()
         head = len(said).to_bytes(_LENGTH_BYTES, "little") + said[: _INLINE_BYTES - _LENGTH_BYTES]
         heads = self._gather(head, _INLINE_BYTES)
@@ -60,8 +61,12 @@ class WorkerRanks:
             whole = [one[_LENGTH_BYTES:] for one in heads]
         else:
             whole = self._gather(said, longest)
-        self._beat()
+        self._arrive()
         return [json.loads(one[:length]) for one, length in zip(whole, lengths, strict=True)]
+
+    def _arrive(self) -> None:
+        self._moment += 1
+        self._arrived(self._moment)
 
     def _gather(self, said: bytes, size: int) -> list[bytes]:
         padded = torch.frombuffer(bytearray(said.ljust(size, b"\0")), dtype=torch.uint8)
