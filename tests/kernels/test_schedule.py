@@ -80,6 +80,9 @@ def test_everything_is_done_once_and_in_step(name: str, backward: bool) -> None:
             for item in (one, two):
                 if item["kind"] == DOWN:
                     written.update((s_row, module) for s_row, _, module, detail in item["parts"] if detail >= 0)
+                    depth = {1: 128, 2: 192}.get(item["part_count"], 64)
+                    contraction = out_features[item["parts"][0][2]] if backward else in_features
+                    assert item["steps"] == -(-contraction // depth)
                 elif item["kind"] == BASE and item["row"] < tokens:
                     tiles[item["row"], item["column"], item["module"]] += 1
                 elif item["kind"] in (GRAD_B, GRAD_A):

@@ -200,17 +200,33 @@ struct Consumer {
         for (int index = 0; index < item.steps; ++index) {
             await_full();
             if (drops) {
+                // The operand's boxes, 64 features after 64.
                 const int feature = index * down_depth(parts);
                 mask_box(warpgroup, true, row_bits, threshold, feature);
-                if constexpr (parts == 1) mask_box(2 + warpgroup, true, row_bits, threshold, feature + 64);
+                if constexpr (parts <= 2) mask_box(2 + warpgroup, true, row_bits, threshold, feature + 64);
+                if constexpr (parts == 2) mask_box(4 + warpgroup, true, row_bits, threshold, feature + 128);
                 masked();
             }
-            fence_registers(sum);
-            cute::warpgroup_arrive();
-            multiply_boxes<Major::K, kWeightMajor, 0, 32 * parts>(box(warpgroup), box(pool_box(parts)), sum, keep);
-            if constexpr (parts == 1)
-                multiply_boxes<Major::K, kWeightMajor, 0, 32>(box(2 + warpgroup), box(pool_box(1) + 1), sum, keep);
-            parts <= 2 ? complete_step() : commit_step();
+            if constexpr (parts == 2) {
+                const int operand_stage = ring.stage;
+                const std::uint32_t operand = box(warpgroup);
+                ring.advance();
+                await_full();
+                fence_registers(sum);
+                cute::warpgroup_arrive();
+#pragma unroll
+                for (int i = 0; i < down_depth(2) / kStepDepth; ++i)
+                    multiply_boxes<Major::K, kWeightMajor, 0, 64>(operand + i * 2 * kBoxBytes, box(2 * i), sum, keep);
+                complete_step();
+                release(operand_stage);
+            } else {
+                fence_registers(sum);
+                cute::warpgroup_arrive();
+                multiply_boxes<Major::K, kWeightMajor, 0, 32 * parts>(box(warpgroup), box(pool_box(parts)), sum, keep);
+                if constexpr (parts == 1)
+                    multiply_boxes<Major::K, kWeightMajor, 0, 32>(box(2 + warpgroup), box(pool_box(1) + 1), sum, keep);
+                parts == 1 ? complete_step() : commit_step();
+            }
             fence_registers(sum);
         }
         finish(sum);

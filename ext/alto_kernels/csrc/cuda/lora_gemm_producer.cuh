@@ -158,6 +158,7 @@ struct Producer {
     __device__ __forceinline__ void down(const Item& item) {
         const CUtensorMap& operand = kBackward ? arguments.modules[item.parts[0].module].rows : arguments.input;
         const int parts = item.part_count;
+        if (parts == 2) return down_of_two(item, operand);
         const bool for_both = (item.flags & kShared) != 0;
         int boxes = 2;
         for (int part = 0; part < parts; ++part) boxes += item.parts[part].detail >= 0 ? 1 : 0;
@@ -179,6 +180,29 @@ struct Producer {
                 for (int part = 0; part < parts; ++part)
                     if (item.parts[part].detail >= 0 && (!for_both || ((part + step) & 1) == block))
                         load_pool(item, item.parts[part], barrier, pool_box(parts) + part, depth, for_both);
+            }
+            ring.advance();
+        }
+    }
+
+    // Two parts: a stage of the operand, then one of the pools.
+    __device__ __forceinline__ void down_of_two(const Item& item, const CUtensorMap& operand) {
+        constexpr int kBoxes = down_depth(2) / kStepDepth;
+        const bool for_both = (item.flags & kShared) != 0;
+        const int real_parts = (item.parts[0].detail >= 0 ? 1 : 0) + (item.parts[1].detail >= 0 ? 1 : 0);
+        for (int step = 0; step < item.steps; ++step) {
+            const int depth = step * down_depth(2);
+            std::uint64_t* barrier = open(2 * kBoxes);
+            for (int i = 0; i < kBoxes; ++i) {
+                load(operand, barrier, 2 * i, depth + i * kStepDepth, item.row);
+                load(operand, barrier, 2 * i + 1, depth + i * kStepDepth, item.row + 64);
+            }
+            ring.advance();
+            barrier = open(real_parts * kBoxes);
+            for (int part = 0; part < 2; ++part) {
+                if (item.parts[part].detail < 0 || (for_both && part != block)) continue;
+                for (int i = 0; i < kBoxes; ++i)
+                    load_pool(item, item.parts[part], barrier, 2 * i + part, depth + i * kStepDepth, for_both);
             }
             ring.advance();
         }

@@ -73,14 +73,14 @@ void add_down_pairs(const TickLayout& layout, const LaunchShape& shape, int limi
             item.flags = (shared ? kShared : 0) | (masked ? kMasked : 0);
             item.row = (row_pair * kClusterSize + block) * kTileRows;
             item.part_count = count;
-            item.steps = ceil_div(contraction, count == 1 ? 2 * kStepDepth : kStepDepth);
+            item.steps = ceil_div(contraction, down_depth(count));
             for (int i = 0; i < count; ++i) {
                 const auto at = static_cast<std::size_t>(first + i);
                 item.parts[i] = at < lists[block].size() ? lists[block][at] : Part{0, 0, first_module, -1};
             }
         }
-        const int steps = pair.items[0].steps;
-        pair.cost = steps * (kDownStageCost + kDownPartCost * count) + kDownCost +
+        const int stages = pair.items[0].steps * down_stages(count);
+        pair.cost = stages * (kDownStageCost + kDownPartCost * count) + kDownCost +
                     (masked ? ceil_div(contraction, kStepDepth) * kMaskCost : 0.0);
         pairs.push_back(pair);
     }

@@ -16,6 +16,10 @@ constexpr int kMaxParts = 4;    // of one item
 constexpr int kConsumerWarps = 8;
 constexpr int kWarpRows = 16;  // of a tile, in the accumulators of one warp: a quarter of a warpgroup's 64
 
+// Features of one step of S blocks; with two parts it takes two stages of the ring.
+constexpr int down_depth(int parts) { return parts == 1 ? 2 * kStepDepth : parts == 2 ? 3 * kStepDepth : kStepDepth; }
+constexpr int down_stages(int parts) { return parts == 2 ? 2 : 1; }
+
 enum class Kind : std::int32_t {
     kEnd = -1,   // no more items
     kDown = 0,   // up to four S blocks of 128 tokens, from one pass over the operand
@@ -43,10 +47,10 @@ struct alignas(16) Part {
 struct alignas(16) Item {
     Kind kind;
     std::int32_t flags;
-    std::int32_t row;     // first token: of the tile (down, base), of the segment's first half tile (gradients)
-    std::int32_t column;  // first output feature (base), first feature (gradients)
-    std::int32_t steps;   // of 64 features (base), 128 or 64 features (down, one part or more), 64 tokens (gradients)
-    std::int32_t module;  // base, forward
+    std::int32_t row;          // first token: of the tile (down, base), of the segment's first half tile (gradients)
+    std::int32_t column;       // first output feature (base), first feature (gradients)
+    std::int32_t steps;        // of 64 features (base), down_depth() features (down), 64 tokens (gradients)
+    std::int32_t module;       // base, forward
     std::int32_t extra_begin;  // base: into the extras of this tile
     std::int32_t extra_count;
     std::int32_t extra_steps;  // base: the larger extra_count of the cluster; the shorter block idles
