@@ -230,15 +230,20 @@ struct Epilogue {
         }
     }
 
+    // Threads side by side in a row and on to the next: rows of a gradient of B lie behind each other in memory,
+    // however few columns they have.
     template <int vector, typename Gradient>
     __device__ __forceinline__ void put_rows(const Item& item, Gradient* to, std::int64_t stride, const float* tile,
                                              int rows, int width) {
-        constexpr int kThreadsOfRow = 64 / vector;
-        const int column = thread % kThreadsOfRow * vector;
-        if (column >= width) return;
+        if (width <= 0) return;  // features beyond the last
+        const auto threads_of_row = static_cast<unsigned>(width / vector);
+        const auto rows_at_once = static_cast<int>(128u / threads_of_row);
+        const int first_row = static_cast<int>(static_cast<unsigned>(thread) / threads_of_row);
+        const int column = static_cast<int>(static_cast<unsigned>(thread) % threads_of_row) * vector;
+        if (first_row >= rows_at_once) return;
         const bool fresh = (item.flags & kFresh) != 0;
 #pragma unroll 4
-        for (int row = thread / kThreadsOfRow; row < rows; row += 128 / kThreadsOfRow) {
+        for (int row = first_row; row < rows; row += rows_at_once) {
             Gradient* const here = to + row * stride + column;
             const auto value = stored<vector>(tile + row * kGradientRow + column, here);
             if (fresh) {
