@@ -108,8 +108,10 @@ __device__ __forceinline__ void warpgroup_barrier(int warpgroup) {
     asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
 
-__device__ __forceinline__ void add_release(int* counter, int value) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+// What this thread wrote, and saw written, is seen by whoever sees what it adds to a counter after this.
+__device__ __forceinline__ void fence_release() { asm volatile("fence.release.gpu;" ::: "memory"); }
+__device__ __forceinline__ void add_to(int* counter, int value) {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 __device__ __forceinline__ int load_acquire(const int* counter) {
     int value;
@@ -137,15 +139,6 @@ __device__ __forceinline__ void add_to(__nv_bfloat16* address, uint4 values) {
     asm volatile("red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(values.x),
                  "r"(values.y), "r"(values.z), "r"(values.w));
 }
-
-// From shared to global memory in the background; addresses and size are multiples of 16 bytes.
-__device__ __forceinline__ void store_bytes(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-                 "r"(cute::cast_smem_ptr_to_uint(from)), "r"(bytes)
-                 : "memory");
-}
-// Returns once what this thread let be stored is in global memory.
-__device__ __forceinline__ void await_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // 16 bytes to shared memory, in the background.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {

@@ -8,7 +8,7 @@ namespace alto::cuda {
 using Sum = float[128];
 
 // Of one warpgroup. What leaves the accumulators goes through its staging area, from where the copy engine takes
-// outputs and S blocks while the next item's products are made.
+// outputs while the next item's products are made.
 template <typename Element, bool kBackward>
 struct Epilogue {
     const LoraGemmArguments& arguments;
@@ -29,13 +29,6 @@ struct Epilogue {
     // One of two buffers of this warp alone: its 16 rows of the accumulators by 64 16-bit columns.
     __device__ __forceinline__ unsigned char* warp_buffer(int which) const {
         return staging() + (thread / 32 * 2 + which) * kWarpBufferBytes;
-    }
-    // Makes the `count`-th buffer that this warp fills for an item free: of the earlier ones, only the last may still
-    // be read.
-    __device__ __forceinline__ void await_warp_buffer(int count) {
-        if (count < 2) return;
-        if (thread % 32 == 0) cute::tma_store_wait<1>();
-        __syncwarp();
     }
 
     // Writes this warpgroup's 64 x 256 of the output, each warp its own rows, half of the columns at a time.
@@ -121,26 +114,31 @@ struct Epilogue {
         for (int index = 0; index < kMaxParts; ++index) {
             if (index >= item.part_count || item.parts[index].detail < 0) continue;
             const Part& part = item.parts[index];
+            // Two buffers in turn: this one was read before the warp met for the other.
             unsigned char* buffer = warp_buffer(written % 2);
-            await_warp_buffer(written);
             fill_block(item, part, bad >> (index * kGranules), index * 32, sum, reinterpret_cast<Element*>(buffer));
-            fence_async_shared();
             __syncwarp();
-            if (thread % 32 == 0) {
-                const int row = part.s_row + warpgroup * 64 + thread / 32 * kWarpRows;
-                store_bytes(static_cast<Element*>(arguments.modules[part.module].block_data) +
-                                static_cast<std::int64_t>(row) * kStepDepth,
-                            buffer, kWarpBufferBytes);
-                cute::tma_store_arrive();
-            }
+            store_rows(part, buffer);
             ++written;
         }
-        if (thread % 32 == 0 && written > 0) {
-            await_written();
-            fence_async_proxy();
-            add_release(arguments.ready + item.row / kTileRows, written);
-            add_release(arguments.ready + arguments.tiles, written);
+        if (written == 0) return;
+        fence_async_proxy();
+        __syncwarp();
+        if (thread % 32 == 0) {
+            fence_release();
+            add_to(arguments.ready + item.row / kTileRows, written);
+            add_to(arguments.ready + arguments.tiles, written);
         }
+    }
+
+    // Plain stores, sooner to be seen than the copy engine's: whoever made the block waits until it is in memory.
+    __device__ __forceinline__ void store_rows(const Part& part, const unsigned char* buffer) const {
+        const int first_row = part.s_row + warpgroup * 64 + thread / 32 * kWarpRows;
+        auto* const to = reinterpret_cast<uint4*>(static_cast<Element*>(arguments.modules[part.module].block_data) +
+                                                  static_cast<std::int64_t>(first_row) * kStepDepth);
+#pragma unroll
+        for (int i = 0; i < kWarpBufferBytes / 512; ++i)
+            to[i * 32 + thread % 32] = reinterpret_cast<const uint4*>(buffer)[i * 32 + thread % 32];
     }
 
     // This warp's 16 rows of an S block: each owner's columns for its own tokens, zero elsewhere.
