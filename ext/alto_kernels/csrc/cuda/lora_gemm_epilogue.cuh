@@ -122,6 +122,8 @@ struct Epilogue {
             ++written;
         }
         if (written == 0) return;
+        // Plain stores, which other blocks read by the copy engine: each lane orders its own before what goes by way of
+        // that engine, the warp meets, and one lane releases; the reader acquires the counter and orders once more.
         fence_async_proxy();
         __syncwarp();
         if (thread % 32 == 0) {
