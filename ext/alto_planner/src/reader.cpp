@@ -84,9 +84,32 @@ void Reader::read_nodes(py::handle rows, Problem& problem) {
             nodes_.push_back({node_class, static_cast<int>(gpus), ready});
             node_objects_.push_back(py::reinterpret_borrow<py::object>(row));
         }
+        tell_memories_apart();
     }
     problem.nodes = nodes_;
     problem.classes = classes_;
+}
+
+// Every task may need another memory, but nodes have few: needs that the same nodes meet are one shape. Where nodes
+// have other memories than before, all tasks are read again.
+void Reader::tell_memories_apart() {
+    std::vector<std::int64_t> memories;
+    for (const NodeClass& one : classes_) memories.push_back(one.memory_bytes);
+    std::sort(memories.begin(), memories.end());
+    memories.erase(std::unique(memories.begin(), memories.end()), memories.end());
+    if (memories == memories_) return;
+    memories_ = std::move(memories);
+    shapes_.clear();
+    objects_.clear();
+    seen_.clear();
+    position_.clear();
+    rows_.clear();
+    details_.clear();
+    by_area_.clear();
+    free_rows_.clear();
+    order_.clear();
+    row_of_.clear();
+    row_of_id_.clear();
 }
 
 std::pair<int, Mask> Reader::read_part(py::handle part, const std::string& subject) {

@@ -66,6 +66,7 @@ class Reader {
     void read_running(pybind11::handle rows, Problem& problem);
     void read_windows(pybind11::handle rows, Problem& problem);
     void finish_shapes(Problem& problem);
+    void tell_memories_apart();
     int add_row(PyObject* object, std::vector<int>& fresh);
     void forget_unseen();
 
@@ -79,6 +80,7 @@ class Reader {
     std::vector<pybind11::object> node_objects_;
     std::vector<Node> nodes_;
     std::vector<NodeClass> classes_;
+    std::vector<std::int64_t> memories_;  // of nodes, ascending: what shapes are told apart by
     std::unordered_map<std::string, int> node_index_;
     std::unordered_map<std::string, int> kinds_;
     std::unordered_map<std::string, int> tenants_;

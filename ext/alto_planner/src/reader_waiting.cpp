@@ -1,6 +1,7 @@
 // The waiting tasks: rows known from last time stay, by area, and only new ones are read.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "fields.hpp"
 #include "reader.hpp"
@@ -10,9 +11,11 @@ namespace py = pybind11;
 namespace alto {
 
 int Reader::shape_of(py::handle choice, const std::string& subject) {
-    const long long gpus = whole(choice, "gpus"), memory = whole(choice, "memory_bytes");
+    const long long gpus = whole(choice, "gpus"), needed = whole(choice, "memory_bytes");
     require(gpus >= 1 && gpus <= 1 << 20, subject, "a choice has at least one GPU");
-    require(memory >= 0, subject, "memory_bytes must not be negative");
+    require(needed >= 0, subject, "memory_bytes must not be negative");
+    const auto least = std::lower_bound(memories_.begin(), memories_.end(), needed);
+    const std::int64_t memory = least == memories_.end() ? std::numeric_limits<std::int64_t>::max() : *least;
     const std::string kind_name = text(choice, "gpu_kind");
     const int kind = kind_name.empty() ? -1 : kind_of(kind_name);
     const bool one_node = py::cast<bool>(choice.attr("one_node"));

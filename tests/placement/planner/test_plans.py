@@ -364,6 +364,35 @@ def test_after_a_refused_snapshot_the_next_good_one_is_planned_as_if_nothing_had
         assert tuple(plan(good, memory=memory).placements) == tuple(before.placements)
 
 
+def test_tasks_are_matched_anew_when_nodes_have_other_memories() -> None:
+    memory = Memory()
+    needs = [Choice(1, Duration.certain(10.0), memory_bytes=gib) for gib in (0, 30, 40, 41, 80, 81)]
+    queue = [WaitingTask(f"t{i}", "ada", (choice,), 0.0) for i, choice in enumerate(needs)]
+    for gib, without_place in ((40, 3), (80, 1), (81, 0), (0, 0), (20, 5), (40, 3)):
+        snapshot = Snapshot(0.0, [Node("n0", "h100", 8, memory_bytes=gib)], queue)
+        answer = plan(snapshot, memory=memory)
+        assert answer.unplaced == tuple(f"t{i}" for i in range(6 - without_place, 6))
+        assert not violations(snapshot, answer)
+    both = Snapshot(0.0, [Node("n0", "h100", 2, memory_bytes=40), Node("n1", "h100", 8, memory_bytes=80)], queue)
+    assert plan(both, memory=memory).unplaced == ("t5",)
+
+
+def test_memories_that_nodes_do_not_tell_apart_give_one_plan() -> None:
+    # Shapes are gone through for every task that starts: thousands of them must not be told apart for nothing.
+    nodes = [Node("n0", "h100", 8, memory_bytes=80_000), Node("n1", "h100", 8, memory_bytes=40_000)]
+    sizes = [(1 + i % 8, 10.0 + i % 17, 1 + i % 80_000) for i in range(0, 400_000, 997)]
+
+    def queue(step: int) -> list[WaitingTask]:
+        rows = []
+        for i, (gpus, seconds, least) in enumerate(sizes):
+            choice = Choice(gpus, Duration.certain(seconds), memory_bytes=-(-least // step) * step)
+            rows.append(WaitingTask(f"t{i:03}", "ada", (choice,), -float(i)))
+        return rows
+
+    each, rounded = (Snapshot(0.0, nodes, queue(step), objective=Objective(patience=1.0)) for step in (1, 40_000))
+    assert tuple(plan(each).placements) == tuple(plan(rounded).placements)
+
+
 def test_tenants_of_the_past_do_not_weigh_in() -> None:
     # Turns between equals, and shares of the whole, must not depend on whom a memory met before, or in which order.
     memory = Memory()
