@@ -2,12 +2,12 @@
 
     make bench NAME=planner_scale
 
-The cluster is full and the queue long. Each event changes one row; the plan is the whole plan, with a place for every
-task, and `plan` is called as the service calls it. Three queues of each size: `sizes`, all just arrived and no bound of
-waits; `waits_bounded`, the same with waits bounded by first come first served, whose virtual schedule is shown every
-snapshot: a re-plan is then both, and `follow` is the virtual schedule's part; `overdue`, so bounded too, of tasks that
-arrived during the last day, so that GPUs are kept for most of them. The last line is one JSON object; progress goes to
-stderr.
+The cluster is full and the queue long. Each event changes one row, all others are the same objects and the planner has
+its memory of them (the service makes its rows anew: what that costs is not in here). The plan is the whole plan, with a
+place for every task. Three queues of each size: `sizes`, all just arrived and no bound of waits; `waits_bounded`, the
+same with waits bounded by first come first served, whose virtual schedule is shown every snapshot: a re-plan is then
+both, and `follow` is the virtual schedule's part; `overdue`, so bounded too, of tasks that arrived during the last day,
+so that GPUs are kept for most of them. The last line is one JSON object; progress goes to stderr.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from alto_placement.lifecycle import Reported
 from alto_placement.links import LeaseRenewal, NodeLink, StopOrder
 from alto_placement.placeable import check_placeable
 from alto_placement.settings import PlacementSettings
-from alto_placement.snapshot import kinds_for, planner_node, snapshot_of, waiting_task
+from alto_placement.snapshot import kinds_for, kinds_of, planner_node, snapshot_of, waiting_task
 from alto_placement.state import (
     Changes,
     ClusterState,
@@ -149,7 +149,7 @@ class PlacementEngine:
         self.check_placeable(task)
         forecasts = self._learning.forecasts
         predicted, kind = min(
-            ((forecasts.whole(task, kind), kind) for kind in kinds_for(task, self.state)),
+            ((forecasts.whole(task, kind), kind) for kind in kinds_for(task, kinds_of(self.state))),
             key=lambda one: one[0].expected_s,
         )
         return predicted, forecasts.basis(task.base_model, kind, task.gpus), kind
@@ -161,7 +161,8 @@ class PlacementEngine:
         """
         if self._clock().monotonic_s < self._nodes_known_s:
             return
-        asked = waiting_task(task, self.state, self._learning.forecasts, self._clock().wall_s)
+        kinds = kinds_for(task, kinds_of(self.state))
+        asked = waiting_task(task, kinds, self.state, self._learning.forecasts, self._clock().wall_s)
         check_placeable(asked, [planner_node(node) for node in self.state.nodes.values()])
 
     # --- nodes ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from alto_placement import planner
 from alto_placement.forecasts import Forecasts
@@ -42,6 +42,7 @@ def snapshot_of(
     left: dict[str, planner.Duration] = {}
     waiting = []
     sharing = SharingView(state, forecasts, policy.sharing)
+    kinds_here = kinds_of(state)
     for task in state.tasks.values():
         where = state.task_state(task)
         if where in (TaskState.ASSIGNED, TaskState.STOPPING):
@@ -56,8 +57,9 @@ def snapshot_of(
                 running.append(sharing.running(shown, task, row, kind, left[task.task_id].expected_s))
         elif where is TaskState.WAITING:
             delay_s = max(0.0, state.retry_at_s.get(task.task_id, now.monotonic_s) - now.monotonic_s)
-            asked = waiting_task(task, state, forecasts, now.wall_s, delay_s)
-            waiting.append(sharing.waiting(asked, task, kinds_for(task, state)))
+            kinds = kinds_for(task, kinds_here)
+            asked = waiting_task(task, kinds, state, forecasts, now.wall_s, delay_s)
+            waiting.append(sharing.waiting(asked, task, kinds))
     snapshot = planner.Snapshot(
         now_s=now.wall_s,
         nodes=[planner_node(node) for node in state.nodes.values()],
@@ -78,9 +80,9 @@ def planner_node(node: NodeRow) -> planner.Node:
 
 
 def waiting_task(
-    task: TaskRow, state: ClusterState, forecasts: Forecasts, now_s: float, delay_s: float = 0.0
+    task: TaskRow, kinds: Sequence[str], state: ClusterState, forecasts: Forecasts, now_s: float, delay_s: float = 0.0
 ) -> planner.WaitingTask:
-    """Return a queued task as the planner sees it: rigid, on one node, a choice for each kind of GPU it may have."""
+    """Return a queued task as the planner sees it: rigid, on one node, a choice for each of these kinds of GPU."""
     can_resume = _can_resume(task, state)
     choices = tuple(
         planner.Choice(
@@ -90,7 +92,7 @@ def waiting_task(
             memory_bytes=-(-task.size.least_memory_bytes // task.gpus),
             one_node=True,
         )
-        for kind in kinds_for(task, state)
+        for kind in kinds
     )
     return planner.WaitingTask(
         task_id=task.task_id,
@@ -105,11 +107,14 @@ def waiting_task(
     )
 
 
-def kinds_for(task: TaskRow, state: ClusterState) -> list[str]:
-    """Return the kinds of GPU that a task may run on here, GPUs before CPUs; its own alone if it asks for one."""
-    if task.gpu_kind:
-        return [task.gpu_kind]
+def kinds_of(state: ClusterState) -> list[str]:
+    """Return the kinds of GPU that there are, GPUs before CPUs."""
     return sorted({node.spec.gpu_kind for node in state.nodes.values()}, key=lambda kind: (kind == "cpu", kind)) or [""]
+
+
+def kinds_for(task: TaskRow, kinds_here: list[str]) -> list[str]:
+    """Return the kinds of GPU that a task may run on: those that there are, its own alone if it asks for one."""
+    return [task.gpu_kind] if task.gpu_kind else kinds_here
 
 
 def _can_resume(task: TaskRow, state: ClusterState) -> bool:
