@@ -260,10 +260,11 @@ def missing(asked: argparse.Namespace) -> dict[str, str]:
     if importlib.util.find_spec("deepspeed") is None:
         found |= dict.fromkeys(("zero3_peft", "sharded:deepspeed", "hybrid:deepspeed"), "deepspeed is not installed")
     if asked.device == "cpu":
-        found["sharded:peer"] = "needs GPUs"
+        found |= dict.fromkeys(("sharded:peer", "hybrid:peer"), "needs GPUs")
     if asked.gpus < 4 or asked.ranks_per_host in (None, asked.gpus):
         found |= dict.fromkeys(
-            ("hybrid:deepspeed", "hybrid:fsdp2"), "needs 4 GPUs at the least and --ranks-per-host below their number"
+            ("hybrid:deepspeed", "hybrid:fsdp2", "hybrid:peer"),
+            "needs 4 GPUs at the least and --ranks-per-host below their number",
         )
     return found
 
