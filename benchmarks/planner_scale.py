@@ -3,17 +3,21 @@
     make bench NAME=planner_scale
 
 The cluster is full and the queue long. Each event changes one row, all others are the same objects and the planner has
-its memory of them (the service makes its rows anew: what that costs is not in here). The plan is the whole plan, with a
+its memory of them. The plan is the whole plan, with a
 place for every task. Three queues of each size: `sizes`, all just arrived and no bound of waits; `waits_bounded`, the
 same with waits bounded by first come first served, whose virtual schedule is shown every snapshot: a re-plan is then
 both, and `follow` is the virtual schedule's part; `overdue`, so bounded too, of tasks that arrived during the last day,
-so that GPUs are kept for most of them. The last line is one JSON object; progress goes to stderr.
+so that GPUs are kept for most of them. `service` is the whole service without its wire and its database, see
+`placement_events`: an event and its re-plan, from forecasts that move to orders. The last line is one JSON object;
+progress goes to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import logging
 import math
 import os
 import platform
@@ -22,11 +26,15 @@ import sys
 import time
 from typing import Any
 
+import structlog
 from alto_placement.first_come import WaitBound
 from alto_placement.planner import Choice, Duration, Memory, Node, RunningTask, Snapshot, WaitingTask, plan
 from alto_placement.simulator import violations
+from placement_events import measure_service
 
 SIZES = ((1_000, 256, 1000), (10_000, 1_024, 400), (100_000, 10_000, 200))
+SERVICE_SIZES = ((10_000, 1_024, 300), (100_000, 10_000, 100))
+SERVICE_WARM_UP = 100
 WAIT_PATIENCE = 1.25  # x the longest wait of first come first served
 
 
@@ -95,6 +103,13 @@ def measure(tasks: int, gpus: int, events: int, seed: int, patience: float, wait
     return figures
 
 
+def service(tasks: int, gpus: int, events: int, seed: int) -> dict[str, Any]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    figures = asyncio.run(measure_service(tasks, gpus, events, seed, WAIT_PATIENCE, SERVICE_WARM_UP))
+    print(f"  {figures}", file=sys.stderr)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -104,6 +119,7 @@ def main() -> None:
         "sizes": [measure(*size, options.seed, math.inf, 0.0) for size in SIZES],
         "waits_bounded": [measure(*size, options.seed, WAIT_PATIENCE, 0.0) for size in SIZES],
         "overdue": [measure(*size, options.seed, WAIT_PATIENCE, 86400.0) for size in SIZES],
+        "service": [service(*size, options.seed) for size in SERVICE_SIZES],
         "wait_patience": WAIT_PATIENCE,
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

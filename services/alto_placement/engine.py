@@ -23,7 +23,7 @@ from alto_placement.lifecycle import Reported
 from alto_placement.links import LeaseRenewal, NodeLink, StopOrder
 from alto_placement.placeable import check_placeable
 from alto_placement.settings import PlacementSettings
-from alto_placement.snapshot import kinds_for, kinds_of, planner_node, snapshot_of, waiting_task
+from alto_placement.snapshot import ClusterPicture, kinds_for, kinds_of, planner_node, waiting_task
 from alto_placement.state import (
     Changes,
     ClusterState,
@@ -43,6 +43,9 @@ _Answer = TypeVar("_Answer")
 
 # Ended tasks stay in memory this long: a watcher that reconnects in time hears of them.
 ENDED_KEPT_S = 3600.0
+
+# While tasks have yet to be predicted anew, a plan is made so often.
+CATCH_UP_S = 0.1
 
 # Of a plan's length: what thinking it over may take before its orders are given.
 THOUGHT_SHARE = 1e-3
@@ -75,6 +78,8 @@ class PlacementEngine:
         self._waits = WaitBound(patience) if math.isfinite(patience) else None
         self._clock = clock or SteadyClock()
         self._learning = Learning(store, self._clock)
+        self._picture = ClusterPicture(self._learning.forecasts, self._policy)
+        self._memory = planner.Memory()
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._revision = 0
@@ -270,8 +275,12 @@ class PlacementEngine:
     def _announce(self, changes: Changes) -> None:
         self._revision += 1
         self._changed.set()
-        for link in self._links.values():
-            link.tell_pending(self.state)
+        # What a node must be told depends on its assignments and their tasks.
+        told = {row.node_id for row in changes.assignments}
+        live = (self.state.assignments.get(task.assignment_id) for task in changes.tasks)
+        told.update(row.node_id for row in live if row is not None)
+        for node_id in told & self._links.keys():
+            self._links[node_id].tell_pending(self.state)
         ended = [task for task in changes.tasks if task.ended is not None]
         for watch in self._watches:
             watch.announce(ended)
@@ -321,18 +330,17 @@ class PlacementEngine:
         """Return how long the plan may stay as it is when nothing happens."""
         now_s = self._clock().monotonic_s
         retries = [at_s - now_s for at_s in self.state.retry_at_s.values() if at_s > now_s]
-        return max(0.01, min([self._settings.refresh_s, *retries]))
+        refresh_s = min(CATCH_UP_S, self._settings.refresh_s) if self._picture.is_behind else self._settings.refresh_s
+        return max(0.01, min([refresh_s, *retries]))
 
     async def _replan(self) -> None:
         now = self._clock()
         usage_gpu_s = self._learning.usage(self.state)
-        snapshot, left = snapshot_of(
-            self.state, self._learning.forecasts, self._policy, usage_gpu_s, now, self._revision
-        )
+        snapshot, ends = self._picture.snapshot(self.state, usage_gpu_s, now, self._revision)
         if self._waits is not None:
             snapshot = await asyncio.to_thread(self._waits.applied, snapshot)
         plan = await self._think(snapshot)
-        self._facts = await asyncio.to_thread(facts_of, plan, snapshot, left)
+        self._facts = facts_of(plan, snapshot, ends)
         for placement in plan.starting:
             part = placement.parts[0]
             row = await self._commit(
@@ -363,12 +371,12 @@ class PlacementEngine:
     async def _think(self, snapshot: planner.Snapshot) -> planner.Plan:
         """Return a plan. What starts is not moved again, so orders that leave others waiting are worth more thought."""
         usual_s = self._settings.plan_budget_s
-        plan = await asyncio.to_thread(planner.plan, snapshot, budget_s=usual_s)
+        plan = await asyncio.to_thread(planner.plan, snapshot, budget_s=usual_s, memory=self._memory)
         budget_s = min(self._settings.decision_budget_s, THOUGHT_SHARE * plan.makespan_s)
         if budget_s <= usual_s or not plan.starting or len(plan.starting) == len(snapshot.waiting):
             return plan
         await asyncio.to_thread(planner.exact.load)
-        return await asyncio.to_thread(planner.plan, snapshot, budget_s=budget_s)
+        return await asyncio.to_thread(planner.plan, snapshot, budget_s=budget_s, memory=self._memory)
 
     def _forget_ended(self, now: Moment) -> None:
         for task_id, task in list(self.state.tasks.items()):

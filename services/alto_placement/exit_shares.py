@@ -40,10 +40,15 @@ class ExitShares:
             kept = self._seen.setdefault((tenant, shape), deque(maxlen=HISTORY))
             kept.append(min(MOST_SHARE, max(LEAST_SHARE, share)))
 
-    def expect(self, tenant: str, shape: str, prior: float, done: float = 0.0) -> Share:
+    def knows(self, tenant: str, shape: str) -> bool:
+        """Return whether the tenant has a history of this shape of its own."""
+        return bool(self._seen.get((tenant, shape)))
+
+    def expect(self, tenant: str | None, shape: str, prior: float, done: float = 0.0) -> Share:
         """Return the share that a search will have done at its end, given that it has done `done` by now.
 
-        Tenants without a history of this shape are expected to be like the others; without any history `prior` counts.
+        Tenants without a history of this shape, and None, are expected to be like the others; without any history
+        `prior` counts.
         """
         seen = sorted(share for share in self._history(tenant, shape) if share > done)
         if prior <= done:
@@ -66,8 +71,8 @@ class ExitShares:
         """Take up what `state` returned."""
         self._seen[tenant, shape] = deque(shares, maxlen=HISTORY)
 
-    def _history(self, tenant: str, shape: str) -> Iterable[float]:
-        own = self._seen.get((tenant, shape))
+    def _history(self, tenant: str | None, shape: str) -> Iterable[float]:
+        own = self._seen.get((tenant, shape)) if tenant is not None else None
         if own:
             return own
         return (share for (_, name), shares in self._seen.items() if name == shape for share in shares)

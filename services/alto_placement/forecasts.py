@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from alto_placement.durations import NOTHING_DONE, DurationModel, Hardware, HardwareModel, Measured, Work
+from alto_placement.moves import TOLERANCE, Basis, Moves, hardware_basis
 from alto_placement.planner import Duration
 from alto_placement.state import AssignmentRow, Moment, Outcome, Progress, TaskRow, WorkSize
 
@@ -29,6 +30,8 @@ Records = Mapping[str, Any]
 UNKNOWN_TOKENS = 100_000
 # A run this short says little about speeds.
 LEAST_RUN_TICKS = 20
+# Of what was left when it was last heard of: a task that outlives its prediction is late, not over.
+LEAST_LEFT_SHARE = 0.05
 
 
 @dataclass
@@ -45,11 +48,31 @@ class _Run:
     is_shared: bool = False
 
 
-class Forecasts:
-    """Predicts for tasks, and learns from their runs; `model` is what was learned."""
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What was left of a task that has a place at `at_s` (Unix seconds), when last something was heard of it."""
 
-    def __init__(self) -> None:
+    at_s: float
+    left: Duration
+
+    @property
+    def least_s(self) -> float:
+        """The least that is left of it at any time."""
+        return LEAST_LEFT_SHARE * self.left.expected_s
+
+    def left_at(self, now_s: float) -> Duration:
+        """Return what is left at another time."""
+        gone_s, left = now_s - self.at_s, self.left
+        ends = (left.expected_s, left.upper_s, left.low_s, left.high_s)
+        return Duration(*(max(self.least_s, s - gone_s) for s in ends))
+
+
+class Forecasts:
+    """Predicts for tasks, and learns from their runs; `model` is what was learned, `moves` what of it has moved."""
+
+    def __init__(self, tolerance: float = TOLERANCE) -> None:
         self.model = DurationModel()
+        self.moves = Moves(self.model, tolerance)
         self._runs: dict[str, _Run] = {}
         self._changed: set[Hardware | tuple[str, str]] = set()
         self._told: set[Hardware | tuple[str, str]] = set()
@@ -95,31 +118,53 @@ class Forecasts:
         slowdown: float = 1.0,
     ) -> Duration:
         """Return how long a task that has a place will still hold it, `slowdown` times longer than alone."""
+        return self.outlook(task, row, gpu_kind, progress, now, slowdown).left_at(now.wall_s)
+
+    def outlook(
+        self,
+        task: TaskRow,
+        row: AssignmentRow,
+        gpu_kind: str,
+        progress: Progress | None,
+        now: Moment,
+        slowdown: float = 1.0,
+    ) -> Outlook:
+        """Return what was left of a task that has a place, as of its start or of what its node last said."""
         if progress is None or progress.measured.ticks <= 0:
             whole = _times(self.rest(task, gpu_kind, can_resume=row.node_id == task.ran_on), slowdown)
-            gone_s = max(0.0, now.wall_s - row.started_s)
-            least_s = 0.05 * whole.expected_s
-            return Duration(
-                *(max(least_s, s - gone_s) for s in (whole.expected_s, whole.upper_s, whole.low_s, whole.high_s))
-            )
+            return Outlook(min(row.started_s, now.wall_s), whole)
         size = task.size
         steps_left = progress.longest_steps_left / max(1, size.longest_steps)
-        run = self._runs.get(row.assignment_id)
-        done = NOTHING_DONE if run is not None and run.is_shared else progress.measured
         left = self.model.remaining(
             _hardware(task, gpu_kind),
             _work(size),
             _work(size, max(0.0, 1.0 - progress.fraction_done), steps_left),
-            done,
+            NOTHING_DONE if self.is_shared(row) else progress.measured,
             progress.share_trained,
             task.tenant,
             size.shape,
             size.expected_share,
         )
-        left = _times(left, slowdown)
         heard_s = max(0.0, now.monotonic_s - progress.heard_s)
-        least_s = 0.05 * left.expected_s
-        return Duration(*(max(least_s, s - heard_s) for s in (left.expected_s, left.upper_s, left.low_s, left.high_s)))
+        return Outlook(now.wall_s - heard_s, _times(left, slowdown))
+
+    def is_shared(self, row: AssignmentRow) -> bool:
+        """Return whether an assignment is known to have shared its executor."""
+        run = self._runs.get(row.assignment_id)
+        return run is not None and run.is_shared
+
+    def bases(self, task: TaskRow, gpu_kinds: Sequence[str], is_begun: bool) -> tuple[Basis, ...]:
+        """Return what predictions for a task on these kinds of GPU rest on; when it has begun, those of its rest."""
+        tenant, shape = task.tenant, task.size.shape
+        found: list[Basis] = [("hardware", task.base_model, kind, task.gpus) for kind in gpu_kinds]
+        found.append(("shares", tenant, shape))
+        if not self.model.shares.knows(tenant, shape):
+            found.append(("shares", None, shape))
+        if is_begun:
+            found.append(("trained", tenant, shape))
+            if not self.model.trained.knows(tenant, shape):
+                found.append(("trained", None, shape))
+        return tuple(found)
 
     def basis(self, base_model: str, gpu_kind: str, gpus: int) -> str:
         """Return in words what an estimate rests on."""
@@ -159,7 +204,7 @@ class Forecasts:
         self.model.observe(hardware, done)
         # Words travel for seconds: the earliest that came gives the best idea of when training began.
         run.start_s = min(run.start_s, now.wall_s - row.started_s - progress.measured.seconds)
-        self._changed.add(hardware)
+        self._note(hardware)
 
     def ended(self, task: TaskRow, row: AssignmentRow, gpu_kind: str) -> None:
         """Learn from the end of a run, however it ended."""
@@ -172,7 +217,7 @@ class Forecasts:
             if run.model_then.training.ticks > 0:
                 then_s = run.model_then.seconds(done.training, done.evaluation_tokens)
                 self.model.observe_run(hardware, then_s, done.seconds)
-            self._changed.add(hardware)
+            self._note(hardware)
         if row.outcome is Outcome.COMPLETED and not task.stopped_trial_ids and task.size.train_tokens:
             key = (task.tenant, task.size.shape)
             if task.attempts == 1 and not run.is_shared:
@@ -182,7 +227,7 @@ class Forecasts:
                 # trained in all.
                 self.model.shares.observe(*key, run.share_trained)
             self.model.trained.observe(*key, run.share_trained)
-            self._changed.add(key)
+            self._note(key)
 
     def changed(self) -> Records:
         """Return what was learned since the last call."""
@@ -207,6 +252,18 @@ class Forecasts:
         """Note that what `changed` returned last could not be kept: it is returned again."""
         self._changed |= self._told
 
+    def _note(self, key: Hardware | tuple[str, str]) -> None:
+        """Note that something was learned: it is to be kept, and what rests on it may have moved."""
+        self._changed.add(key)
+        self._touch(key)
+
+    def _touch(self, key: Hardware | tuple[str, str]) -> None:
+        if isinstance(key, Hardware):
+            self.moves.touch(hardware_basis(key))
+        else:
+            tenant, shape = key
+            self.moves.touch(*((name, one, shape) for name in ("shares", "trained") for one in (tenant, None)))
+
     def load(self, records: Records) -> None:
         """Take up what `changed` returned at some time."""
         for name, content in records.items():
@@ -214,10 +271,13 @@ class Forecasts:
             try:
                 if kind == "hardware":
                     self.model.hardware[Hardware(*key)] = HardwareModel.from_state(content)
+                    self._touch(Hardware(*key))
                 elif kind == "share":
                     self.model.shares.load(key[0], key[1], content)
+                    self._touch((key[0], key[1]))
                 elif kind == "trained":
                     self.model.trained.load(key[0], key[1], content)
+                    self._touch((key[0], key[1]))
             except (TypeError, ValueError, KeyError, IndexError, ArithmeticError):
                 # Of another version, or damaged: it is learned again.
                 log.warning("what was learned cannot be read; it is learned again", name=name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 from alto_placement import planner
 from alto_placement.forecasts import Forecasts
@@ -22,6 +22,23 @@ class SharingRule(enum.StrEnum):
     ALL = "all"
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """How an assignment shares its executor with others.
+
+    `host` is whose it is (None: that one has ended), None for one that is alone. `coming_bytes` will be taken by guests
+    that have not been taken in yet. It takes `slowdown` times longer than alone.
+    """
+
+    host: AssignmentRow | None = None
+    coming_bytes: int = 0
+    slowdown: float = 1.0
+    is_known: bool = False
+
+
+ALONE = Shared()
+
+
 class SharingView:
     """What the planner is shown of sharing at one moment. `slowdowns` are those of the assignments that share."""
 
@@ -30,46 +47,42 @@ class SharingView:
         self._forecasts = forecasts
         self._rule = rule
         self._guests = state.guests()
+        self._sharing = {*self._guests, *(guest.assignment_id for rows in self._guests.values() for guest in rows)}
         self.slowdowns = slowdowns(self._guests, state, forecasts)
 
-    def waiting(self, shown: planner.WaitingTask, task: TaskRow, kinds: Sequence[str]) -> planner.WaitingTask:
-        """Return a waiting task with what it asks of an executor that it shares."""
-        return replace(shown, backbone=self._backbone(task), sharing=self._asked(task, kinds))
-
-    def running(
-        self, shown: planner.RunningTask, task: TaskRow, row: AssignmentRow, kind: str, left_s: float
-    ) -> planner.RunningTask:
-        """Return a running task with its own load and what its executor has left for guests.
-
-        One that ends before a guest could have started by itself offers nothing.
-        """
-        is_worth_it = left_s > self._forecasts.start_s(task, kind)
-        free = self._free_memory_bytes(row) if is_worth_it else 0
-        sharing = self._asked(task, [kind])
-        return replace(shown, backbone=self._backbone(task), sharing=sharing, free_memory_bytes=free)
-
-    def _asked(self, task: TaskRow, kinds: Sequence[str]) -> planner.Sharing | None:
+    def asked(self, task: TaskRow, kinds: Sequence[str]) -> planner.Sharing | None:
         """Return what a task asks of an executor on any of these kinds of GPU; None when it may not share one."""
         memory_bytes = task.size.adapter_memory_bytes
         if self._rule is SharingRule.OFF or task.alone or task.gpus != 1 or not memory_bytes:
             return None
         return planner.Sharing(memory_bytes, max(self._forecasts.throughput_share(task, kind) for kind in kinds))
 
-    def _backbone(self, task: TaskRow) -> str:
+    def backbone(self, task: TaskRow) -> str:
         """Return the name under which the planner finds tasks that may share: the base model, and whose it is.
 
         How the base model is loaded is its node's affair, and the same for all tasks there.
         """
         return task.base_model if self._rule is SharingRule.ALL else f"{task.tenant}\n{task.base_model}"
 
-    def _free_memory_bytes(self, row: AssignmentRow) -> int:
+    def of(self, row: AssignmentRow) -> Shared:
+        """Return how an assignment shares its executor."""
+        if row.assignment_id not in self._sharing:
+            return ALONE
+        host = self._state.assignments.get(row.host_assignment_id) if row.host_assignment_id else row
+        return Shared(
+            host, self._coming_bytes(row), self.slowdowns.get(row.assignment_id, 1.0), self._forecasts.is_shared(row)
+        )
+
+    def free_memory_bytes(self, row: AssignmentRow, shared: Shared) -> int:
         """Return what an executor has left for guests, less what those will take that it has not taken in yet."""
         progress = self._state.progress.get(row.assignment_id)
         if progress is None or row.stop is not None or row.host_assignment_id:
             return 0
+        return max(0, progress.guest_memory_bytes - shared.coming_bytes)
+
+    def _coming_bytes(self, row: AssignmentRow) -> int:
         coming = [guest for guest in self._guests.get(row.assignment_id, ()) if not self._is_taken_in(guest)]
-        taken = sum(self._state.tasks[guest.task_id].size.adapter_memory_bytes for guest in coming)
-        return max(0, progress.guest_memory_bytes - taken)
+        return sum(self._state.tasks[guest.task_id].size.adapter_memory_bytes for guest in coming)
 
     def _is_taken_in(self, guest: AssignmentRow) -> bool:
         progress = self._state.progress.get(guest.assignment_id)

@@ -53,7 +53,8 @@ class TickModel:
 
     def seconds(self, work: Features) -> float:
         """Return the seconds of `work`; more than 0."""
-        return max(sum(weight * amount for weight, amount in zip(self.weights, work, strict=True)), 1e-9)
+        (x, y, z), (a, b, c), (ticks, tokens, lora_ranks) = self.scale, self.coefficients, work
+        return max(x * a * ticks + y * b * tokens + z * c * lora_ranks, 1e-9)
 
     def learn(self, work: Features, seconds: float) -> None:
         """Learn from `work` that took `seconds`. Figures that cannot be are ignored."""

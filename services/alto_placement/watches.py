@@ -3,49 +3,73 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from alto_placement.planner import Duration, Explanation, Plan, Snapshot, Tenant
+from alto_placement.planner import Duration, Explanation, Placement, Plan, Snapshot, Tenant, WaitingTask
 from alto_placement.state import AssignmentRow, ClusterState, Moment, TaskRow
 
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What the latest plan says, by task. Times are Unix seconds; `makespan_s` counts from when the plan was made.
+    """What the latest plan says, by task; of tasks that wait it is read from the plan when it is asked for.
 
-    `ends` says when each task ends, as a duration from Unix time 0: expectation, upper bound, interval.
+    Times are Unix seconds; `makespan_s` counts from when the plan was made. `ends` says when each task ends, as a
+    duration from Unix time 0: expectation, upper bound, interval.
     """
 
     explanations: Mapping[str, Explanation] = field(default_factory=dict)
-    places: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    places: Mapping[str, Placement] = field(default_factory=dict)
     ends: Mapping[str, Duration] = field(default_factory=dict)
     tenants: Sequence[Tenant] = ()
     makespan_s: float = 0.0
     lower_bound_s: float = 0.0
 
 
-def facts_of(plan: Plan, snapshot: Snapshot, left: Mapping[str, Duration]) -> PlanFacts:
-    """Return what a plan over a snapshot says; `left` is what is left of each running task."""
-    choices = {task.task_id: task.choices for task in snapshot.waiting}
-    ends = {task_id: _after(snapshot.now_s, duration) for task_id, duration in left.items()}
-    for placement in plan.placements:
-        duration = choices[placement.task_id][placement.choice].duration
-        # In another's executor it may take longer than alone.
-        slower = (placement.end_s - placement.start_s) / duration.expected_s if placement.host_task_id else 1.0
-        ends[placement.task_id] = _after(placement.start_s, duration, slower)
+def facts_of(plan: Plan, snapshot: Snapshot, ends: Mapping[str, Duration]) -> PlanFacts:
+    """Return what a plan over a snapshot says; `ends` are those of the tasks that have a place."""
     return PlanFacts(
         explanations=plan.explanations,
-        places={p.task_id: (p.parts[0].node_id, p.parts[0].gpu_indices) for p in plan.placements},
-        ends=ends,
+        places=plan.places,
+        ends=_Ends(plan, snapshot, ends),
         tenants=snapshot.tenants,
         makespan_s=plan.makespan_s,
         lower_bound_s=plan.lower_bound_s,
     )
 
 
-def _after(start_s: float, duration: Duration, slower: float = 1.0) -> Duration:
+class _Ends(Mapping[str, Duration]):
+    """When each task ends: those that have a place, and those that the plan gives one."""
+
+    def __init__(self, plan: Plan, snapshot: Snapshot, running: Mapping[str, Duration]) -> None:
+        self._places = plan.places
+        self._snapshot = snapshot
+        self._running = running
+
+    @cached_property
+    def _waiting(self) -> dict[str, WaitingTask]:
+        return {task.task_id: task for task in self._snapshot.waiting}
+
+    def __getitem__(self, task_id: str) -> Duration:
+        known = self._running.get(task_id)
+        if known is not None:
+            return known
+        placement = self._places[task_id]
+        duration = self._waiting[task_id].choices[placement.choice].duration
+        # In another's executor it may take longer than alone.
+        slower = (placement.end_s - placement.start_s) / duration.expected_s if placement.host_task_id else 1.0
+        return _after(placement.start_s, duration, slower)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._running
+        yield from self._places
+
+    def __len__(self) -> int:
+        return len(self._running) + len(self._places)
+
+
+def _after(start_s: float, duration: Duration, slower: float) -> Duration:
     return Duration(
         start_s + duration.expected_s * slower,
         start_s + duration.upper_s * slower,

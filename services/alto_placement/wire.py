@@ -266,9 +266,10 @@ def _add_queue(message: placement_pb2.PlannedTask, task: TaskRow, view: PlanView
                 start_time.CopyFrom(timestamp(explanation.predicted_start_s))
             for end_time in (queue.predicted_end_time, message.end_time):
                 end_time.CopyFrom(timestamp(end.expected_s))
-            node_id, indices = view.facts.places.get(task.task_id, ("", ()))
-            message.node_id = node_id
-            message.gpu_indices.extend(indices)
+            place = view.facts.places.get(task.task_id)
+            if place is not None:
+                message.node_id = place.parts[0].node_id
+                message.gpu_indices.extend(place.parts[0].gpu_indices)
     message.queue.CopyFrom(queue)
 
 

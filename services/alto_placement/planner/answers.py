@@ -33,6 +33,16 @@ class Placements(Sequence[Placement]):
     def _placed(self) -> list[int]:
         return self._solution.placed()
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each of the snapshot's waiting tasks."""
+        return {task.task_id: number for number, task in enumerate(self._snapshot.waiting)}
+
+    @property
+    def joined(self) -> tuple[Placement, ...]:
+        """The placements of those that join another's executor."""
+        return self._joined
+
     def of(self, task: int) -> Placement | None:
         """Return the placement of the snapshot's waiting task number `task`, or None."""
         found = self._solution.placement(task)
@@ -69,26 +79,39 @@ class Explanations(Mapping[str, Explanation]):
     """One explanation for each waiting task, made when it is asked for; `known` are those made already."""
 
     def __init__(
-        self,
-        task_ids: Callable[[], list[str]],
-        explain: Callable[[int], Explanation],
-        known: Mapping[str, Explanation],
+        self, placements: Placements, explain: Callable[[int], Explanation], known: Mapping[str, Explanation]
     ) -> None:
-        self._task_ids = task_ids
+        self._placements = placements
         self._explain = explain
         self._known = known
 
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {task_id: index for index, task_id in enumerate(self._task_ids())}
-
     def __getitem__(self, task_id: str) -> Explanation:
         known = self._known.get(task_id)
-        return known if known is not None else self._explain(self._index[task_id])
+        return known if known is not None else self._explain(self._placements.numbers[task_id])
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._index
+        yield from self._placements.numbers
         yield from self._known
 
     def __len__(self) -> int:
-        return len(self._index) + len(self._known)
+        return len(self._placements.numbers) + len(self._known)
+
+
+class PlacesByTask(Mapping[str, Placement]):
+    """The placements by task_id, each made when it is asked for."""
+
+    def __init__(self, placements: Placements) -> None:
+        self._placements = placements
+        self._joined = {placement.task_id: placement for placement in placements.joined}
+
+    def __getitem__(self, task_id: str) -> Placement:
+        placement = self._joined.get(task_id) or self._placements.of(self._placements.numbers[task_id])
+        if placement is None:
+            raise KeyError(task_id)
+        return placement
+
+    def __iter__(self) -> Iterator[str]:
+        return (placement.task_id for placement in self._placements)
+
+    def __len__(self) -> int:
+        return len(self._placements)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import alto_planner
 
 from alto_placement.planner import exact
-from alto_placement.planner.answers import Explanations, Placements
+from alto_placement.planner.answers import Explanations, Placements, PlacesByTask
 from alto_placement.planner.errors import snapshot_error
 from alto_placement.planner.explaining import Explainer
 from alto_placement.planner.model import Placement, Plan, Snapshot
@@ -130,12 +130,13 @@ def _answer(
         for task in (snapshot.waiting if joined else ())
         if task.task_id in joined
     }
-    explanations = Explanations(lambda: [task.task_id for task in remaining.waiting], explainer.explain, joining)
+    explanations = Explanations(placements, explainer.explain, joining)
     latest_join = max((placement.end_s - snapshot.now_s for placement in joined.values()), default=0.0)
     return Plan(
         epoch=snapshot.epoch,
         now_s=snapshot.now_s,
         placements=placements,
+        places=PlacesByTask(placements),
         starting=placements.starting(),
         preemptions=preemptions(remaining, placements, read.highest_priority),
         unplaced=tuple(remaining.waiting[index].task_id for index in solution.unplaced()),

@@ -114,10 +114,11 @@ class RunningTask:
     """A task that holds GPUs now. The planner never moves it.
 
     `ends` are absolute times: expectation, upper bound and interval of the end, as known now; an expectation in the
-    past means "any moment". `next_checkpoint_s` None means that it cannot be preempted. `resume` are the choices it
-    would have after a preemption (remaining work and restart cost). `sharing` describes its own load and
-    `free_memory_bytes` what its executor has left on each GPU for guests. `guest_of` is set for a task that lives in
-    another task's executor: its parts are then the host's and take no GPUs of their own.
+    past means "any moment". `checkpoint_within_s` is how long after an order its checkpoint comes; None means that it
+    cannot be preempted. `resume` are the choices it would have after a preemption (remaining work and restart cost).
+    `sharing` describes its own load and `free_memory_bytes` what its executor has left on each GPU for guests.
+    `guest_of` is set for a task that lives in another task's executor: its parts are then the host's and take no GPUs
+    of their own.
     """
 
     task_id: str
@@ -127,7 +128,7 @@ class RunningTask:
     expected_end_s: float
     upper_end_s: float
     priority: int = 0
-    next_checkpoint_s: float | None = None
+    checkpoint_within_s: float | None = None
     resume: tuple[Choice, ...] = ()
     backbone: str = ""
     sharing: Sharing | None = None
@@ -302,16 +303,17 @@ class Explanation:
 class Plan:
     """The answer: a place for every task that can be placed, orders for now, and what is proven about it.
 
-    `placements` and `explanations` may be lazy; read them as a sequence and a mapping. `starting` are the placements
-    that are orders. `makespan_s` counts from now_s; `lower_bound_s` is a proven lower bound on any plan's makespan over
-    the same snapshot, `gap` = makespan_s / lower_bound_s - 1. `mean_completion_s` and its bound count from now_s over
-    the waiting tasks. `source` names the candidate that won. `effort` is the work of the search: given to `plan` with
-    the same snapshot and seed it repeats these placements.
+    `placements` and `explanations` may be lazy; read them as a sequence and a mapping. `places` are the placements by
+    task_id, `starting` those that are orders. `makespan_s` counts from now_s; `lower_bound_s` is a proven lower bound
+    on any plan's makespan over the same snapshot, `gap` = makespan_s / lower_bound_s - 1. `mean_completion_s` and its
+    bound count from now_s over the waiting tasks. `source` names the candidate that won. `effort` is the work of the
+    search: given to `plan` with the same snapshot and seed it repeats these placements.
     """
 
     epoch: int
     now_s: float
     placements: Sequence[Placement]
+    places: Mapping[str, Placement]
     starting: tuple[Placement, ...]
     preemptions: tuple[Preemption, ...]
     unplaced: tuple[str, ...]

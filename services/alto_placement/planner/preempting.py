@@ -27,22 +27,25 @@ class _Claim:
 
 
 def preemptions(snapshot: Snapshot, placements: Placements, highest_priority: int) -> tuple[Preemption, ...]:
-    """Return the preemptions that the plan orders. A task without a next checkpoint is never among them.
+    """Return the preemptions that the plan orders. A task without a checkpoint is never among them.
 
     `highest_priority` is that of the waiting tasks. A claim is served only if it starts earlier by it than the plan
     predicts. Victims are taken from one node: lowest priority first, then those that have run least.
     """
     draining = {node.node_id for node in snapshot.nodes if node.state is NodeState.DRAINING}
     orders = [
-        Preemption(task.task_id, max(task.next_checkpoint_s, snapshot.now_s), PreemptionReason.NODE_DRAINS)
+        Preemption(task.task_id, snapshot.now_s + task.checkpoint_within_s, PreemptionReason.NODE_DRAINS)
         for task in (snapshot.running if draining else ())
-        if task.next_checkpoint_s is not None and any(part.node_id in draining for part in task.parts)
+        if task.checkpoint_within_s is not None and any(part.node_id in draining for part in task.parts)
     ]
     if not snapshot.objective.preempt or not snapshot.running:
         return tuple(orders)
+    claims = _claims(snapshot, placements, highest_priority)
+    if not claims:
+        return tuple(orders)
     taken = {order.task_id for order in orders}
     held = _held(snapshot)
-    for claim in _claims(snapshot, placements, highest_priority):
+    for claim in claims:
         victims = _victims(snapshot, claim, taken, held)
         if victims:
             # The next claim sees the cluster as this one leaves it.
@@ -50,8 +53,8 @@ def preemptions(snapshot: Snapshot, placements: Placements, highest_priority: in
                 held[victim.tenant] -= len(victim.parts[0].gpu_indices)
             held[claim.task.tenant] = held.get(claim.task.tenant, 0) + _width(claim.task)
         for victim in victims:
-            assert victim.next_checkpoint_s is not None
-            at_s = max(victim.next_checkpoint_s, snapshot.now_s)
+            assert victim.checkpoint_within_s is not None
+            at_s = snapshot.now_s + victim.checkpoint_within_s
             orders.append(Preemption(victim.task_id, at_s, claim.reason, claim.task.task_id))
             taken.add(victim.task_id)
     return tuple(orders)
@@ -59,6 +62,8 @@ def preemptions(snapshot: Snapshot, placements: Placements, highest_priority: in
 
 def _claims(snapshot: Snapshot, placements: Placements, highest_priority: int) -> list[_Claim]:
     lowest = min(task.priority for task in snapshot.running)
+    if highest_priority <= lowest and not _may_borrow(snapshot):
+        return []
     held = _held(snapshot)
     borrowers = _borrowing(snapshot, held)
     if not borrowers and highest_priority <= lowest:
@@ -97,9 +102,13 @@ def _held(snapshot: Snapshot) -> dict[str, int]:
     return held
 
 
+def _may_borrow(snapshot: Snapshot) -> bool:
+    return any(row.cohort and row.quota_gpus is not None for row in snapshot.tenants)
+
+
 def _borrowing(snapshot: Snapshot, held: dict[str, int]) -> dict[str, str]:
     """Return the tenants that hold more than their quota, with their cohorts."""
-    if not any(row.cohort and row.quota_gpus is not None for row in snapshot.tenants):
+    if not _may_borrow(snapshot):
         return {}
     return {
         row.tenant: row.cohort
@@ -114,9 +123,9 @@ def _victims(snapshot: Snapshot, claim: _Claim, taken: set[str], held: dict[str,
     borrowers = {tenant for tenant, of in _borrowing(snapshot, held).items() if of == cohort and cohort}
 
     def yields(running: RunningTask) -> bool:
-        if running.next_checkpoint_s is None or running.guest_of or len(running.parts) != 1:
+        if running.checkpoint_within_s is None or running.guest_of or len(running.parts) != 1:
             return False
-        if running.next_checkpoint_s >= min(claim.predicted_start_s, running.expected_end_s):
+        if snapshot.now_s + running.checkpoint_within_s >= min(claim.predicted_start_s, running.expected_end_s):
             return False
         if claim.reason is PreemptionReason.PRIORITY:
             return running.priority < claim.task.priority

@@ -90,7 +90,7 @@ def test_nothing_is_placed_on_a_node_that_takes_no_work() -> None:
 def test_a_draining_node_is_left_at_the_next_checkpoint() -> None:
     draining = dataclasses.replace(NODE, state=NodeState.DRAINING)
     ends = (
-        running("leaves", "n0", range(4), 900.0, next_checkpoint_s=120.0),
+        running("leaves", "n0", range(4), 900.0, checkpoint_within_s=20.0),
         running("stays", "n0", range(4, 8), 900.0),
     )
     answer = plan(Snapshot(100.0, [draining], [], ends))
@@ -100,13 +100,13 @@ def test_a_draining_node_is_left_at_the_next_checkpoint() -> None:
 
 
 def test_priority_preempts_only_at_a_checkpoint_and_only_for_an_earlier_start() -> None:
-    low = running("low", "n0", range(8), 10_000.0, next_checkpoint_s=60.0)
+    low = running("low", "n0", range(8), 10_000.0, checkpoint_within_s=10.0)
     urgent = task("urgent", 8, priority=5)
     ordered = plan(Snapshot(50.0, [NODE], [urgent], [low])).preemptions
     assert [(row.task_id, row.for_task_id, row.reason) for row in ordered] == [
         ("low", "urgent", PreemptionReason.PRIORITY)
     ]
-    never = dataclasses.replace(low, next_checkpoint_s=None)
+    never = dataclasses.replace(low, checkpoint_within_s=None)
     assert not plan(Snapshot(50.0, [NODE], [urgent], [never])).preemptions
     soon_over = dataclasses.replace(low, expected_end_s=55.0)
     assert not plan(Snapshot(50.0, [NODE], [urgent], [soon_over])).preemptions
@@ -132,7 +132,7 @@ def test_a_quota_holds_and_can_be_borrowed_and_claimed_back() -> None:
     assert len(capped.starting) == 4
     waiting = next(row.task_id for row in greedy if row.task_id not in {p.task_id for p in capped.starting})
     assert capped.explanations[waiting].reason is WaitReason.QUOTA
-    holders = [running(f"r{i}", "n0", range(i, i + 1), 9000.0, next_checkpoint_s=10.0) for i in range(8)]
+    holders = [running(f"r{i}", "n0", range(i, i + 1), 9000.0, checkpoint_within_s=5.0) for i in range(8)]
     claimed = plan(Snapshot(5.0, [NODE], [task("b", 2, tenant="bo")], holders, tenants=tenants))
     assert len(claimed.preemptions) == 2
     assert {row.reason for row in claimed.preemptions} == {PreemptionReason.QUOTA_RECLAIMED}
@@ -412,9 +412,9 @@ def test_tenants_of_the_past_do_not_weigh_in() -> None:
 def test_nobody_is_preempted_for_a_task_that_could_not_start_then() -> None:
     node = Node("n0", "h100", 2)
     urgent = task("urgent", seconds=3600.0, priority=5, tenant="ada")
-    own = running("own", "n0", range(1), 9000.0, tenant="ada", priority=5, next_checkpoint_s=1030.0)
-    victim = running("victim", "n0", range(1, 2), 9000.0, tenant="bob", next_checkpoint_s=1030.0)
-    other = running("other", "n0", range(1), 9000.0, tenant="bob", next_checkpoint_s=1030.0)
+    own = running("own", "n0", range(1), 9000.0, tenant="ada", priority=5, checkpoint_within_s=30.0)
+    victim = running("victim", "n0", range(1, 2), 9000.0, tenant="bob", checkpoint_within_s=30.0)
+    other = running("other", "n0", range(1), 9000.0, tenant="bob", checkpoint_within_s=30.0)
     at_quota = [Tenant("ada", quota_gpus=1), Tenant("bob")]
     assert not plan(Snapshot(1000.0, [node], [urgent], [own, victim], tenants=at_quota)).preemptions
     reserved = [Reservation("r", Part("n0", (0, 1)), 1600.0, 5000.0)]
@@ -425,7 +425,7 @@ def test_nobody_is_preempted_for_a_task_that_could_not_start_then() -> None:
 def test_no_more_is_reclaimed_than_was_lent() -> None:
     tenants = [Tenant("ada", quota_gpus=2, cohort="lab"), Tenant("bob", quota_gpus=2, cohort="lab")]
     held = [
-        running(f"a{gpu}", "n0", range(gpu, gpu + 1), 9000.0, tenant="ada", next_checkpoint_s=1030.0)
+        running(f"a{gpu}", "n0", range(gpu, gpu + 1), 9000.0, tenant="ada", checkpoint_within_s=30.0)
         for gpu in range(4)
     ]
     waiting = [task(f"b{i}", seconds=3600.0, tenant="bob") for i in range(3)]

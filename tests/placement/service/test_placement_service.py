@@ -558,8 +558,8 @@ async def test_orders_that_leave_long_tasks_waiting_are_thought_over(settings, m
     plans = []  # of each snapshot: it, how many tasks its first plan starts, and the budgets of all its plans
     made = engine.planner.plan
 
-    def noted(snapshot, budget_s):
-        plan = made(snapshot, budget_s=budget_s)
+    def noted(snapshot, budget_s, memory):
+        plan = made(snapshot, budget_s=budget_s, memory=memory)
         if not plans or plans[-1][0] is not snapshot:
             plans.append((snapshot, len(plan.starting), []))
         plans[-1][2].append(budget_s)
