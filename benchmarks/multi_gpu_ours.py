@@ -167,6 +167,7 @@ def measure(
         run(world, backbone, job, rows, folder, listen, backend=backend, checkpoint_interval_s=1e9, **sizes)
     gc.collect()
     if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)  # a pass that was begun may still read other ranks' weights
         torch.cuda.empty_cache()
     seconds = moments[-1] - moments[0]
     shares = world.ranks.united({str(world.rank): round((exchanged[1] - exchanged[0]) / seconds, 4)})

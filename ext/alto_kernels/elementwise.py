@@ -23,12 +23,9 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
     cos and sin are [1, T, D]. Differentiable by q and k. What is returned lies in memory as [1, T, H, D].
     """
-    if (
-        _takes(q)
-        and k.dtype == cos.dtype == sin.dtype == q.dtype
-        and q.shape[0] == 1
-        and q.shape[-1] % (2 * _LINE) == 0
-    ):
+    alike = q.dtype == k.dtype == cos.dtype == sin.dtype and q.shape[2:] == k.shape[2:]
+    fits = q.shape[0] == k.shape[0] == 1 and cos.shape == sin.shape == (1, *q.shape[2:])
+    if _takes(q) and alike and fits and q.shape[-1] % (2 * _LINE) == 0:
         # mypy: torch has no types for `apply`
         q_rotated, k_rotated = _Rotated.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
         return q_rotated, k_rotated
@@ -63,7 +60,7 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = cos.contiguous(), sin.contiguous()
+        cos, sin = _aligned(cos), _aligned(sin)
         ctx.save_for_backward(cos, sin)
         return _rotate(q, k, cos, sin, backwards=False)
 

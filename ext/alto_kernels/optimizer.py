@@ -29,9 +29,8 @@ def adamw_step(adapters: Sequence[AdapterStep], zero_grad: bool = False, backend
     """Step every adapter by AdamW in fp32, as clip_grad_norm_ and torch.optim.AdamW would step each alone.
 
     Gradients may be bf16, of some adapters or all. Decoupled weight decay, bias correction by the adapter's own step
-    count. An adapter with a gradient that is not
-    finite keeps its weights and moments and is reported; the others are unaffected. `zero_grad` clears the gradients,
-    also of adapters that were not stepped.
+    count. An adapter with a gradient that is not finite keeps its weights and moments and is reported; the others are
+    unaffected. `zero_grad` clears the gradients, also of adapters that were not stepped.
     """
     if not adapters:
         return StepReport(torch.zeros(0), torch.zeros(0, dtype=torch.bool))

@@ -91,7 +91,7 @@ def test_all_tasks_end_though_a_node_is_killed_and_what_was_told_was_true(cluste
         watcher = Watcher(operator)
         watcher.start()
         early = {"policy": "paper", "warmup_fraction": 0.1, "keep_fraction": 0.34}
-        ids = [submit(client, task_file, f"search {i}", steps=150 - 15 * i, early_exit=early) for i in range(5)]
+        ids = [submit(client, task_file, f"search {i}", steps=240 - 30 * i, early_exit=early) for i in range(5)]
         until(lambda: sum(client.get_task(one).state == RUNNING for one in ids) == 3, what="three searches at once")
 
         # Why the others wait is told in words, in figures, and names what they wait for.

@@ -174,6 +174,8 @@ def prepare_backbone(
     `weights` is given when they are kept elsewhere; then `model` has hooks that fetch what each of its modules uses.
     """
     _refuse_what_packing_breaks(model)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what launches kernels by itself takes the current one
     config = model.config.get_text_config()
     model.requires_grad_(False).eval().to(device)
     probe_ids = torch.randint(0, config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -33,6 +33,7 @@ from alto_training.executor.events import (
 )
 from alto_training.executor.fitting_passes import FittingPasses
 from alto_training.executor.loading import OpenData, load_job_backbone, open_job_data
+from alto_training.executor.passes import settle
 from alto_training.executor.progress import ProgressMeter
 from alto_training.executor.ranks import OneRank, Ownership, Ranks
 from alto_training.executor.roster import Roster
@@ -372,6 +373,7 @@ class Executor:
             self._checkpointed_at, self._checkpointed_tick = self._clock(), self._tick
 
     def _write_checkpoint(self, task: TaskRun) -> None:
+        settle(self._backbone)
         started = self._clock()
         state: dict[str, Any] = {
             "backbone_fingerprint": self._backbone.fingerprint,

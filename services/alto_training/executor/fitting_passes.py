@@ -181,6 +181,7 @@ class FittingPasses:
 
     def losses(self, shares: Sequence[Share]) -> list[list[float]]:
         """Return the losses of each share's items, without gradients; in smaller passes if memory runs out."""
+        passes.settle(self._backbone)
         started = self._clock()
         while True:
             try:
@@ -206,7 +207,7 @@ class FittingPasses:
         self._on_halved(before, self.tokens_per_tick)
 
     def _refuse_if_others_wait(self, error: Exception) -> None:
-        """Give up where a smaller tick cannot be tried: the other ranks are in the middle of this pass."""
+        """Give up where a smaller tick cannot be tried: other ranks are in this pass, or wait for what comes of it."""
         if self._ranks.size > 1:
             raise TickOutOfMemoryError(
                 f"memory ran out on worker rank {self._ranks.rank} at {self.tokens_per_tick} tokens a tick ({error})",

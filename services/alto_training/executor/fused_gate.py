@@ -1,4 +1,7 @@
-"""The gated SiLU of a decoder layer's MLP in one launch, where a model's own is two forward and three back."""
+"""The gated SiLU of a decoder layer's MLP in one launch, where a model's own is two forward and three back.
+
+On a GPU in 16 bits; elsewhere the operators are those of the model.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 import torch
 from alto_kernels import elementwise
 from torch import nn
+
+from alto_training.executor.nf4 import Nf4Linear
 
 _PROJECTIONS = {"gate_proj", "up_proj", "down_proj"}
 _PROBE_WIDTH = 8
@@ -35,13 +40,14 @@ def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
 def _is_gated_silu(module: nn.Module) -> bool:
     """Say whether a module does the same as ours, asked of a copy with small projections of its own."""
     children = dict(module.named_children())
-    projections = {name for name in children if isinstance(children[name], nn.Linear)}
+    projections = {name for name in children if isinstance(children[name], nn.Linear | Nf4Linear)}
     if projections != _PROJECTIONS or next(module.parameters(recurse=False), None) is not None:
         return False
     draws = torch.Generator().manual_seed(0)
     probe: Any = copy.copy(module)
     probe._modules = {**module._modules, **{name: _small_linear(draws) for name in _PROJECTIONS}}
-    x_TK = torch.randn(4, _PROBE_WIDTH, generator=draws)
+    # Of all sizes: some models clamp what is large.
+    x_TK = torch.randn(8, _PROBE_WIDTH, generator=draws) * torch.logspace(-1, 3, 8)[:, None]
     try:
         own_TK, ours_TK = type(module).forward(probe, x_TK), _gated(probe, x_TK)
     except (TypeError, AttributeError, ValueError, RuntimeError):

@@ -86,6 +86,12 @@ def reference_sums(backbone: Backbone, items: Sequence[Item], tokens_per_tick: i
     return answers
 
 
+def settle(backbone: Backbone) -> None:
+    """Wait until the device has done all that was begun: what is timed from here on is not a pass begun before."""
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize(backbone.device)
+
+
 def reading(values: torch.Tensor) -> Callable[[], list[float]]:
     """Begin to read values from the device; what is returned waits for them, and for nothing that is begun later."""
     if values.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""The one order in which every rank gathers the parts of the backbone; in lock step, with work or without.
+"""The one order in which every rank gathers the parts of the backbone: in lock step, or by itself.
 
 The order is fixed by the model alone. A training pass meets embeddings, layers, head, and the layers backwards; a pass
 without gradients ends at the head. Where a gather is one of all ranks, a rank without work walks through the same order

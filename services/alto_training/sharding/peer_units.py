@@ -19,7 +19,7 @@ from torch import nn
 from alto_training.sharding.units import ShardedUnit, tensor_bytes
 
 _ALIGNMENT = 64  # elements: what kernels and copies like
-_LANES = 2  # streams of copies: one for this rank's own share, the rest for those of the others
+_LANES = 2  # streams of copies, two at least: one for this rank's own share, the rest for those of the others
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class PeerUnit:
         self._rank = rank
         self._lanes = lanes
         self._nothing = shares[rank].new_empty(0)
-        # By the buffer's address: the lane has few, and making views anew takes the host longer than all else here.
+        # By the buffer's address: the lanes have few, and making views anew takes the host longer than all else here.
         self._views: dict[int, list[torch.Tensor]] = {}
         self._buffer: GatherBuffer | None = None
         self._ends: list[Any] = []

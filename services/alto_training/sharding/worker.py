@@ -1,4 +1,4 @@
-"""What a worker rank does: the executor's loop, in lock step with the other ranks.
+"""What a worker rank does: the executor's loop, from exchange to exchange with the other ranks.
 
 The process ends with status 0 when the run is over, with `REFUSED_STATUS` when the executor says why it cannot go on;
 any other end is a crash.

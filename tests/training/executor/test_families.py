@@ -14,6 +14,7 @@ from alto_common.tuning import Evaluation, TrialConfig
 from alto_training.executor.backbone import load_backbone, prepare_backbone
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
 from alto_training.executor.events import TrialProgress
+from alto_training.executor.fused_gate import fuse_gates
 from alto_training.executor.fused_norm import fuse_norms
 from alto_training.executor.fused_rotary import fuse_rotary
 from alto_training.executor.settings import Backend, ExecutorSettings
@@ -78,6 +79,7 @@ def test_trials_over_each_family_equal_peft(tmp_path: Path, family: str, fused: 
     model = make(family)
     if fused:
         fuse_norms(model.base_model)
+        fuse_gates(model.base_model)
         assert fuse_rotary(model.base_model) == (0 if family == "gpt2" else 2)
     outcome, _ = run(task, tmp_path, backbone=prepare_backbone(model, family, torch.device("cpu")))
     alone = train_alone(make(family), MemoryDataset(23, seed=1), config)
