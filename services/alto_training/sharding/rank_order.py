@@ -63,9 +63,9 @@ class RankReport:
     """What a rank measured: `gather_bytes` of a training pass and of one without gradients, 0 without sharding.
 
     Passes count those without work, which are `idle_passes` (in lock step they gather as others do), and those that
-    were begun ahead and dropped; `moves` are trials that changed their rank. `traffic_calls` and `traffic_bytes` are by collective, empty when they were not counted. `memory_bytes` is the
-    largest of the accelerator, or of the process on a CPU, `idle_memory_bytes` its anonymous memory before the backbone
-    was loaded.
+    were begun ahead and dropped; `moves` are trials that changed their rank. `traffic_calls` and `traffic_bytes`
+    are by collective, empty when they were not counted. `memory_bytes` is the largest of the accelerator, or of the
+    process on a CPU, `idle_memory_bytes` its anonymous memory before the backbone was loaded.
     """
 
     rank: int
