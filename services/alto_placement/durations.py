@@ -275,7 +275,7 @@ class DurationModel:
         What nobody has filled yet is taken to be as large as executors choose where memory allows.
         """
         model = self.model(hardware)
-        fullest = max(model.fullest, _prior(hardware).fullest)
+        fullest = max(model.fullest, _prior_fullest(hardware))
         ticks, tokens, lora_ranks = model.features(work, fullest)
         full_s = model.training.seconds((1.0, fullest, lora_ranks / ticks))
         alone_s = model.training.seconds((ticks, tokens, lora_ranks))
@@ -314,9 +314,13 @@ class DurationModel:
 def _prior(hardware: Hardware) -> HardwareModel:
     operations = PRIOR_OPERATIONS_PER_S.get(hardware.gpu_kind, PRIOR_GPU_OPERATIONS_PER_S) * hardware.gpus
     token_s = OPERATIONS_PER_TOKEN_AND_WEIGHT * max(hardware.parameters, LEAST_PARAMETERS) / operations
-    fullest = PRIOR_TOKENS_PER_TICK.get(hardware.gpu_kind, PRIOR_GPU_TOKENS_PER_TICK)
+    fullest = _prior_fullest(hardware)
     weights = (PRIOR_TICK_SHARE * fullest * token_s, token_s, PRIOR_RANK_TOKENS * token_s)
     return HardwareModel(TickModel.prior(weights), fullest, PRIOR_EVALUATION_SHARE * token_s)
+
+
+def _prior_fullest(hardware: Hardware) -> float:
+    return PRIOR_TOKENS_PER_TICK.get(hardware.gpu_kind, PRIOR_GPU_TOKENS_PER_TICK)
 
 
 def _scaled(weights: Sequence[float], factor: float) -> Features:

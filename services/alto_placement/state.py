@@ -312,8 +312,9 @@ class Draft:
             nodes=tuple(_changed(self._nodes.items(), self.base.nodes)),
             tasks=tuple(_changed(self._tasks.items(), self.base.tasks)),
             assignments=tuple(_changed(self._assignments.items(), self.base.assignments)),
-            new_task_ids=frozenset(self._tasks.keys() - self.base.tasks.keys()),
-            new_assignment_ids=frozenset(self._assignments.keys() - self.base.assignments.keys()),
+            # Not a difference of the keys: that would go through all tasks that there are.
+            new_task_ids=frozenset(key for key in self._tasks if key not in self.base.tasks),
+            new_assignment_ids=frozenset(key for key in self._assignments if key not in self.base.assignments),
         )
 
 
