@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ from typing import Any
 import structlog
 from alto_placement.first_come import WaitBound
 from alto_placement.planner import Choice, Duration, Memory, Node, RunningTask, Snapshot, WaitingTask, plan
+from alto_placement.server import GARBAGE_THRESHOLDS
 from alto_placement.simulator import violations
 from placement_events import measure_service
 
@@ -104,6 +106,7 @@ def measure(tasks: int, gpus: int, events: int, seed: int, patience: float, wait
 
 
 def service(tasks: int, gpus: int, events: int, seed: int) -> dict[str, Any]:
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     figures = asyncio.run(measure_service(tasks, gpus, events, seed, WAIT_PATIENCE, SERVICE_WARM_UP))
     print(f"  {figures}", file=sys.stderr)

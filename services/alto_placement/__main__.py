@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 
 from alto_common.logs import configure_logs
 from alto_common.rpc.server import run_until_signal
 
-from alto_placement.server import PlacementServer
+from alto_placement.server import GARBAGE_THRESHOLDS, PlacementServer
 from alto_placement.settings import PlacementSettings
 
 
@@ -19,6 +20,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"alto-placement: {error}")
     configure_logs(settings.log_format)
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     asyncio.run(_serve(settings))
 
 

@@ -40,14 +40,14 @@ ALONE = Shared()
 
 
 class SharingView:
-    """What the planner is shown of sharing at one moment. `slowdowns` are those of the assignments that share."""
+    """What the planner is shown of sharing at one moment: which assignments share, and their `slowdowns`."""
 
     def __init__(self, state: ClusterState, forecasts: Forecasts, rule: SharingRule) -> None:
         self._state = state
         self._forecasts = forecasts
         self._rule = rule
         self._guests = state.guests()
-        self._sharing = {*self._guests, *(guest.assignment_id for rows in self._guests.values() for guest in rows)}
+        self.sharing = {*self._guests, *(guest.assignment_id for rows in self._guests.values() for guest in rows)}
         self.slowdowns = slowdowns(self._guests, state, forecasts)
 
     def asked(self, task: TaskRow, kinds: Sequence[str]) -> planner.Sharing | None:
@@ -66,7 +66,7 @@ class SharingView:
 
     def of(self, row: AssignmentRow) -> Shared:
         """Return how an assignment shares its executor."""
-        if row.assignment_id not in self._sharing:
+        if row.assignment_id not in self.sharing:
             return ALONE
         host = self._state.assignments.get(row.host_assignment_id) if row.host_assignment_id else row
         return Shared(

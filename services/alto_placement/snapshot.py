@@ -72,7 +72,7 @@ class ClusterPicture:
     @property
     def is_behind(self) -> bool:
         """Whether models have moved and tasks that rest on them have not been predicted anew yet."""
-        return bool(self._due)
+        return bool(self._due or self._moved)
 
     def _forget(self) -> None:
         self._state: ClusterState | None = None
@@ -88,6 +88,8 @@ class ClusterPicture:
         self._bases: dict[str, tuple[Basis, ...]] = {}
         self._resting_on: dict[Basis, dict[str, None]] = {}
         self._at_every_snapshot: set[str] = set()
+        # Models that have moved, and of the first of those the tasks that are to be predicted anew.
+        self._moved: dict[Basis, None] = {}
         self._due: dict[str, None] = {}
         self._moves_seen = self._forecasts.moves.since(0)[1]
         self._clocks_apart_s = 0.0
@@ -171,7 +173,10 @@ class ClusterPicture:
     def _moved_forecasts(self) -> list[str]:
         """Return the tasks that are to be predicted anew now."""
         moved, self._moves_seen = self._forecasts.moves.since(self._moves_seen)
-        for basis in moved:
+        self._moved.update(dict.fromkeys(moved))
+        while self._moved and (self._most_renewed is None or len(self._due) < self._most_renewed):
+            basis = next(iter(self._moved))
+            del self._moved[basis]
             self._due.update(self._resting_on.get(basis, {}))
         return list(islice(self._due, self._most_renewed))
 
@@ -203,15 +208,16 @@ class ClusterPicture:
             self._running.clear()
             self._clocks_apart_s = apart_s
         runs: dict[str, _Run] = {}
-        for row in state.assignments.values():
-            run, progress = self._running.get(row.task_id), state.progress.get(row.assignment_id)
-            shared = sharing.of(row)
+        known, heard, now_s = self._running.get, state.progress.get, now.wall_s
+        for assignment_id, row in state.assignments.items():
+            run, progress = known(row.task_id), heard(assignment_id)
+            shared = sharing.of(row) if assignment_id in sharing.sharing else ALONE
             if (
                 run is None
                 or run.row is not row
                 or run.progress is not progress
                 or run.shared != shared
-                or now.wall_s >= run.until_s
+                or now_s >= run.until_s
             ):
                 task, kind = state.tasks[row.task_id], state.nodes[row.node_id].spec.gpu_kind
                 run = self._run(task, row, kind, progress, shared, sharing, now)

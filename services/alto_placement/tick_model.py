@@ -39,6 +39,8 @@ class TickModel:
     squared_noise: float = FIRST_NOISE**2
     ticks: float = 0.0
     coefficients: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    # Of the information that `squares` hold; None until it is asked for.
+    _inverted: list[list[float]] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def prior(cls, weights: Features) -> Self:
@@ -80,6 +82,7 @@ class TickModel:
             self.squared_noise += rate * (error * error * ticks - self.squared_noise)
             self.squared_noise = min(MOST_NOISE**2, max(LEAST_NOISE**2, self.squared_noise))
         self.ticks += ticks
+        self._inverted = None
         self.coefficients = self._solved()
 
     def uncertainty(self, work: Features) -> float:
@@ -88,19 +91,24 @@ class TickModel:
             return PRIOR_SPREAD
         predicted = self.seconds(work)
         relative = [self.scale[i] * work[i] / predicted for i in _AXES]
-        inverse = _inverse(self._information())
+        inverse = self._covariance()
         return math.sqrt(max(0.0, sum(relative[i] * inverse[i][j] * relative[j] for i in _AXES for j in _AXES)))
 
     def state(self) -> dict[str, Any]:
         """Return it as JSON."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__slots__ if name != "_inverted"}
 
     def _information(self) -> list[list[float]]:
         prior = 1.0 / SHAPE_SPREAD**2
         return [[self.squares[i][j] + (prior if i == j else 0.0) for j in _AXES] for i in _AXES]
 
+    def _covariance(self) -> list[list[float]]:
+        if self._inverted is None:
+            self._inverted = _inverse(self._information())
+        return self._inverted
+
     def _solved(self) -> list[float]:
-        inverse, prior = _inverse(self._information()), 1.0 / SHAPE_SPREAD**2
+        inverse, prior = self._covariance(), 1.0 / SHAPE_SPREAD**2
         solved = [sum(inverse[i][j] * (self.products[j] + prior) for j in _AXES) for i in _AXES]
         return [max(LEAST_COEFFICIENT, coefficient) for coefficient in solved]
 
