@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -33,12 +34,15 @@ class ExitShares:
     """The shares of finished searches, by (tenant, shape)."""
 
     _seen: dict[tuple[str, str], deque[float]] = field(default_factory=dict)
+    # The same in ascending order, by the tenant (None: of all together) and shape; made when they are asked for.
+    _ordered: dict[tuple[str | None, str], list[float]] = field(default_factory=dict, repr=False, compare=False)
 
     def observe(self, tenant: str, shape: str, share: float) -> None:
         """Note what share of its full work a search did to its natural end."""
         if math.isfinite(share) and share > 0:
             kept = self._seen.setdefault((tenant, shape), deque(maxlen=HISTORY))
             kept.append(min(MOST_SHARE, max(LEAST_SHARE, share)))
+            self._have_changed(tenant, shape)
 
     def knows(self, tenant: str, shape: str) -> bool:
         """Return whether the tenant has a history of this shape of its own."""
@@ -50,7 +54,8 @@ class ExitShares:
         Tenants without a history of this shape, and None, are expected to be like the others; without any history
         `prior` counts.
         """
-        seen = sorted(share for share in self._history(tenant, shape) if share > done)
+        ordered = self._history(tenant, shape)
+        seen = ordered[bisect_right(ordered, done) :]
         if prior <= done:
             # Who has done more than was expected is one of those that run longer.
             prior = done + 0.5 * max(0.0, 1.0 - done)
@@ -70,12 +75,23 @@ class ExitShares:
     def load(self, tenant: str, shape: str, shares: Iterable[float]) -> None:
         """Take up what `state` returned."""
         self._seen[tenant, shape] = deque(shares, maxlen=HISTORY)
+        self._have_changed(tenant, shape)
 
-    def _history(self, tenant: str | None, shape: str) -> Iterable[float]:
-        own = self._seen.get((tenant, shape)) if tenant is not None else None
-        if own:
-            return own
-        return (share for (_, name), shares in self._seen.items() if name == shape for share in shares)
+    def _history(self, tenant: str | None, shape: str) -> list[float]:
+        """Return what counts for a tenant and shape, in ascending order."""
+        key = (tenant if tenant is not None and self.knows(tenant, shape) else None, shape)
+        if key not in self._ordered:
+            self._ordered[key] = sorted(
+                share
+                for (one, name), shares in self._seen.items()
+                if name == shape and key[0] in (None, one)
+                for share in shares
+            )
+        return self._ordered[key]
+
+    def _have_changed(self, tenant: str, shape: str) -> None:
+        self._ordered.pop((tenant, shape), None)
+        self._ordered.pop((None, shape), None)
 
 
 def quantile(ordered: list[float], share: float, beyond: float) -> float:
