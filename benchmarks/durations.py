@@ -243,7 +243,8 @@ def errors(searches: list[Search]) -> dict[str, Any]:
                 follower.hear(task, row, progress)
             if tick == PROFILED and len(search.progress) >= 1.5 * PROFILED:
                 heard_s = progress.measured.seconds
-                left = follower.forecasts.remaining(task, row, "cpu", progress, Moment(0.0, heard_s)).expected_s
+                outlook = follower.forecasts.outlook(task, row, "cpu", progress, Moment(0.0, heard_s))
+                left = outlook.left_at(heard_s).expected_s
                 rest_errors.append(abs(left / (search.seconds - heard_s) - 1.0))
                 total_errors.append(abs((heard_s + left) / search.seconds - 1.0))
         follower.end(task, row)

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from alto_kernels import AdapterStep, AdapterTable, TickPlan, adamw_step, cuda_available, lora_linears
@@ -215,7 +216,7 @@ def bytes_beyond_frozen(cell: Cell, gradient_dtype: torch.dtype) -> int:
     return total
 
 
-def measure(cell: Cell, rounds: int, peers: bool, gradient_dtype: torch.dtype) -> dict[str, object]:
+def measure(cell: Cell, rounds: int, peers: bool, gradient_dtype: torch.dtype) -> dict[str, Any]:
     problem = make_problem(cell)
     # Each against the frozen product in turns of its own: after a step that leaves the GPU cool, the next one is fast.
     turns: list[dict[str, Callable[[], Step]]] = [
@@ -226,7 +227,7 @@ def measure(cell: Cell, rounds: int, peers: bool, gradient_dtype: torch.dtype) -
     ]
     if peers:
         turns += [{"grouped_mm": lambda: grouped_step(cell, problem)}, {"loop": lambda: loop_step(cell, problem)}]
-    row: dict[str, object] = asdict(cell)
+    row: dict[str, Any] = asdict(cell)
     for mode in ("eager", "graph"):
         figures: dict[str, float] = {}
         for makers in turns:
@@ -244,10 +245,8 @@ def measure(cell: Cell, rounds: int, peers: bool, gradient_dtype: torch.dtype) -
                 figures[f"{name}_ms"] = round(statistics.median(values), 4)
                 figures[f"{name}_tax_percent"] = round((ratio - 1) * 100, 1)
         row[mode] = figures
-    row["floor_tax_percent"] = round(
-        bytes_beyond_frozen(cell, gradient_dtype) / 3.0e9 / row["graph"]["frozen_ms"] * 100,  # type: ignore[index]
-        1,
-    )
+    floor_ms = bytes_beyond_frozen(cell, gradient_dtype) / 3.0e9
+    row["floor_tax_percent"] = round(floor_ms / row["graph"]["frozen_ms"] * 100, 1)
     return row
 
 
@@ -299,7 +298,7 @@ def main() -> int:
     if not cuda_available():
         print("benchmarks/kernels.py: needs the CUDA build and a GPU of compute capability 9.0", file=sys.stderr)
         return 1
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     result: dict[str, object] = {
         "benchmark": "kernels",
         "date": datetime.date.today().isoformat(),
@@ -320,8 +319,8 @@ def main() -> int:
         row = measure(cell, options.rounds, peers=not options.quick, gradient_dtype=GRADIENTS[options.gradients])
         rows.append(row)
         figures = " ".join(
-            f"{mode}: {row[mode]['frozen_ms']:.3f} "  # type: ignore[index]
-            + " ".join(f"{k[:-12]} {v}%" for k, v in row[mode].items() if k.endswith("tax_percent"))  # type: ignore[attr-defined]
+            f"{mode}: {row[mode]['frozen_ms']:.3f} "
+            + " ".join(f"{k[:-12]} {v}%" for k, v in row[mode].items() if k.endswith("tax_percent"))
             for mode in ("eager", "graph")
         )
         print(f"{cell.bundle:12} n={cell.adapters:<3} r={cell.ranks:6} {cell.tokens:7} {figures}", flush=True)

@@ -26,8 +26,7 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     alike = q.dtype == k.dtype == cos.dtype == sin.dtype and q.shape[2:] == k.shape[2:]
     fits = q.shape[0] == k.shape[0] == 1 and cos.shape == sin.shape == (1, *q.shape[2:])
     if _takes(q) and alike and fits and q.shape[-1] % (2 * _LINE) == 0:
-        # mypy: torch has no types for `apply`
-        q_rotated, k_rotated = _Rotated.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+        q_rotated, k_rotated = _Rotated.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]  # torch has no types for it
         return q_rotated, k_rotated
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
@@ -36,7 +35,7 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up, of one shape. Differentiable; gate and up are all that is kept for backward."""
     if _takes(gate) and up.dtype == gate.dtype and gate.shape == up.shape and gate.numel() % _LINE == 0:
-        out: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
+        out: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]  # nor for this
         return out
     return torch.nn.functional.silu(gate) * up
 

@@ -7,7 +7,6 @@ the state in memory change and anybody hear of it. A failed write is followed by
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -74,8 +73,7 @@ class PlacementEngine:
         self._settings = settings
         self._rules = settings.rules
         self._policy = settings.policy
-        patience = self._policy.wait_patience
-        self._waits = WaitBound(patience) if math.isfinite(patience) else None
+        self._waits = WaitBound(self._policy.wait_patience)
         self._clock = clock or SteadyClock()
         self._learning = Learning(store, self._clock)
         self._picture = ClusterPicture(self._learning.forecasts, self._policy)
@@ -337,7 +335,7 @@ class PlacementEngine:
         now = self._clock()
         usage_gpu_s = self._learning.usage(self.state)
         snapshot, ends = self._picture.snapshot(self.state, usage_gpu_s, now, self._revision)
-        if self._waits is not None:
+        if self._waits.is_set:
             snapshot = await asyncio.to_thread(self._waits.applied, snapshot)
         plan = await self._think(snapshot)
         self._facts = facts_of(plan, snapshot, ends)

@@ -27,6 +27,11 @@ class WaitBound:
         self._first_come = alto_planner.FirstCome()
 
     @property
+    def is_set(self) -> bool:
+        """Whether waits are bounded at all."""
+        return math.isfinite(self.patience)
+
+    @property
     def longest_wait_s(self) -> float:
         """The longest wait of first come first served: of its last 1,000 starts and, foreseen, its first in line."""
         return self._first_come.longest_wait_s
@@ -37,7 +42,7 @@ class WaitBound:
         A row that did not change should be the same object again, then it costs nothing. A snapshot is refused with
         SnapshotError where it cannot be read; the schedule then stays where it was.
         """
-        if math.isinf(self.patience):
+        if not self.is_set:
             return snapshot
         try:
             self._first_come.follow(snapshot)

@@ -108,18 +108,6 @@ class Forecasts:
         """Return how long it takes until a task that has a place is trained."""
         return self.model.model(_hardware(task, gpu_kind)).start_s
 
-    def remaining(
-        self,
-        task: TaskRow,
-        row: AssignmentRow,
-        gpu_kind: str,
-        progress: Progress | None,
-        now: Moment,
-        slowdown: float = 1.0,
-    ) -> Duration:
-        """Return how long a task that has a place will still hold it, `slowdown` times longer than alone."""
-        return self.outlook(task, row, gpu_kind, progress, now, slowdown).left_at(now.wall_s)
-
     def outlook(
         self,
         task: TaskRow,
@@ -129,7 +117,10 @@ class Forecasts:
         now: Moment,
         slowdown: float = 1.0,
     ) -> Outlook:
-        """Return what was left of a task that has a place, as of its start or of what its node last said."""
+        """Return what was left of a task that has a place, as of its start or of what its node last said.
+
+        With others in its executor it takes `slowdown` times longer than alone.
+        """
         if progress is None or progress.measured.ticks <= 0:
             whole = _times(self.rest(task, gpu_kind, can_resume=row.node_id == task.ran_on), slowdown)
             return Outlook(min(row.started_s, now.wall_s), whole)

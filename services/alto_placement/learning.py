@@ -85,7 +85,8 @@ class Learning:
             self.forecasts.heard(task, row, kind, status.progress, now, has_guests=slowdown is not None)
             planned = facts.ends.get(row.task_id)
             if planned is not None and row.stop is None:
-                left_s = self.forecasts.remaining(task, row, kind, status.progress, now, slowdown or 1.0).expected_s
+                outlook = self.forecasts.outlook(task, row, kind, status.progress, now, slowdown or 1.0)
+                left_s = outlook.left_at(now.wall_s).expected_s
                 off_s = abs(now.wall_s + left_s - planned.expected_s)
                 moved = moved or off_s > max(MOVED_S, MOVED_SHARE * left_s)
         return moved

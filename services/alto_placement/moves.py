@@ -76,13 +76,12 @@ class Moves:
         return False
 
     def _figures_of(self, basis: Basis) -> _Figures:
-        kind, *key = basis
-        if kind == "hardware":
-            return self._of_hardware(Hardware(*key))  # type: ignore[arg-type]
-        tenant, shape = key
-        assert isinstance(tenant, str | None)
-        assert isinstance(shape, str)
-        return _of_shares(self._model.shares if kind == "shares" else self._model.trained, tenant, shape)
+        match basis:
+            case "hardware", str(backbone), str(gpu_kind), int(gpus):
+                return self._of_hardware(Hardware(backbone, gpu_kind, gpus))
+            case "shares" | "trained" as kind, str() | None as tenant, str(shape):
+                return _of_shares(self._model.shares if kind == "shares" else self._model.trained, tenant, shape)
+        raise ValueError(f"{basis}: no basis")
 
     def _of_hardware(self, hardware: Hardware) -> _Figures:
         model = self._model.model(hardware)

@@ -20,8 +20,8 @@ from alto_placement.store import MIGRATIONS, PlacementStore
 
 HEALTH_INTERVAL_S = 1.0
 GRACE_S = 2.0
-# For gc.set_threshold. Looking through all that is kept of 100,000 tasks stops everything for 0.4 s, and rows that are
-# made anew brought that about once in some 30 re-plans; now a tenth as often.
+# For gc.set_threshold. Looking through all that is kept of 100,000 tasks for garbage stops everything for 0.4 s: it is
+# done a tenth as often as by default.
 GARBAGE_THRESHOLDS = (700, 10, 100)
 
 log = structlog.get_logger("alto.placement")

@@ -65,9 +65,7 @@ class SharingView:
         return task.base_model if self._rule is SharingRule.ALL else f"{task.tenant}\n{task.base_model}"
 
     def of(self, row: AssignmentRow) -> Shared:
-        """Return how an assignment shares its executor."""
-        if row.assignment_id not in self.sharing:
-            return ALONE
+        """Return how an assignment, one of `sharing`, shares its executor."""
         host = self._state.assignments.get(row.host_assignment_id) if row.host_assignment_id else row
         return Shared(
             host, self._coming_bytes(row), self.slowdowns.get(row.assignment_id, 1.0), self._forecasts.is_shared(row)

@@ -122,7 +122,7 @@ def _varlen_kernel(
         for tensor in (query, key, value)
     )
     left = -1 if window is None else window - 1
-    attended_THD: torch.Tensor = _FlashAttention.apply(  # type: ignore[no-untyped-call]
+    attended_THD: torch.Tensor = _FlashAttention.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
         query_THD, key_THD, value_THD, tick.sequence_offsets, tick.longest, scaling, left
     )
     return attended_THD.unsqueeze(0)
@@ -148,12 +148,13 @@ class _FlashAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.lengths = (offsets, offsets, longest, longest, 0.0, left == -1)
         ctx.options = {"scale": scaling, "window_size_left": left, "window_size_right": 0}
-        attended_THD, *rest = torch.ops.aten._flash_attention_forward(
+        found = torch.ops.aten._flash_attention_forward(
             query_THD, key_THD, value_THD, *ctx.lengths, False, **ctx.options
         )
-        logsumexp, random_state, unused, _ = rest
+        attended_THD: torch.Tensor = found[0]
+        logsumexp, random_state, unused, _ = found[1:]
         ctx.save_for_backward(query_THD, key_THD, value_THD, attended_THD, logsumexp, random_state, unused)
-        return attended_THD  # type: ignore[no-any-return]
+        return attended_THD
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

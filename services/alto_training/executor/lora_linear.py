@@ -196,7 +196,9 @@ class MultiLoraLinear(nn.Module):
         """Map [..., K] to [..., N]; the leading dimensions hold the tick's T tokens in order."""
         tick = self.current.require()
         if not self.adapted_in(tick):
-            y_TN: torch.Tensor = _FrozenProduct.apply(self._tokens(x), self.frozen)  # type: ignore[no-untyped-call]
+            y_TN: torch.Tensor = _FrozenProduct.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
+                self._tokens(x), self.frozen
+            )
         else:
             shared_TN = None if self.shared_input is None else self.shared_input.output(self, x, tick)
             y_TN = (

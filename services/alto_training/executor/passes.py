@@ -98,7 +98,7 @@ def reading(values: torch.Tensor) -> Callable[[], list[float]]:
         return values.tolist
     on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     on_host.copy_(values, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
     arrived.record(torch.cuda.current_stream(values.device))
 
     def read() -> list[float]:

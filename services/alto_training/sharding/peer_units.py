@@ -62,7 +62,10 @@ class CopyLanes:
         self._device = device
         self._streams: list[Any] = []
         if device.type == "cuda":
-            self._streams = [torch.cuda.Stream(device) for _ in range(_LANES)]  # type: ignore[no-untyped-call]
+            self._streams = [
+                torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
+                for _ in range(_LANES)
+            ]
         self._idle: dict[tuple[int, torch.dtype], list[GatherBuffer]] = {}
 
     def gather(self, shares: Sequence[torch.Tensor], mine: int) -> tuple[GatherBuffer, list[Any]]:

@@ -16,20 +16,10 @@ from alto_placement.policy import ObjectiveWeights, ReservedGpus
 from alto_placement.settings import PlacementSettings
 from alto_placement.snapshot import ClusterPicture, snapshot_of
 from alto_placement.state import FailureCause, Moment, NodeSpec, Outcome, Progress, TaskRow, WorkSize
+from placement_events import GIB, NoStore
 
-GIB = 2**30
 KINDS = ("h100", "h100", "a100", "cpu")
 MODELS = {"small": 1_000_000_000, "large": 8_000_000_000}
-
-
-class NoStore:
-    """Keeps nothing."""
-
-    async def save(self, changes):
-        pass
-
-    async def task(self, task_id):
-        return None
 
 
 class Stream:

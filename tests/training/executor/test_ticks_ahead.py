@@ -243,6 +243,13 @@ def example_share(backbone: Backbone) -> Share:
     return Share(adapter, [SupervisedObjective().item(data, row, 32, row) for row in range(3)], batch_denominator=20.0)
 
 
+def lasting(event: Event) -> list[Event]:
+    """Return what an event says of trials, whenever and wherever they ran; nothing where it says nothing of them."""
+    if isinstance(event, TrialFinished):
+        return [replace(event, adapter_path=None)]
+    return [event] if isinstance(event, TrialProgress | TrialEvaluated | TrialDecided | TickHalved) else []
+
+
 def test_whatever_happens_between_two_ticks_nothing_is_lost_or_done_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,10 +277,7 @@ def test_whatever_happens_between_two_ticks_nothing_is_lost_or_done_twice(
             if isinstance(event, TaskProgress) and event.task_id == "host":
                 for command in commands.pop(event.tick, []):
                     control.put(command)
-            if isinstance(event, TrialFinished):
-                told.append(replace(event, adapter_path=None))
-            elif isinstance(event, TrialProgress | TrialEvaluated | TrialDecided | TickHalved):
-                told.append(event)
+            told.extend(lasting(event))
 
         def train_tick(backbone: Backbone, tick: Tick | None) -> torch.Tensor:
             losses = run_tick(backbone, tick)
@@ -338,10 +342,7 @@ def test_a_begun_pass_that_is_dropped_leaves_nothing_behind(
             if isinstance(event, TaskProgress) and event.task_id == "host" and event.tick in due:
                 for command in commands[due.pop(event.tick)]:
                     control.put(command)
-            if isinstance(event, TrialFinished):
-                told.append(replace(event, adapter_path=None))
-            elif isinstance(event, TrialProgress | TrialEvaluated | TrialDecided | TickHalved):
-                told.append(event)
+            told.extend(lasting(event))
 
         def train_tick(backbone: Backbone, tick: Tick | None) -> torch.Tensor:
             nonlocal begun

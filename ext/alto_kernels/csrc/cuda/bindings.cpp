@@ -21,17 +21,6 @@ namespace py = pybind11;
 namespace alto::cuda {
 namespace {
 
-using Address = std::uintptr_t;
-
-void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-template <typename T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);  // NOLINT: the contract of this module
-}
-
 template <typename T>
 py::bytes as_bytes(const std::vector<T>& values) {
     return py::bytes(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));

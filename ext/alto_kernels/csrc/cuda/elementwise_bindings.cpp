@@ -13,21 +13,11 @@ namespace py = pybind11;
 namespace alto::cuda {
 namespace {
 
-using Address = std::uintptr_t;
-
 constexpr int kLine = 8;
 
-void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-void* pointer(Address address, const char* name) {
+void* aligned(Address address, const char* name) {
     if (address % 16 != 0) throw std::invalid_argument(std::string(name) + ": must be aligned to 16 bytes");
-    return reinterpret_cast<void*>(address);  // NOLINT: the contract of this module
-}
-
-cudaStream_t stream_at(Address address) {
-    return reinterpret_cast<cudaStream_t>(address);  // NOLINT: as above
+    return pointer<void>(address);
 }
 
 // (from, token stride, head stride, to, heads)
@@ -37,7 +27,7 @@ Heads make_heads(const HeadFields& fields, const char* name) {
     const auto& [from, token_stride, head_stride, to, heads] = fields;
     if (token_stride % kLine != 0 || head_stride % kLine != 0)
         throw std::invalid_argument(std::string(name) + ": strides must be multiples of 8");
-    return {pointer(from, name), token_stride, head_stride, pointer(to, name), heads};
+    return {aligned(from, name), token_stride, head_stride, aligned(to, name), heads};
 }
 
 void rotate_heads(const HeadFields& queries, const HeadFields& keys, Address cos, Address sin, int tokens, int width,
@@ -45,12 +35,12 @@ void rotate_heads(const HeadFields& queries, const HeadFields& keys, Address cos
     if (width % (2 * kLine) != 0) throw std::invalid_argument("width: must be a multiple of 16");
     const RotaryArguments arguments{make_heads(queries, "queries"),
                                     make_heads(keys, "keys"),
-                                    pointer(cos, "cos"),
-                                    pointer(sin, "sin"),
+                                    aligned(cos, "cos"),
+                                    aligned(sin, "sin"),
                                     tokens,
                                     width,
                                     backwards};
-    check(rotate(arguments, is_float16, stream_at(stream)), "rotate");
+    check(rotate(arguments, is_float16, pointer<CUstream_st>(stream)), "rotate");
 }
 
 void require_lines(std::int64_t count) {
@@ -59,17 +49,17 @@ void require_lines(std::int64_t count) {
 
 void silu_forward(Address gate, Address up, Address out, std::int64_t count, bool is_float16, Address stream) {
     require_lines(count);
-    check(
-        gated_silu(pointer(gate, "gate"), pointer(up, "up"), pointer(out, "out"), count, is_float16, stream_at(stream)),
-        "gated_silu");
+    check(gated_silu(aligned(gate, "gate"), aligned(up, "up"), aligned(out, "out"), count, is_float16,
+                     pointer<CUstream_st>(stream)),
+          "gated_silu");
 }
 
 void silu_backward(Address gradient, Address gate, Address up, Address gate_gradient, Address up_gradient,
                    std::int64_t count, bool is_float16, Address stream) {
     require_lines(count);
-    check(gated_silu_backward(pointer(gradient, "gradient"), pointer(gate, "gate"), pointer(up, "up"),
-                              pointer(gate_gradient, "gate_gradient"), pointer(up_gradient, "up_gradient"), count,
-                              is_float16, stream_at(stream)),
+    check(gated_silu_backward(aligned(gradient, "gradient"), aligned(gate, "gate"), aligned(up, "up"),
+                              aligned(gate_gradient, "gate_gradient"), aligned(up_gradient, "up_gradient"), count,
+                              is_float16, pointer<CUstream_st>(stream)),
           "gated_silu_backward");
 }
 

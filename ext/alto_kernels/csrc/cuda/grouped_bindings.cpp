@@ -18,18 +18,7 @@ namespace py = pybind11;
 namespace alto::cuda {
 namespace {
 
-using Address = std::uintptr_t;
-
 constexpr std::size_t kLargestGrid = 65535;  // of the second dimension
-
-void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-template <typename T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);  // NOLINT: the contract of this module
-}
 
 // (slot, start, stop, rank, columns, pool column, scale, dropout)
 using GroupFields = std::tuple<int, std::int64_t, std::int64_t, int, int, int, double, double>;
