@@ -10,8 +10,6 @@ import pytest
 import torch
 from alto_training.executor.backbone import Backbone
 
-# benchmarks/peft_solo.py is the judge of both the parity benchmark and the tests here.
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 
