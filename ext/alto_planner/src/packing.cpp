@@ -332,13 +332,13 @@ int Packing::moved_unit(int unit, const Unit& u, const Unit& v) const {
     return unit_at_[wanted * kLevels + std::countr_zero(static_cast<unsigned>(units_[unit].width))];
 }
 
-Schedule Packing::schedule(const Problem& problem, const Allotment& allotment,
-                           const std::vector<double>& starts) const {
+Schedule Packing::schedule(const Problem& problem, const Allotment& allotment, const std::vector<double>& starts,
+                           const std::vector<int>& unit_of) const {
     Schedule out(problem.tasks.size());
     out.choice = allotment;
     for (std::size_t p = 0; p < tasks_.size(); ++p) {
         const int task = tasks_[p];
-        const Unit& unit = units_[unit_of_[p]];
+        const Unit& unit = units_[unit_of[p]];
         out.start_s[task] = problem.now_s + starts[p];
         out.first_part[task] = static_cast<int>(out.parts.size());
         for (int i = 0; i < unit.width; ++i) {

@@ -32,16 +32,19 @@ class Packing {
 
     [[nodiscard]] double largest_load() const;
     [[nodiscard]] const std::vector<int>& tasks() const { return tasks_; }
-    [[nodiscard]] int unit_of(int position) const { return unit_of_[position]; }
+    [[nodiscard]] const std::vector<int>& unit_of() const { return unit_of_; }  // per task position
     [[nodiscard]] const std::vector<Unit>& units() const { return units_; }
     [[nodiscard]] double offset(int leaf) const { return offset_[leaf]; }
     [[nodiscard]] int leaves() const { return static_cast<int>(offset_.size()); }
     [[nodiscard]] int roots() const { return roots_; }
     [[nodiscard]] double seconds(int position) const { return seconds_[position]; }
+    [[nodiscard]] bool alike(int a, int b) const { return group_[a] == group_[b]; }
+    // The units that may hold a task.
+    [[nodiscard]] const std::vector<int>& candidates(int position) const { return candidates_[group_[position]]; }
 
-    // A schedule from start times, one per task position, relative to now.
+    // A schedule from start times, relative to now, and units, one of each per task position.
     [[nodiscard]] Schedule schedule(const Problem& problem, const Allotment& allotment,
-                                    const std::vector<double>& starts) const;
+                                    const std::vector<double>& starts, const std::vector<int>& unit_of) const;
 
   private:
     static constexpr int kLevels = 24;  // log2 of the widest unit is below this

@@ -152,8 +152,8 @@ class Solver {
     }
 
     Candidate sequenced(const Packing& packing, const std::vector<double>& weights, double limit, Effort& rounds) {
-        const std::vector<double> starts = sequence(packing, weights, limit, rounds, random_);
-        Candidate found{packing.schedule(problem_, allotments_[0], starts), {}, {}, "packed"};
+        const auto [starts, units] = sequence(packing, weights, limit, rounds, random_);
+        Candidate found{packing.schedule(problem_, allotments_[0], starts, units), {}, {}, "packed"};
         found.score = evaluate(problem_, found.schedule, bounds_, weights_);
         return found;
     }

@@ -258,6 +258,18 @@ def test_others_are_explained_and_a_search_repeated_beside_a_task_that_joins() -
     assert tuple(plan(snapshot, effort=answer.effort).placements) == tuple(answer.placements)
 
 
+def test_short_tasks_go_before_long_ones_wherever_the_makespan_leaves_room() -> None:
+    """The first packing puts all thirty on the only GPU that is free of long ones: ends of 1 to 30 s."""
+    long = [task("long", 1, 100.0), task("long1", 1, 85.0), task("long2", 1, 85.0)]
+    short = [task(f"short{i}", 1, 1.0) for i in range(30)]
+    snapshot = Snapshot(0.0, [Node("n0", "h100", 4)], [*long, *short], objective=Objective(makespan=10.0))
+    answer = plan(snapshot, effort=(0, 100, 0, 0))
+    assert not violations(snapshot, answer)
+    assert answer.makespan_s == 100.0
+    # Ten on each of three GPUs: 3 x 55 s, and the long ones end at 100, 95 and 95.
+    assert answer.mean_completion_s == pytest.approx((3 * 55 + 100 + 95 + 95) / 33, rel=0.01)
+
+
 def test_an_explanation_says_what_would_help() -> None:
     holder = running("r", "n0", range(6), 500.0)
     answer = plan(Snapshot(0.0, [NODE], [task("a", 4)], [holder]))
