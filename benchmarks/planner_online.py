@@ -4,6 +4,7 @@
 
 Every policy sees the same arrivals, stretched so that the work is `--load` of the cluster. In the second scenario tasks
 end early, at U(0.15, 1) of their predicted time: all policies see predictions, the oracle and the bound what happens.
+`larger` is both on four times as many GPUs, arrivals four times as dense: there a task that lasts for days blocks less.
 `early_exits` empties queues that are all there while tasks end early: makespan over LPT that knows the ends.
 `others` are arrivals beside the trace: its thirds, its jobs drawn anew at its own times of arrival, and synthetic ones
 (Poisson, lognormal durations); the objective's settings were chosen on these, not on the whole trace.
@@ -202,15 +203,20 @@ def main() -> None:
     jobs = read_trace(trace_of(options))
     jobs = [job for job in (jobs[: options.jobs] if options.jobs else jobs) if job.gpus <= gpus]
     result: dict[str, object] = {"benchmark": "planner_online"}
+    size = options.nodes, options.gpus_per_node
+    larger_size = 4 * options.nodes, options.gpus_per_node
+    larger: dict[str, object] = {"gpus": 4 * gpus}
     for name, drawn in (("exact", jobs), ("ending_early", ending_early(jobs, options.seed))):
         print(f"{name}: {len(drawn)} jobs, load {options.load} on {gpus} GPUs", file=sys.stderr)
         arrivals = scaled_to_load(drawn, gpus, options.load)
-        size = options.nodes, options.gpus_per_node
         result[name] = scenario(arrivals, *size, objective, options.wait_patience) | {
             "front": front(arrivals, *size, objective)
         }
+        print(f"{name}: the same on {4 * gpus} GPUs", file=sys.stderr)
+        arrivals = scaled_to_load(drawn, 4 * gpus, options.load)
+        larger[name] = scenario(arrivals, *larger_size, objective, options.wait_patience)
+    result["larger"] = larger
     print("other arrivals", file=sys.stderr)
-    size = options.nodes, options.gpus_per_node
     result["others"] = others(jobs, options.load, *size, objective, options.wait_patience)
     by_duration = dataclasses.replace(objective, patience=4.0, min_patience_s=4 * 3600.0)
     result["others_by_duration_alone"] = others(jobs, options.load, *size, by_duration, float("inf"))

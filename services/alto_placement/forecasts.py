@@ -34,20 +34,6 @@ LEAST_RUN_TICKS = 20
 LEAST_LEFT_SHARE = 0.05
 
 
-@dataclass
-class _Run:
-    """An assignment that is heard of: what it had done when last heard, and the model as it was at its beginning.
-
-    What a shared executor has done is not the task's alone.
-    """
-
-    model_then: HardwareModel
-    heard: Measured = NOTHING_DONE
-    start_s: float = float("inf")
-    share_trained: float = 0.0
-    is_shared: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """What was left of a task that has a place at `at_s` (Unix seconds), when last something was heard of it."""
@@ -65,6 +51,22 @@ class Outlook:
         gone_s, left = now_s - self.at_s, self.left
         ends = (left.expected_s, left.upper_s, left.low_s, left.high_s)
         return Duration(*(max(self.least_s, s - gone_s) for s in ends))
+
+
+@dataclass
+class _Run:
+    """An assignment that is heard of: what it had done when last heard, and the model as it was at its beginning.
+
+    What a shared executor has done is not the task's alone.
+    """
+
+    model_then: HardwareModel
+    heard: Measured = NOTHING_DONE
+    start_s: float = float("inf")
+    share_trained: float = 0.0
+    is_shared: bool = False
+    # The task, the progress and the slowdown that the last answer was about, and this.
+    answered: tuple[tuple[TaskRow, Progress, float], Outlook] | None = None
 
 
 class Forecasts:
@@ -116,14 +118,20 @@ class Forecasts:
         progress: Progress | None,
         now: Moment,
         slowdown: float = 1.0,
+        anew: bool = True,
     ) -> Outlook:
         """Return what was left of a task that has a place, as of its start or of what its node last said.
 
-        With others in its executor it takes `slowdown` times longer than alone.
+        With others in its executor it takes `slowdown` times longer than alone. Unless `anew`, the last answer about
+        the same progress is good enough, whatever was learned since.
         """
         if progress is None or progress.measured.ticks <= 0:
             whole = _times(self.rest(task, gpu_kind, can_resume=row.node_id == task.ran_on), slowdown)
             return Outlook(min(row.started_s, now.wall_s), whole)
+        run = self._runs.get(row.assignment_id)
+        about = task, progress, slowdown
+        if not anew and run is not None and run.answered is not None and run.answered[0] == about:
+            return run.answered[1]
         size = task.size
         steps_left = progress.longest_steps_left / max(1, size.longest_steps)
         left = self.model.remaining(
@@ -137,7 +145,10 @@ class Forecasts:
             size.expected_share,
         )
         heard_s = max(0.0, now.monotonic_s - progress.heard_s)
-        return Outlook(now.wall_s - heard_s, _times(left, slowdown))
+        found = Outlook(now.wall_s - heard_s, _times(left, slowdown))
+        if run is not None:
+            run.answered = about, found
+        return found
 
     def is_shared(self, row: AssignmentRow) -> bool:
         """Return whether an assignment is known to have shared its executor."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import structlog
@@ -104,10 +105,10 @@ class Learning:
         """Return each tenant's GPU-seconds until now, older ones counting less."""
         now_s = self._clock().monotonic_s
         elapsed_s, self._counted_s = now_s - self._counted_s, now_s
-        held: dict[str, int] = {}
+        held: defaultdict[str, int] = defaultdict(int)
+        tasks = state.tasks
         for row in state.assignments.values():
-            tenant = state.tasks[row.task_id].tenant
-            held[tenant] = held.get(tenant, 0) + len(row.gpu_indices)
+            held[tasks[row.task_id].tenant] += len(row.gpu_indices)
         for tenant in self._usage_gpu_s.keys() | held.keys():
             self._usage_gpu_s[tenant] = accrued(self._usage_gpu_s.get(tenant, 0.0), held.get(tenant, 0), elapsed_s)
         return self._usage_gpu_s

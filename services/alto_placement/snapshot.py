@@ -13,7 +13,7 @@ from itertools import compress, islice
 from operator import is_not
 
 from alto_placement import planner
-from alto_placement.forecasts import Forecasts
+from alto_placement.forecasts import Forecasts, Outlook
 from alto_placement.moves import Basis
 from alto_placement.policy import Policy
 from alto_placement.sharing import ALONE, Shared, SharingView
@@ -42,13 +42,14 @@ _NODE_STATES = {
 class _Run:
     """A task that has a place as it is shown until `until_s`, while assignment, progress and sharing are the same.
 
-    A guest whose host has ended holds nothing and is not shown: it is about to wait again. `end` is when it ends: a
-    duration from Unix time 0.
+    After that it is shown anew from the same `outlook`. A guest whose host has ended holds nothing and is not shown: it
+    is about to wait again. `end` is when it ends: a duration from Unix time 0.
     """
 
     row: AssignmentRow
     progress: Progress | None
     shared: Shared
+    outlook: Outlook
     until_s: float
     end: planner.Duration
     shown: planner.RunningTask | None
@@ -212,17 +213,16 @@ class ClusterPicture:
         for assignment_id, row in state.assignments.items():
             run, progress = known(row.task_id), heard(assignment_id)
             shared = sharing.of(row) if assignment_id in sharing.sharing else ALONE
-            if (
-                run is None
-                or run.row is not row
-                or run.progress is not progress
-                or run.shared != shared
-                or now_s >= run.until_s
-            ):
+            is_same = run is not None and run.row is row and run.progress is progress and run.shared == shared
+            if run is None or not is_same or now_s >= run.until_s:
                 task, kind = state.tasks[row.task_id], state.nodes[row.node_id].spec.gpu_kind
-                run = self._run(task, row, kind, progress, shared, sharing, now)
-                bases = self._forecasts.bases(task, [kind], is_begun=True)
-                self._rest_on(row.task_id, (*bases, ("node", row.node_id)))
+                if run is not None and is_same and run.outlook.at_s >= row.started_s:  # else it moves with the clock
+                    outlook = run.outlook
+                else:
+                    outlook = self._forecasts.outlook(task, row, kind, progress, now, shared.slowdown, anew=run is None)
+                    bases = self._forecasts.bases(task, [kind], is_begun=True)
+                    self._rest_on(row.task_id, (*bases, ("node", row.node_id)))
+                run = self._run(task, row, kind, progress, shared, outlook, sharing, now_s)
             runs[row.task_id] = run
         self._running = runs
         return runs
@@ -234,11 +234,11 @@ class ClusterPicture:
         kind: str,
         progress: Progress | None,
         shared: Shared,
+        outlook: Outlook,
         sharing: SharingView,
-        now: Moment,
+        now_s: float,
     ) -> _Run:
-        outlook = self._forecasts.outlook(task, row, kind, progress, now, shared.slowdown)
-        left, at_s, now_s = outlook.left, outlook.at_s, now.wall_s
+        left, at_s = outlook.left, outlook.at_s
         # As foreseen, until the first of its ends is so near that the least that is left counts instead.
         until_s = at_s + min(left.expected_s, left.upper_s, left.low_s, left.high_s)
         until_s -= max(OVERSTAY_S, outlook.least_s)
@@ -257,7 +257,7 @@ class ClusterPicture:
             until_s = now_s
         host = row if shared is ALONE else shared.host
         if host is None:
-            return _Run(row, progress, shared, until_s, end, None)
+            return _Run(row, progress, shared, outlook, until_s, end, None)
         shown = planner.RunningTask(
             task_id=task.task_id,
             tenant=task.tenant,
@@ -273,7 +273,7 @@ class ClusterPicture:
             free_memory_bytes=sharing.free_memory_bytes(row, shared) if takes_guests else 0,
             guest_of=host.task_id if host is not row else "",
         )
-        return _Run(row, progress, shared, until_s, end, shown)
+        return _Run(row, progress, shared, outlook, until_s, end, shown)
 
     def _rest_on(self, task_id: str, bases: tuple[Basis, ...]) -> None:
         """Note what a task's row rests on."""
