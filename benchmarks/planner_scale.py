@@ -8,7 +8,8 @@ place for every task. Three queues of each size: `sizes`, all just arrived and n
 same with waits bounded by first come first served, whose virtual schedule is shown every snapshot: a re-plan is then
 both, and `follow` is the virtual schedule's part; `overdue`, so bounded too, of tasks that arrived during the last day,
 so that GPUs are kept for most of them. `service` is the whole service without its wire and its database, see
-`placement_events`: an event and its re-plan, from forecasts that move to orders. The last line is one JSON object;
+`placement_events`: an event and its re-plan, from forecasts that move to orders; each size in a process of its own, as
+a service is. The last line is one JSON object;
 progress goes to stderr.
 """
 
@@ -20,11 +21,13 @@ import gc
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import structlog
@@ -113,6 +116,11 @@ def service(tasks: int, gpus: int, events: int, seed: int) -> dict[str, Any]:
     return figures
 
 
+def in_own_process(size: tuple[int, int, int], seed: int) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+        return alone.submit(service, *size, seed).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -122,7 +130,7 @@ def main() -> None:
         "sizes": [measure(*size, options.seed, math.inf, 0.0) for size in SIZES],
         "waits_bounded": [measure(*size, options.seed, WAIT_PATIENCE, 0.0) for size in SIZES],
         "overdue": [measure(*size, options.seed, WAIT_PATIENCE, 86400.0) for size in SIZES],
-        "service": [service(*size, options.seed) for size in SERVICE_SIZES],
+        "service": [in_own_process(size, options.seed) for size in SERVICE_SIZES],
         "wait_patience": WAIT_PATIENCE,
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

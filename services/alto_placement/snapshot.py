@@ -7,7 +7,7 @@ no row says what time it is; what does depend on the time is made anew when that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
 from operator import is_not
@@ -55,6 +55,22 @@ class _Run:
     shown: planner.RunningTask | None
 
 
+class _Ends(Mapping[str, planner.Duration]):
+    """When each task that has a place ends: few are asked for."""
+
+    def __init__(self, runs: Mapping[str, _Run]) -> None:
+        self._runs = runs
+
+    def __getitem__(self, task_id: str) -> planner.Duration:
+        return self._runs[task_id].end
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._runs)
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+
 class ClusterPicture:
     """The cluster as the planner is shown it, kept from one snapshot to the next.
 
@@ -97,7 +113,7 @@ class ClusterPicture:
 
     def snapshot(
         self, state: ClusterState, usage_gpu_s: Mapping[str, float], now: Moment, epoch: int
-    ) -> tuple[planner.Snapshot, dict[str, planner.Duration]]:
+    ) -> tuple[planner.Snapshot, Mapping[str, planner.Duration]]:
         """Return the planner's view of the cluster at this moment, and when each task that has a place will end.
 
         `usage_gpu_s` is each tenant's decayed usage. The ends are durations from Unix time 0.
@@ -105,6 +121,7 @@ class ClusterPicture:
         if state is not self._state or now.wall_s < self._shown_s:
             self._forget()
         self._state, self._shown_s = state, now.wall_s
+        self._running = self._running.copy()  # the last snapshot's ends go on being read
         sharing = SharingView(state, self._forecasts, self._policy.sharing)
         changed = self._changed_tasks(state)
         moved = [*self._at_every_snapshot, *self._moved_nodes(state), *self._moved_forecasts()]
@@ -122,7 +139,7 @@ class ClusterPicture:
             objective=policy.objective,
             epoch=epoch,
         )
-        return snapshot, {task_id: run.end for task_id, run in runs.items()}
+        return snapshot, _Ends(runs)
 
     def _moved_nodes(self, state: ClusterState) -> Iterable[str]:
         """Take in nodes that changed; return the tasks that must be shown anew for it."""
@@ -208,24 +225,37 @@ class ClusterPicture:
         if abs(apart_s - self._clocks_apart_s) > CLOCKS_APART_S:
             self._running.clear()
             self._clocks_apart_s = apart_s
-        runs: dict[str, _Run] = {}
-        known, heard, now_s = self._running.get, state.progress.get, now.wall_s
-        for assignment_id, row in state.assignments.items():
-            run, progress = known(row.task_id), heard(assignment_id)
-            shared = sharing.of(row) if assignment_id in sharing.sharing else ALONE
+        rows, shares, now_s = list(state.assignments.values()), sharing.sharing, now.wall_s
+        task_ids = [row.task_id for row in rows]
+        # Most are as they were. They are told by as little as can be: there may be ten thousand.
+        runs = list(map(self._running.get, task_ids))
+        heard = list(map(state.progress.get, state.assignments))
+        perhaps_changed = [
+            index
+            for index, (run, row, progress) in enumerate(zip(runs, rows, heard, strict=True))
+            if run is None
+            or run.row is not row
+            or run.progress is not progress
+            or now_s >= run.until_s
+            or run.shared is not ALONE
+            or row.assignment_id in shares
+        ]
+        for index in perhaps_changed:
+            run, row, progress = runs[index], rows[index], heard[index]
+            shared = sharing.of(row) if row.assignment_id in shares else ALONE
             is_same = run is not None and run.row is row and run.progress is progress and run.shared == shared
-            if run is None or not is_same or now_s >= run.until_s:
-                task, kind = state.tasks[row.task_id], state.nodes[row.node_id].spec.gpu_kind
-                if run is not None and is_same and run.outlook.at_s >= row.started_s:  # else it moves with the clock
-                    outlook = run.outlook
-                else:
-                    outlook = self._forecasts.outlook(task, row, kind, progress, now, shared.slowdown, anew=run is None)
-                    bases = self._forecasts.bases(task, [kind], is_begun=True)
-                    self._rest_on(row.task_id, (*bases, ("node", row.node_id)))
-                run = self._run(task, row, kind, progress, shared, outlook, sharing, now_s)
-            runs[row.task_id] = run
-        self._running = runs
-        return runs
+            if run is not None and is_same and now_s < run.until_s:
+                continue
+            task, kind = state.tasks[row.task_id], state.nodes[row.node_id].spec.gpu_kind
+            if run is not None and is_same and run.outlook.at_s >= row.started_s:  # else it moves with the clock
+                outlook = run.outlook
+            else:
+                outlook = self._forecasts.outlook(task, row, kind, progress, now, shared.slowdown, anew=run is None)
+                bases = self._forecasts.bases(task, [kind], is_begun=True)
+                self._rest_on(row.task_id, (*bases, ("node", row.node_id)))
+            runs[index] = self._run(task, row, kind, progress, shared, outlook, sharing, now_s)
+        self._running = dict(zip(task_ids, filter(None, runs), strict=True))
+        return self._running
 
     def _run(
         self,
@@ -299,7 +329,7 @@ def snapshot_of(
     usage_gpu_s: Mapping[str, float],
     now: Moment,
     epoch: int,
-) -> tuple[planner.Snapshot, dict[str, planner.Duration]]:
+) -> tuple[planner.Snapshot, Mapping[str, planner.Duration]]:
     """Return what a picture of the cluster that was made just now shows."""
     return ClusterPicture(forecasts, policy).snapshot(state, usage_gpu_s, now, epoch)
 
