@@ -34,9 +34,9 @@ from alto_placement.planner import (
     WaitingTask,
     plan,
 )
-from alto_placement.simulator import Cluster, Job, Planned, read_trace, simulate, violations
+from alto_placement.simulator import Cluster, Job, Planned, simulate, violations
 from alto_placement.simulator.baselines import Easy, Fifo, Ordered
-from planner_trace import add_trace_argument, trace_of
+from planner_trace import add_trace_argument, jobs_of
 
 # A queue to be emptied: makespan first, completion beside it. Waits start at zero, so lateness has nothing to say.
 OBJECTIVE = Objective(makespan=10.0, completion=1.0, lateness=0.0, patience=float("inf"), fairness=0.0)
@@ -47,14 +47,18 @@ def instances(trace: list[Job], per_class: int) -> Iterator[tuple[str, list[Job]
     for gpus in (64, 256):
         for tasks in (50, 200, 1000, 2700):
             for kind in ("philly", "uniform", "lognormal"):
+                here = [job for job in trace if job.gpus <= gpus]
+                if kind == "philly" and len(here) < tasks:
+                    print(f"  {kind} {gpus}x{tasks}: the trace has {len(here)} jobs that fit", file=sys.stderr)
+                    continue
                 for seed in range(per_class):
                     draw = random.Random(f"{kind} {gpus} {tasks} {seed}")
-                    yield f"{kind} {gpus}x{tasks}", list(durations(kind, tasks, trace, draw)), gpus
+                    yield f"{kind} {gpus}x{tasks}", list(durations(kind, tasks, here, draw)), gpus
 
 
 def durations(kind: str, tasks: int, trace: list[Job], draw: random.Random) -> Iterator[Job]:
     if kind == "philly":
-        first = draw.randrange(len(trace) - tasks)
+        first = draw.randrange(max(1, len(trace) - tasks))
         for job in trace[first : first + tasks]:
             yield dataclasses.replace(job, submit_s=0.0)
         return
@@ -227,7 +231,7 @@ def main() -> None:
     parser.add_argument("--small-limit-s", type=float, default=10.0)
     parser.add_argument("--only", default="", help="only classes whose name contains this")
     options = parser.parse_args()
-    trace = read_trace(trace_of(options))
+    trace = jobs_of(options)
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, jobs, gpus in instances(trace, options.per_class):
         if options.only not in name:

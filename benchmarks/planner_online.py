@@ -4,7 +4,7 @@
 
 Every policy sees the same arrivals, stretched so that the work is `--load` of the cluster. In the second scenario tasks
 end early, at U(0.15, 1) of their predicted time: all policies see predictions, the oracle and the bound what happens.
-`larger` is both on four times as many GPUs, arrivals four times as dense: there a task that lasts for days blocks less.
+`larger` is all on four times as many GPUs, arrivals four times as dense: there a task that lasts for days blocks less.
 `early_exits` empties queues that are all there while tasks end early: makespan over LPT that knows the ends.
 `others` are arrivals beside the trace: its thirds, its jobs drawn anew at its own times of arrival, and synthetic ones
 (Poisson, lognormal durations); the objective's settings were chosen on these, not on the whole trace.
@@ -23,10 +23,10 @@ import sys
 import time
 
 from alto_placement.planner import Objective
-from alto_placement.simulator import Cluster, Job, Outcome, Planned, Policy, read_trace, scaled_to_load, simulate
+from alto_placement.simulator import Cluster, Job, Outcome, Planned, Policy, TraceError, scaled_to_load, simulate
 from alto_placement.simulator.baselines import Easy, Fifo, LeastAttained, Ordered, preemptive_oracle
 from planner import with_early_exits
-from planner_trace import add_trace_argument, trace_of
+from planner_trace import add_trace_argument, jobs_of
 
 # An operator of a busy shared cluster: completion counts, the makespan of an open queue means nothing.
 OBJECTIVE = Objective(makespan=0.0, patience=1.0, min_patience_s=3600.0, fairness=0.0)
@@ -79,6 +79,11 @@ def measure(name: str, policy: Policy, jobs: list[Job], nodes: int, gpus_per_nod
     return outcome
 
 
+def longest_wait_over(outcome: Outcome, other: Outcome) -> float:
+    """Return one longest wait over another; where nobody waits, a second counts."""
+    return max(1.0, outcome.longest_wait_s()) / max(1.0, other.longest_wait_s())
+
+
 def scenario(
     jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objective, patience: float
 ) -> dict[str, object]:
@@ -94,19 +99,19 @@ def scenario(
         "oracle": preemptive_oracle(),
     }
     outcomes = {name: measure(name, policy, jobs, nodes, gpus_per_node) for name, policy in policies.items()}
-    easy_wait = outcomes["easy"].longest_wait_s()
+    easy = outcomes["easy"]
     ours = outcomes["planner"]
     delays = sorted(planned.planning_s)
     return {
         "completion_over_bound": round(ours.mean_completion_s() / bound, 4),
         "completion_over_oracle": round(ours.mean_completion_s() / outcomes["oracle"].mean_completion_s(), 4),
-        "longest_wait_over_easy": round(ours.longest_wait_s() / easy_wait, 4),
+        "longest_wait_over_easy": round(longest_wait_over(ours, easy), 4),
         "preemptions": ours.preemptions,
         "plan_ms_p99": round(1000 * delays[int(0.99 * (len(delays) - 1))], 3),
         "others": {
             name: {
                 "completion_over_bound": round(outcome.mean_completion_s() / bound, 4),
-                "longest_wait_over_easy": round(outcome.longest_wait_s() / easy_wait, 4),
+                "longest_wait_over_easy": round(longest_wait_over(outcome, easy), 4),
                 "preemptions": outcome.preemptions,
             }
             for name, outcome in outcomes.items()
@@ -118,7 +123,7 @@ def scenario(
 def front(jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objective) -> list[dict[str, object]]:
     """Return what each bound by first come first served costs in completion and gives in the longest wait."""
     oracle = simulate(jobs, Cluster(nodes, gpus_per_node), preemptive_oracle()).mean_completion_s()
-    easy = simulate(jobs, Cluster(nodes, gpus_per_node), Easy()).longest_wait_s()
+    easy = simulate(jobs, Cluster(nodes, gpus_per_node), Easy())
     rows: list[dict[str, object]] = []
     for patience in FRONT:
         bounded = Planned(objective, wait_patience=patience)
@@ -127,7 +132,7 @@ def front(jobs: list[Job], nodes: int, gpus_per_node: int, objective: Objective)
             {
                 "wait_patience": str(patience),
                 "completion_over_oracle": round(outcome.mean_completion_s() / oracle, 4),
-                "longest_wait_over_easy": round(outcome.longest_wait_s() / easy, 4),
+                "longest_wait_over_easy": round(longest_wait_over(outcome, easy), 4),
             }
         )
         print(f"  front {rows[-1]}", file=sys.stderr)
@@ -174,7 +179,7 @@ def others(
             for policy in (preemptive_oracle(), Easy(), Planned(objective, wait_patience=patience))
         )
         completion = ours.mean_completion_s() / oracle.mean_completion_s()
-        pairs.append((completion, ours.longest_wait_s() / easy.longest_wait_s()))
+        pairs.append((completion, longest_wait_over(ours, easy)))
         found[name] = {
             "completion_over_oracle": round(completion, 4),
             "longest_wait_over_easy": round(pairs[-1][1], 4),
@@ -184,6 +189,24 @@ def others(
         "completion_over_oracle_mean": round(sum(pair[0] for pair in pairs) / len(pairs), 4),
         "longest_wait_over_easy_mean": round(sum(pair[1] for pair in pairs) / len(pairs), 4),
     }
+
+
+def on_cluster(trace: list[Job], nodes: int, options: argparse.Namespace, objective: Objective) -> dict[str, object]:
+    """Return all that is measured online on a cluster of so many nodes."""
+    gpus = nodes * options.gpus_per_node
+    size = nodes, options.gpus_per_node
+    found: dict[str, object] = {"gpus": gpus}
+    for name, drawn in (("exact", trace), ("ending_early", ending_early(trace, options.seed))):
+        print(f"{name}: {len(drawn)} jobs, load {options.load} on {gpus} GPUs", file=sys.stderr)
+        arrivals = scaled_to_load(drawn, gpus, options.load)
+        found[name] = scenario(arrivals, *size, objective, options.wait_patience) | {
+            "front": front(arrivals, *size, objective)
+        }
+    print(f"other arrivals on {gpus} GPUs", file=sys.stderr)
+    found["others"] = others(trace, options.load, *size, objective, options.wait_patience)
+    by_duration = dataclasses.replace(objective, patience=4.0, min_patience_s=4 * 3600.0)
+    found["others_by_duration_alone"] = others(trace, options.load, *size, by_duration, float("inf"))
+    return found
 
 
 def main() -> None:
@@ -200,33 +223,16 @@ def main() -> None:
     options = parser.parse_args()
     objective = dataclasses.replace(OBJECTIVE, patience=options.patience)
     gpus = options.nodes * options.gpus_per_node
-    jobs = read_trace(trace_of(options))
+    jobs = jobs_of(options)
     jobs = [job for job in (jobs[: options.jobs] if options.jobs else jobs) if job.gpus <= gpus]
-    result: dict[str, object] = {"benchmark": "planner_online"}
-    size = options.nodes, options.gpus_per_node
-    larger_size = 4 * options.nodes, options.gpus_per_node
-    larger: dict[str, object] = {"gpus": 4 * gpus}
-    for name, drawn in (("exact", jobs), ("ending_early", ending_early(jobs, options.seed))):
-        print(f"{name}: {len(drawn)} jobs, load {options.load} on {gpus} GPUs", file=sys.stderr)
-        arrivals = scaled_to_load(drawn, gpus, options.load)
-        result[name] = scenario(arrivals, *size, objective, options.wait_patience) | {
-            "front": front(arrivals, *size, objective)
-        }
-        print(f"{name}: the same on {4 * gpus} GPUs", file=sys.stderr)
-        arrivals = scaled_to_load(drawn, 4 * gpus, options.load)
-        larger[name] = scenario(arrivals, *larger_size, objective, options.wait_patience)
-    result["larger"] = larger
-    print("other arrivals", file=sys.stderr)
-    result["others"] = others(jobs, options.load, *size, objective, options.wait_patience)
-    by_duration = dataclasses.replace(objective, patience=4.0, min_patience_s=4 * 3600.0)
-    result["others_by_duration_alone"] = others(jobs, options.load, *size, by_duration, float("inf"))
+    result = {"benchmark": "planner_online"} | on_cluster(jobs, options.nodes, options, objective)
+    result["larger"] = on_cluster(jobs, 4 * options.nodes, options, objective)
     print("a queue emptied, tasks ending early", file=sys.stderr)
     result["early_exits"] = with_early_exits(jobs, options.per_class)
     result |= {
         "trace": options.trace.name,
         "load": options.load,
         "jobs": len(jobs),
-        "gpus": gpus,
         "wait_patience": options.wait_patience,
         "objective": {name: str(value) for name, value in dataclasses.asdict(objective).items()},
         "seed": options.seed,
@@ -237,4 +243,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TraceError as error:
+        raise SystemExit(str(error)) from None

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from alto_placement.simulator import Job, TraceError, read_trace
+from alto_placement.simulator.trace import COLUMNS
+
 SHARED_TRACE = Path(__file__).parents[2] / "shared" / "data" / "traces" / "philly_week45_mixed.csv"
 
 
@@ -17,12 +20,15 @@ def add_trace_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def trace_of(options: argparse.Namespace) -> Path:
-    """Return the trace asked for, or leave with what to do about it."""
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """Return the jobs of the trace asked for, or leave with what to do about it."""
     trace: Path = options.trace
     if not trace.is_file():
         raise SystemExit(
-            f"there is no trace at {trace}. Give one by --trace FILE: CSV with the columns job, submit_s, gpus, "
-            "duration_s, vc, such as a week of the Philly trace"
+            f"there is no trace at {trace}. Give one by --trace FILE: CSV with the columns {', '.join(COLUMNS)}, such "
+            "as a week of the Philly trace"
         )
-    return trace
+    try:
+        return read_trace(trace)
+    except TraceError as error:
+        raise SystemExit(str(error)) from None

@@ -3,7 +3,7 @@
 from alto_placement.simulator.checker import violations
 from alto_placement.simulator.cluster import Cluster, Job, Outcome, Policy, simulate
 from alto_placement.simulator.planned import Planned
-from alto_placement.simulator.trace import read_trace, scaled_to_load
+from alto_placement.simulator.trace import TraceError, read_trace, scaled_to_load
 
 __all__ = [
     "Cluster",
@@ -11,6 +11,7 @@ __all__ = [
     "Outcome",
     "Planned",
     "Policy",
+    "TraceError",
     "read_trace",
     "scaled_to_load",
     "simulate",
