@@ -281,7 +281,9 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--cells", type=cells, default=cells("8x1x256,8x2x256,8x4x256,8x8x256,8x2x1024,32x2x256"))
-    parser.add_argument("--stages", default=ALL, help="each may name its own cells: whole@32x2x256+8x8x256")
+    parser.add_argument(
+        "--stages", default=ALL, help="with cells of their own: whole@32x2x256+8x8x256, with room: sharded:peer+13"
+    )
     parser.add_argument("--parity", default="replicated,sharded:deepspeed,sharded:fsdp2,sharded:peer")
     parser.add_argument("--backend", default="auto", help="alto_kernels' back end")
     parser.add_argument("--ranks-per-host", type=int, help="for hybrid: share the backbone among so many")
@@ -313,7 +315,7 @@ def main() -> int:
             asked.output.write_text(json.dumps(summary(asked, results, absent), indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        stages = [stage for stage in asked.stages.split(",") if stage.partition("@")[0] not in absent]
+        stages = [stage for stage in asked.stages.split(",") if stage.partition("@")[0].partition("+")[0] not in absent]
         launch(asked, stages, Path(folder), take)
     print(json.dumps(summary(asked, results, absent)))
     return 1 if any("failed" in result for result in results) else 0

@@ -90,7 +90,10 @@ class EnoughError(Exception):
 
 
 def load(shape: str, strategy: str, engine: str, world: World, dtype: torch.dtype, ranks_per_host: int) -> Any:
-    """Return a backbone with random weights, whole or in shares."""
+    """Return a backbone with random weights, whole or in shares.
+
+    The engine `peer+13` is `peer` with room for 13 GiB of weights on each GPU, for which layers are kept whole.
+    """
     from alto_training.executor.backbone import prepare_backbone
     from alto_training.sharding.loading import make_engine
     from alto_training.sharding.sharded_backbone import empty_model, shard_model
@@ -104,8 +107,10 @@ def load(shape: str, strategy: str, engine: str, world: World, dtype: torch.dtyp
     else:
         firsts = range(0, layout.ranks, layout.shard_ranks)
         groups = {first: dist.new_group(list(layout.group_of(first))) for first in firsts}
-        cutter = make_engine(EngineName(engine), groups[layout.group_of(world.rank).start], world.device)
-        backbone = shard_model(model, shape, RandomWeights(_DEVIATION), cutter, world.device)
+        name, _, room = engine.partition("+")
+        cutter = make_engine(EngineName(name), groups[layout.group_of(world.rank).start], world.device)
+        room_bytes = int(float(room or 0) * 2**30)
+        backbone = shard_model(model, shape, RandomWeights(_DEVIATION), cutter, world.device, room_bytes=room_bytes)
     backbone.weights = CountedPasses(backbone.weights)
     return backbone
 

@@ -24,14 +24,16 @@ echo "profiled: ${SECONDS} s"
 # What matters most comes first; 32 trials beside a whole backbone come last, for they may not fit.
 cells=8x1x256,8x2x256,8x4x256,8x8x256,8x2x1024
 stages="parity,whole,sharded:peer@${cells//,/+}+32x2x256,fsdp_peft@8x1x256+8x2x256,sharded:deepspeed@8x2x256"
-parity=replicated,sharded:deepspeed,sharded:fsdp2,sharded:peer
+# The last two keep a part of the layers whole: in bf16, in fp32.
+parity=replicated,sharded:deepspeed,sharded:fsdp2,sharded:peer,sharded:peer+0.15,sharded:peer+0.3
 options=()
 left_s="$((limit_s - SECONDS - 15))"
 if [ "$gpus" -ge 4 ]; then
   # Two "hosts" of one: shared out within each, whole on both.
   options=(--ranks-per-host "$((gpus / 2))")
   parity="$parity,hybrid:peer"
-  stages="$stages,hybrid:peer@8x1x256+8x2x256+8x8x256"
+  # With room for some 19 of 32 layers whole, for tests of how gathers and small ticks gain.
+  stages="$stages,sharded:peer+13@8x1x256+8x2x256+8x4x256,hybrid:peer@8x1x256+8x2x256+8x8x256"
   left_s="$((left_s - 90))"
 fi
 python3 benchmarks/multi_gpu.py --device "$device" --gpus "$gpus" --shape "$shape" --cells "$cells" \
@@ -40,7 +42,7 @@ python3 benchmarks/multi_gpu.py --device "$device" --gpus "$gpus" --shape "$shap
 status=$?
 echo "measured: ${SECONDS} s"
 if [ "$gpus" -ge 4 ] && [ "$device" = cuda ]; then
-  python3 benchmarks/multi_gpu.py --gpus "$gpus" --shape 32b --stages sharded:peer@8x1x256+8x2x256,fsdp_peft@8x1x256+8x2x256 \
+  python3 benchmarks/multi_gpu.py --gpus "$gpus" --shape 32b --stages sharded:peer+44@8x1x256+8x2x256,sharded:peer@8x1x256+8x2x256,fsdp_peft@8x1x256+8x2x256 \
     --silence-s 60 --budget-s "$((limit_s - SECONDS - 10))" --output "$results/multi-gpu-32b.json" || status=$?
   echo "measured 32b: ${SECONDS} s"
 fi

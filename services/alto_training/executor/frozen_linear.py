@@ -21,19 +21,19 @@ class DenseLinear:
 
     def __init__(self, module: Any, in_features: int, out_features: int, transposed: bool = False) -> None:
         self.in_features, self.out_features = in_features, out_features
-        self._module = module
+        self.module = module
         self._transposed = transposed
 
     @property
     def weight_NK(self) -> torch.Tensor:
         """The weight, [N, K]: a view."""
-        weight: torch.Tensor = self._module.weight
+        weight: torch.Tensor = self.module.weight
         return weight.t() if self._transposed else weight
 
     @property
     def bias_N(self) -> torch.Tensor | None:
         """The bias, [N], None without one."""
-        bias: torch.Tensor | None = self._module.bias
+        bias: torch.Tensor | None = self.module.bias
         return bias
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
@@ -50,16 +50,16 @@ class QuantisedLinear:
 
     def __init__(self, module: Nf4Linear) -> None:
         self.in_features, self.out_features = module.in_features, module.out_features
-        self._module = module
+        self.module = module
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         """Return W x + bias, a new [T, N]."""
-        y_TN: torch.Tensor = self._module(x_TK)
+        y_TN: torch.Tensor = self.module(x_TK)
         return y_TN
 
     def input_gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """Return dY W, a new [T, K]."""
-        return dy_TN @ self._module.weight
+        return dy_TN @ self.module.weight
 
 
 def frozen_linear(module: nn.Module) -> DenseLinear | QuantisedLinear | None:

@@ -17,6 +17,7 @@ from alto_training.sharding.strategy import (
     StrategyRecords,
     backbone_bytes,
     choose_strategy,
+    room_for_weights,
 )
 
 _BYTES_PER_WEIGHT = {BackboneDtype.FLOAT32: 4, BackboneDtype.BFLOAT16: 2}
@@ -35,9 +36,10 @@ def train(
 ) -> Outcome:
     """Do what `Executor(job, workdir, events, settings, control).run()` does, on all places; one rank on each.
 
-    Unless `strategy` says how, it is the fastest of those that fit, by `records`, to which this run's speed is added. A
-    run that was stopped carries on with any strategy and number of places. Every rank inherits the descriptors
-    `keep_open`: a lock on one of them lasts until the last rank is gone.
+    Unless `strategy` says how, it is the fastest of those that fit, by `records`, to which this run's speed is added;
+    and where it shares the backbone out, layers are kept whole as far as memory goes. A run that was stopped carries on
+    with any strategy and number of places. Every rank inherits the descriptors `keep_open`: a lock on one of them lasts
+    until the last rank is gone.
     """
     if places.count == 1:
         from alto_training.executor.executor import Executor
@@ -52,7 +54,9 @@ def train(
             speed = event.tokens_per_s
         events(event)
 
-    how = RankSettings(places.count, chosen, keep_open=tuple(keep_open))
+    # Who asks for shares wants the memory; else it is for weights, as far as it goes.
+    room_bytes = 0 if strategy else room_for_weights(places.memory_bytes)
+    how = RankSettings(places.count, chosen, room_for_weights_bytes=room_bytes, keep_open=tuple(keep_open))
     run = RankedRun(job, workdir, listen, settings, control, how)
     outcome = run.run_all()[0]
     if speed > 0.0 and len(run.reports) == places.count:

@@ -26,6 +26,7 @@ class DeepSpeedEngine:
     def __init__(self, group: dist.ProcessGroup) -> None:
         import deepspeed
 
+        self.ranks = dist.get_world_size(group)
         self._zero = deepspeed.zero
         self._group = group
         load_extension()

@@ -23,6 +23,7 @@ class FsdpEngine:
     def __init__(self, group: dist.ProcessGroup, device_type: str) -> None:
         from torch.distributed.device_mesh import DeviceMesh
 
+        self.ranks = dist.get_world_size(group)
         self._mesh = DeviceMesh.from_group(group, device_type)
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:

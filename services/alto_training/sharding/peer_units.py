@@ -112,6 +112,7 @@ class PeerEngine:
     in_lock_step = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.ranks = dist.get_world_size(group)
         self._group = group
         self._device = device
         self._lanes = CopyLanes(device)
@@ -121,7 +122,7 @@ class PeerEngine:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         parameters = list(modules.parameters())
-        rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
+        rank, ranks = dist.get_rank(self._group), self.ranks
         layout = flat_layout([parameter.numel() for parameter in parameters], ranks)
         dtype = parameters[0].dtype
         mine = symmetric_memory.empty(layout.share, dtype=dtype, device=self._device)

@@ -22,8 +22,9 @@ class RankOrder:
     """The same for every rank. Rank 0 writes events to the descriptor `events_fd` and reads commands from its input.
 
     Without an `engine` ranks take the best that there is. `ranks_per_host` says how many share a host (or are to be
-    treated so). A collective that takes longer than `collective_timeout_s` ends its rank. `count_traffic` has every
-    collective counted, for measurements.
+    treated so). A rank of a sharded backbone keeps decoder layers whole as far as its weights take no more than
+    `room_for_weights_bytes`. A collective that takes longer than `collective_timeout_s` ends its rank. `count_traffic`
+    has every collective counted, for measurements.
     """
 
     jobs: tuple[TuningJob, ...]
@@ -36,6 +37,7 @@ class RankOrder:
     parent_process_id: int
     collective_timeout_s: float = 1800.0
     prefetch: int = 1
+    room_for_weights_bytes: int = 0
     count_traffic: bool = False
 
     def write(self, folder: Path) -> None:
@@ -62,16 +64,17 @@ class RankFailure:
 class RankReport:
     """What a rank measured: `gather_bytes` of a training pass and of one without gradients, 0 without sharding.
 
-    Passes count those without work, which are `idle_passes` (in lock step they gather as others do), and those that
-    were begun ahead and dropped; `moves` are trials that changed their rank. `traffic_calls` and `traffic_bytes`
-    are by collective, empty when they were not counted. `memory_bytes` is the largest of the accelerator, or of the
-    process on a CPU, `idle_memory_bytes` its anonymous memory before the backbone was loaded.
+    `kept_bytes` is what it keeps of the backbone: its shares, and layers whole. Passes count those without work, which
+    are `idle_passes` (in lock step they gather as others do), and those that were begun ahead and dropped; `moves` are
+    trials that changed their rank. `traffic_calls` and `traffic_bytes` are by collective, empty when they were not
+    counted. `memory_bytes` is the largest of the accelerator, or of the process on a CPU, `idle_memory_bytes` its
+    anonymous memory before the backbone was loaded.
     """
 
     rank: int
     training_gather_bytes: int
     inference_gather_bytes: int
-    shard_bytes: int
+    kept_bytes: int
     backbone_bytes: int
     memory_bytes: int
     idle_memory_bytes: int

@@ -35,7 +35,8 @@ log = structlog.get_logger("alto.ranks")
 class RankSettings:
     """How many worker ranks, how the backbone lies on them, and how patient to be.
 
-    Without an `engine` ranks take the best that there is. `ranks_per_host` None means that all are on one host. A rank
+    Without an `engine` ranks take the best that there is. `ranks_per_host` None means that all are on one host. Of a
+    sharded backbone layers are kept whole as far as a rank has `room_for_weights_bytes` for all its weights. A rank
     that dies or hangs ends the attempt; the next begins from the last checkpoint. After `attempts_without_progress` in
     a row with no new checkpoint the run is given up; when the same rank was at fault twice in a row and `may_shrink`,
     the next attempt goes without its device. Every rank inherits the descriptors `keep_open`.
@@ -46,6 +47,7 @@ class RankSettings:
     engine: EngineName | None = None
     ranks_per_host: int | None = None
     prefetch: int = 1
+    room_for_weights_bytes: int = 0
     hang_timeout_s: float = 300.0
     start_timeout_s: float = 1800.0
     attempts_without_progress: int = 3
@@ -182,6 +184,7 @@ class RankedRun:
             ranks_per_host=asked.ranks_per_host if asked.ranks_per_host and whole_hosts else ranks,
             parent_process_id=os.getpid(),
             prefetch=asked.prefetch,
+            room_for_weights_bytes=asked.room_for_weights_bytes,
             count_traffic=asked.count_traffic,
         )
 

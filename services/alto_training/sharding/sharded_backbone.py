@@ -16,20 +16,23 @@ from alto_training.executor.backbone_weights import fingerprint, fingerprint_par
 from alto_training.executor.frozen_linear import DenseLinear
 from alto_training.executor.losses import OutputHead
 from alto_training.sharding.gather_order import GatherOrder
-from alto_training.sharding.units import ShardedUnit, ShardingEngine, plan_units
+from alto_training.sharding.units import ShardedUnit, ShardingEngine, layers_kept_whole, plan_units, tensor_bytes
 from alto_training.sharding.weight_files import SafetensorsFolder, WeightSource, fill, parameters_on_meta
 
 
 class ShardedWeights:
     """`BackboneWeights` that lie in shares on the ranks.
 
-    `order` is what every pass goes through.
+    `order` is what every pass goes through, `kept_bytes` what this rank keeps: its shares, and layers whole.
     """
 
-    def __init__(self, model: Any, order: GatherOrder, head: ShardedUnit, digest: str, parameters: int) -> None:
+    def __init__(
+        self, model: Any, order: GatherOrder, head: ShardedUnit, digest: str, parameters: int, whole_bytes: int
+    ) -> None:
         self.fingerprint = digest
         self.parameters = parameters
         self.order = order
+        self.kept_bytes = order.shard_bytes + whole_bytes
         self.in_lock_step = order.in_lock_step
         self._model = model
         self._head = head
@@ -54,14 +57,18 @@ def load_sharded_backbone(
     device: torch.device,
     prefetch: int = 1,
     beat: Callable[[], None] = lambda: None,
+    room_bytes: int = 0,
 ) -> Backbone:
-    """Load a model folder in safetensors, one unit at a time; a rank keeps its share and reads the next."""
+    """Load a model folder in safetensors, one unit at a time; a rank keeps its share and reads the next.
+
+    With room for more weights than those of its shares, it keeps decoder layers whole.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
     model = empty_model(config, dtype)
     source = SafetensorsFolder(Path(folder), model.base_model_prefix)
-    return shard_model(model, folder, source, engine, device, prefetch, beat)
+    return shard_model(model, folder, source, engine, device, prefetch, beat, room_bytes)
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
@@ -83,27 +90,37 @@ def shard_model(
     device: torch.device,
     prefetch: int = 1,
     beat: Callable[[], None] = lambda: None,
+    room_bytes: int = 0,
 ) -> Backbone:
-    """Fill an `empty_model` from `source`, unit by unit, in shares, and make it a backbone."""
+    """Fill an `empty_model` from `source`, unit by unit, in shares, and make it a backbone.
+
+    See `layers_kept_whole` for what `room_bytes` has kept whole.
+    """
     plan = plan_units(model)
+    whole = layers_kept_whole(plan, engine.ranks, room_bytes, at_once=2 + prefetch)
     named = list(model.named_parameters())
     names = {parameter: name for name, parameter in named}
     parts: dict[str, bytes] = {}
     parameters = sum(parameter.numel() for _, parameter in named)
 
-    def load(module: nn.Module, shapes: dict[str, str]) -> None:
+    def keep(module: nn.Module) -> None:
+        full_names = {own: names[parameter] for own, parameter in module.named_parameters()}
         fill(module, names, source, device)
-        for own_name, full_name in shapes.items():
+        for own_name, full_name in full_names.items():
             parts[full_name] = fingerprint_part(full_name, module.get_parameter(own_name))
 
     def shard(name: str, modules: nn.Sequential) -> ShardedUnit:
-        load(modules, {own: names[parameter] for own, parameter in modules.named_parameters()})
+        keep(modules)
         return engine.shard(name, modules)
 
     for module in plan.resident:
-        load(module, {own: names[parameter] for own, parameter in module.named_parameters()})
+        keep(module)
+    for index in whole:
+        keep(plan.layers[index][1])
     embeddings = [(modules, shard(name, modules)) for name, modules in plan.embeddings]
-    layers = [(modules, shard(name, modules)) for name, modules in plan.layers]
+    layers = [
+        (modules, shard(name, modules)) for index, (name, modules) in enumerate(plan.layers) if index not in whole
+    ]
     tied = next((unit for modules, unit in embeddings if len(modules) > 1), None)
     head = tied if tied is not None else shard(*plan.head)
     order = GatherOrder(
@@ -113,12 +130,15 @@ def shard_model(
     for modules, unit in layers:
         _hook_layer(modules[0], unit, order)
     _hook_whole(model.get_output_embeddings(), head, order)
+    come_and_go = {module for modules, _ in layers for module in modules.modules()}
     model.to(device)
     digest = fingerprint([parts[name] for name, _ in named])
-    backbone = prepare_backbone(model, name_or_path, device, ShardedWeights(model, order, head, digest, parameters))
+    whole_bytes = sum(tensor_bytes(list(plan.layers[index][1].parameters())) for index in whole)
+    weights = ShardedWeights(model, order, head, digest, parameters, whole_bytes)
+    backbone = prepare_backbone(model, name_or_path, device, weights)
     for layer in backbone.layers:
         assert isinstance(layer.frozen, DenseLinear)
-        layer.frozen.comes_and_goes = True
+        layer.frozen.comes_and_goes = layer.frozen.module in come_and_go
     return backbone
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from alto_training.executor.durable_files import write_file
 from alto_training.sharding.errors import StrategyError
 
+WORKING_SHARE = 0.4  # of a rank's memory, for adapters and activations
+
 
 class Strategy(enum.StrEnum):
     """Where the backbone's weights are.
@@ -67,22 +69,26 @@ def make_layout(strategy: Strategy, ranks: int, ranks_per_host: int) -> Layout:
     return Layout(strategy, ranks, ranks_per_host)
 
 
+def room_for_weights(memory_bytes: int) -> int:
+    """Return what weights may take of a rank's memory; the rest is for adapters and activations."""
+    return int(memory_bytes * (1.0 - WORKING_SHARE))
+
+
 def choose_strategy(
     ranks: int,
     ranks_per_host: int,
     backbone_bytes: int,
     memory_bytes_per_rank: int,
     tokens_per_s: Mapping[Strategy, float],
-    working_share: float = 0.4,
 ) -> Strategy:
     """Return the fastest of the strategies that fit; one that was never measured comes after those that were.
 
-    A rank needs `working_share` of its memory for adapters and activations. Unmeasured, less communication is taken
+    Unmeasured, less communication is taken
     for faster: replicated, hybrid, sharded. Raises `StrategyError` when not even shares on all ranks fit.
     """
     if ranks == 1:
         return Strategy.SINGLE
-    room = memory_bytes_per_rank * (1.0 - working_share)
+    room = room_for_weights(memory_bytes_per_rank)
     copies = {Strategy.REPLICATED: 1, Strategy.SHARDED: ranks}
     if 1 < ranks_per_host < ranks and ranks % ranks_per_host == 0:
         copies[Strategy.HYBRID] = ranks_per_host
@@ -90,7 +96,7 @@ def choose_strategy(
     if not fitting:
         raise StrategyError(
             f"a backbone of {backbone_bytes / 2**30:.1f} GiB does not fit on {ranks} worker ranks of "
-            f"{memory_bytes_per_rank / 2**30:.1f} GiB, of which {working_share:.0%} are for training",
+            f"{memory_bytes_per_rank / 2**30:.1f} GiB, of which {WORKING_SHARE:.0%} are for training",
             "use more GPUs, or a backbone in fewer bits",
         )
     return max(fitting, key=lambda one: (tokens_per_s.get(one, 0.0), -copies[one]))

@@ -37,11 +37,13 @@ class ShardedUnit(Protocol):
 class ShardingEngine(Protocol):
     """Cuts parameters into shares and gathers them: DeepSpeed's ZeRO-3, torch's FSDP2, or copies from peers.
 
-    `in_lock_step`: a gather is one of all ranks, which must come to the same ones in the same order.
+    `in_lock_step`: a gather is one of all ranks, which must come to the same ones in the same order. A share is one of
+    `ranks`.
     """
 
     name: str
     in_lock_step: bool
+    ranks: int
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         """Cut the parameters of `modules`, which hold their whole weights, and keep this rank's share."""
@@ -92,6 +94,23 @@ def plan_units(model: Any) -> UnitPlan:
         raise UnsupportedBackboneError(f"{type(model).__name__} has no decoder layers to shard", "train it unsharded")
     head_name = next(name for name, module in model.named_modules() if module is head)
     return UnitPlan(tuple(embeddings), tuple(layers), (head_name, nn.Sequential(head)), head_is_tied, tuple(resident))
+
+
+def layers_kept_whole(plan: UnitPlan, ranks: int, room_bytes: int, at_once: int) -> frozenset[int]:
+    """Return the decoder layers, by index, that every rank keeps whole: as many as its room for weights holds.
+
+    That is beside its shares of all the others, and what is gathered of them: embeddings, head and `at_once` layers.
+    They are spread evenly, so that while one is computed with, the next gather goes on.
+    """
+    layers = [tensor_bytes(list(modules.parameters())) for _, modules in plan.layers]
+    ends = [modules for _, modules in plan.embeddings] + ([] if plan.head_is_tied else [plan.head[1]])
+    outside = sum(tensor_bytes(list(modules.parameters())) for modules in ends)
+    resident = sum(tensor_bytes(list(module.parameters())) for module in plan.resident)
+    left = room_bytes - resident - (sum(layers) + outside) / ranks - outside - at_once * max(layers)
+    count = min(len(layers), max(0, int(left / (max(layers) * (1 - 1 / ranks)))))
+    return frozenset(
+        index for index in range(len(layers)) if (index + 1) * count // len(layers) > index * count // len(layers)
+    )
 
 
 def tensor_bytes(tensors: list[torch.Tensor]) -> int:

@@ -159,7 +159,14 @@ def _load(order: RankOrder, device: torch.device, beat: Callable[[], None]) -> B
     }
     group = groups[layout.group_of(dist.get_rank()).start]
     return load_shared_backbone(
-        order.jobs[0].base_model, order.settings, order.engine, group, device, order.prefetch, beat
+        order.jobs[0].base_model,
+        order.settings,
+        order.engine,
+        group,
+        device,
+        order.prefetch,
+        beat,
+        order.room_for_weights_bytes,
     )
 
 
@@ -241,7 +248,7 @@ def _report(
         rank=ranks.rank,
         training_gather_bytes=order.gathered_bytes(training=True) if order else 0,
         inference_gather_bytes=order.gathered_bytes(training=False) if order else 0,
-        shard_bytes=order.shard_bytes if order else whole,
+        kept_bytes=kept.kept_bytes if isinstance(kept, ShardedWeights) else whole,
         backbone_bytes=whole,
         memory_bytes=peak_memory_bytes(backbone.device),
         idle_memory_bytes=idle_memory_bytes,

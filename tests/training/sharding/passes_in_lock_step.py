@@ -9,6 +9,7 @@ in the second pass. Prints one JSON line with what it measured.
 import json
 import os
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, load_backbone
 from alto_training.executor.tick import Item, PackedSequence, Share
 from alto_training.sharding.loading import make_engine
-from alto_training.sharding.sharded_backbone import ShardedWeights, load_sharded_backbone
+from alto_training.sharding.sharded_backbone import ShardedWeights, empty_model, load_sharded_backbone
 from alto_training.sharding.strategy import EngineName
 from alto_training.sharding.traffic import TrafficMeter
+from alto_training.sharding.units import layers_kept_whole, plan_units
+from transformers import AutoConfig
 
 CPU = torch.device("cpu")
 CONFIGS = (
@@ -72,6 +75,12 @@ def compare(sharded: Backbone, whole: Backbone, rank: int) -> dict[str, object]:
     }
 
 
+def room_for(folder: Path, ranks: int, layers: int) -> int:
+    """Return the least room for weights that has so many layers kept whole, to 1024 bytes."""
+    plan = plan_units(empty_model(AutoConfig.from_pretrained(folder), torch.float32))
+    return next(room for room in count(0, 1024) if len(layers_kept_whole(plan, ranks, room, 3)) == layers)
+
+
 def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     os.environ["LOCAL_RANK"] = str(rank)
@@ -80,13 +89,20 @@ def main() -> None:
     for engine_name in (EngineName.DEEPSPEED, EngineName.FSDP2):
         engine = make_engine(engine_name, dist.group.WORLD, CPU)
         for model in ("model", "tied"):
-            for recompute in (False, True):
-                sharded = load_sharded_backbone(str(folder / model), engine, torch.float32, CPU, prefetch=1 + recompute)
+            for recompute, kept in ((False, 0), (True, 0), (False, 1)):
+                sharded = load_sharded_backbone(
+                    str(folder / model),
+                    engine,
+                    torch.float32,
+                    CPU,
+                    prefetch=1 + recompute,
+                    room_bytes=room_for(folder / model, world, kept),
+                )
                 whole = load_backbone(str(folder / model))
                 if recompute:
                     sharded.recompute_activations()
                     whole.recompute_activations()
-                answers[f"{engine_name}-{model}-{recompute}"] = compare(sharded, whole, rank)
+                answers[f"{engine_name}-{model}-{recompute}-{kept}"] = compare(sharded, whole, rank)
     print(json.dumps(answers))
     dist.destroy_process_group()
 

@@ -1,5 +1,7 @@
 """Weights that come and go: nothing may keep one for the backward pass, for its buffer is used by others."""
 
+from itertools import count
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from alto_training.executor.lora_linear import FrozenLinear
 from alto_training.executor.tick import Item, PackedSequence, Share, Tick
 from alto_training.sharding.peer_units import CopyLanes, GatherBuffer, PeerUnit, flat_layout, flatten
 from alto_training.sharding.sharded_backbone import empty_model, shard_model
-from alto_training.sharding.units import ShardedUnit
+from alto_training.sharding.units import ShardedUnit, layers_kept_whole, plan_units
 from alto_training.sharding.weight_files import RandomWeights, fill
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
@@ -39,6 +41,7 @@ class OneHostEngine:
 
     name = "one host"
     in_lock_step = True
+    ranks = 2
 
     def __init__(self) -> None:
         self._lane = SpoilingLane(CPU)
@@ -58,10 +61,29 @@ def make_share(backbone: Backbone) -> Share:
     return Share(adapter, [Item((PackedSequence(ids, np.arange(20) >= 1),), 19)], batch_denominator=19.0)
 
 
+def room_for(config: PretrainedConfig, layers: int) -> int:
+    """Return the least room for weights that has so many layers kept whole, to 256 bytes."""
+    plan = plan_units(empty_model(config, torch.float32))
+    return next(room for room in count(0, 256) if len(layers_kept_whole(plan, 2, room, 3)) == layers)
+
+
+def test_layers_are_kept_whole_as_far_as_there_is_room() -> None:
+    plan = plan_units(empty_model(LLAMA, torch.float32))
+    layer, head = (sum(4 * one.numel() for one in unit.parameters()) for unit in (plan.layers[0][1], plan.head[1]))
+    # Two of five layers whole, half of the others, of embedding and head, both of these once more, and three layers.
+    norm = 4 * LLAMA.hidden_size
+    room = 2 * layer + 3 * layer // 2 + 2 * head // 2 + 2 * head + 3 * layer + norm
+    assert layers_kept_whole(plan, 2, room, at_once=3) == {2, 4}
+    assert len(layers_kept_whole(plan, 2, room - 1, at_once=3)) == 1
+    assert layers_kept_whole(plan, 2, 0, at_once=3) == set()
+    assert layers_kept_whole(plan, 2, 2**40, at_once=3) == set(range(5))
+
+
+@pytest.mark.parametrize("kept", [0, 2, 5])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_gradients_are_those_of_a_whole_backbone(
-    monkeypatch: pytest.MonkeyPatch, config: PretrainedConfig, recompute: bool
+    monkeypatch: pytest.MonkeyPatch, config: PretrainedConfig, recompute: bool, kept: int
 ) -> None:
     def linear(self: KernelBackend, x: torch.Tensor, frozen: FrozenLinear, index: int, tick: Tick) -> torch.Tensor:
         return self.linears(x, [frozen], [index], tick)[0]
@@ -72,7 +94,11 @@ def test_gradients_are_those_of_a_whole_backbone(
     model = empty_model(config, torch.float32)
     fill(model, {parameter: name for name, parameter in model.named_parameters()}, RandomWeights(), CPU)
     whole = prepare_backbone(model, "whole", CPU)
-    sharded = shard_model(empty_model(config, torch.float32), "sharded", RandomWeights(), OneHostEngine(), CPU)
+    engine, room = OneHostEngine(), room_for(config, kept)
+    sharded = shard_model(empty_model(config, torch.float32), "sharded", RandomWeights(), engine, CPU, room_bytes=room)
+    assert sharded.fingerprint == whole.fingerprint
+    lent = [layer for layer in sharded.layers if layer.frozen.comes_and_goes]
+    assert len(lent) * 5 == len(sharded.layers) * (5 - kept)
     found = []
     for backbone in (whole, sharded):
         if recompute:

@@ -87,9 +87,26 @@ def test_a_sharded_search_equals_one_process_and_sends_the_backbone_alone(
         assert report.traffic_bytes["_allgather_base_"] == gathered
         assert set(report.traffic_bytes) == {"_allgather_base_", "allgather_"}
         assert report.traffic_bytes["allgather_"] % (2 * 4096) == 0
-        assert report.shard_bytes * 2 == pytest.approx(report.backbone_bytes, rel=0.01)
+        assert report.kept_bytes * 2 == pytest.approx(report.backbone_bytes, rel=0.01)
     assert [report.training_passes for report in run.reports] == [run.reports[0].training_passes] * 2
     assert sum(report.idle_passes for report in run.reports) > 0, "at the end, a rank has nothing to do"
+
+
+def test_a_rank_with_room_keeps_layers_whole_and_gathers_the_others(
+    task: TuningJob, alone: Outcome, tmp_path: Path
+) -> None:
+    gathered, kept = [], []
+    for room in (0, 440_000):
+        ranks = RankSettings(2, Strategy.SHARDED, room_for_weights_bytes=room)
+        run = RankedRun(task, tmp_path / str(room), lambda event: None, SETTINGS, None, ranks)
+        assert_same(run.run_all()[0], alone)
+        (gather_bytes,) = {report.training_gather_bytes for report in run.reports}
+        (kept_bytes,) = {report.kept_bytes for report in run.reports}
+        gathered.append(gather_bytes)
+        kept.append(kept_bytes)
+    # A layer that is kept whole is gathered neither forward nor backward, and half of it was kept before.
+    assert 0 < gathered[0] - gathered[1] == 4 * (kept[1] - kept[0])
+    assert kept[1] < 440_000
 
 
 def test_a_rank_that_is_killed_at_any_moment_costs_nothing_but_time(
@@ -170,7 +187,7 @@ def test_four_ranks_in_two_groups_equal_one_process(task: TuningJob, alone: Outc
     run = RankedRun(task, tmp_path, lambda event: None, SETTINGS, None, ranks)
     (outcome,) = run.run_all()
     assert_same(outcome, alone)
-    assert all(report.shard_bytes * 2 == pytest.approx(report.backbone_bytes, rel=0.01) for report in run.reports)
+    assert all(report.kept_bytes * 2 == pytest.approx(report.backbone_bytes, rel=0.01) for report in run.reports)
     assert run.reports[0].moves > 0, "exits leave ranks uneven: trials move, with their exact state"
 
 
