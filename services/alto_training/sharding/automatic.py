@@ -55,7 +55,8 @@ def train(
         events(event)
 
     # Who asks for shares wants the memory; else it is for weights, as far as it goes.
-    room_bytes = 0 if strategy else room_for_weights(places.memory_bytes)
+    keeps_whole = chosen.shares_out and strategy is None
+    room_bytes = room_for_weights(places.memory_bytes) if keeps_whole else 0
     how = RankSettings(places.count, chosen, room_for_weights_bytes=room_bytes, keep_open=tuple(keep_open))
     run = RankedRun(job, workdir, listen, settings, control, how)
     outcome = run.run_all()[0]

@@ -96,6 +96,7 @@ class RankedRun:
         self._attempts = _Attempts(list(range(ranks.ranks)))
         self._commands: list[Command] = []  # an attempt may fail before it obeys, or before it keeps that it did
         self._tokens_per_tick = settings.tokens_per_tick
+        self._room_for_weights_bytes = ranks.room_for_weights_bytes
         self.reports: list[RankReport] = []
 
     def run_all(self) -> list[Outcome]:
@@ -184,18 +185,18 @@ class RankedRun:
             ranks_per_host=asked.ranks_per_host if asked.ranks_per_host and whole_hosts else ranks,
             parent_process_id=os.getpid(),
             prefetch=asked.prefetch,
-            room_for_weights_bytes=asked.room_for_weights_bytes,
+            room_for_weights_bytes=self._room_for_weights_bytes,
             count_traffic=asked.count_traffic,
         )
 
     def _consider(self, trouble: RankTrouble) -> None:
         """Make ready for another attempt, or raise."""
-        if trouble.failure is not None and trouble.failure.kind != TickOutOfMemoryError.__name__:
-            raise _error(trouble.failure)
         attempts = self._attempts
         place = attempts.places[trouble.rank]
         if trouble.failure is not None:
-            self._halve(trouble.failure)
+            if trouble.failure.kind not in (TickOutOfMemoryError.__name__, OutOfMemoryError.__name__):
+                raise _error(trouble.failure)
+            self._save_memory(trouble.failure)
             return
         attempts.troubles.append(f"worker rank {trouble.rank} (device {place}) {trouble.what}")
         log.warning("a worker rank failed; starting again from the last checkpoint", trouble=attempts.troubles[-1])
@@ -211,7 +212,15 @@ class RankedRun:
             attempts.places.remove(place)
             log.warning("going on without its device", device=place, ranks=len(attempts.places))
 
-    def _halve(self, failure: RankFailure) -> None:
+    def _save_memory(self, failure: RankFailure) -> None:
+        """Keep no layer whole, or halve the ticks, or raise."""
+        if self._room_for_weights_bytes:
+            log.warning("memory ran out: from here on no layer is kept whole")
+            self._room_for_weights_bytes = 0
+            self._tokens_per_tick = self._settings.tokens_per_tick  # there is more room for them now
+            return
+        if failure.kind != TickOutOfMemoryError.__name__:
+            raise _error(failure)
         # Before the run has begun only the ranks know what they chose.
         before = self._tokens_per_tick or failure.tokens_per_tick
         if before is None or before < 2:

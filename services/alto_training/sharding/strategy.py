@@ -28,6 +28,11 @@ class Strategy(enum.StrEnum):
     SHARDED = "sharded"
     HYBRID = "hybrid"
 
+    @property
+    def shares_out(self) -> bool:
+        """Whether no rank need hold the whole backbone."""
+        return self in (Strategy.SHARDED, Strategy.HYBRID)
+
 
 class EngineName(enum.StrEnum):
     """Who cuts and gathers a sharded backbone. `peer` needs CUDA, and ranks that share a host."""

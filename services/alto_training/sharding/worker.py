@@ -28,7 +28,7 @@ from alto_training.executor.backbone import Backbone
 from alto_training.executor.checkpoint import CheckpointStore, checkpoints_folder
 from alto_training.executor.control import Command, ControlQueue
 from alto_training.executor.data_source import DataSource
-from alto_training.executor.errors import ExecutorError
+from alto_training.executor.errors import ExecutorError, OutOfMemoryError
 from alto_training.executor.events import Event
 from alto_training.executor.executor import Executor, job_folder
 from alto_training.executor.loading import load_job_backbone, open_job_data
@@ -102,7 +102,7 @@ def _run(folder: Path, order: RankOrder, rank: int) -> None:
     )
     ranks = WorkerRanks(dist.new_group(backend="gloo", timeout=timeout), partial(beats.arrive, rank))
     settings = replace(order.settings, device=str(device), backend=_backend(order.settings, device))
-    if order.strategy in (Strategy.SHARDED, Strategy.HYBRID):
+    if order.strategy.shares_out:
         # It tries ticks of its own until memory runs out: other ranks would wait in the middle of them.
         settings = replace(settings, calibrate=False)
     idle_memory_bytes = anonymous_bytes()
@@ -158,16 +158,20 @@ def _load(order: RankOrder, device: torch.device, beat: Callable[[], None]) -> B
         for first in range(0, layout.ranks, layout.shard_ranks)
     }
     group = groups[layout.group_of(dist.get_rank()).start]
-    return load_shared_backbone(
-        order.jobs[0].base_model,
-        order.settings,
-        order.engine,
-        group,
-        device,
-        order.prefetch,
-        beat,
-        order.room_for_weights_bytes,
-    )
+    try:
+        return load_shared_backbone(
+            order.jobs[0].base_model,
+            order.settings,
+            order.engine,
+            group,
+            device,
+            order.prefetch,
+            beat,
+            order.room_for_weights_bytes,
+        )
+    except torch.OutOfMemoryError as error:
+        message = f"{order.jobs[0].base_model} does not fit on {layout.shard_ranks} GPUs: {error}"
+        raise OutOfMemoryError(message, "use more GPUs, or let others off these") from error
 
 
 def _check_checkpoints(order: RankOrder, ranks: WorkerRanks) -> None:

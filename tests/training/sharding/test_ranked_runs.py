@@ -15,12 +15,13 @@ import torch
 from alto_common.base_models import UnknownModelError, resolve
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig, TuningJob
 from alto_training.executor.control import ControlQueue, StopTrial
-from alto_training.executor.errors import DatasetRefusedError
+from alto_training.executor.errors import DatasetRefusedError, OutOfMemoryError, TickOutOfMemoryError
 from alto_training.executor.events import (
     CheckpointWritten,
     Event,
     Outcome,
     TaskStarted,
+    TickHalved,
     TrialDecided,
     TrialFinished,
     TrialProgress,
@@ -29,7 +30,8 @@ from alto_training.executor.events import (
 from alto_training.executor.executor import Executor
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.sharding.errors import RankFailedError
-from alto_training.sharding.rank_processes import RankProcesses
+from alto_training.sharding.rank_order import RankFailure
+from alto_training.sharding.rank_processes import RankProcesses, RankTrouble
 from alto_training.sharding.run import RankedRun, RankSettings
 from alto_training.sharding.strategy import EngineName, Strategy
 from safetensors.torch import load_file
@@ -107,6 +109,22 @@ def test_a_rank_with_room_keeps_layers_whole_and_gathers_the_others(
     # A layer that is kept whole is gathered neither forward nor backward, and half of it was kept before.
     assert 0 < gathered[0] - gathered[1] == 4 * (kept[1] - kept[0])
     assert kept[1] < 440_000
+
+
+def test_where_memory_runs_out_no_layer_is_kept_whole_before_ticks_are_halved(task: TuningJob, tmp_path: Path) -> None:
+    events: list[Event] = []
+    ranks = RankSettings(2, Strategy.SHARDED, room_for_weights_bytes=440_000)
+    run = RankedRun(task, tmp_path, events.append, SETTINGS, None, ranks)
+    out = RankTrouble(1, "gave up", RankFailure(TickOutOfMemoryError.__name__, "no memory", "more GPUs", 160))
+    asked = []
+    for _ in range(3):
+        order = run._order()
+        asked.append((order.room_for_weights_bytes, order.settings.tokens_per_tick))
+        run._consider(out)
+    assert asked == [(440_000, 160), (0, 160), (0, 80)]
+    assert [event.tokens_per_tick for event in events if isinstance(event, TickHalved)] == [80, 40]
+    with pytest.raises(OutOfMemoryError, match="no memory"):
+        run._consider(RankTrouble(1, "gave up", RankFailure(OutOfMemoryError.__name__, "no memory", "more GPUs")))
 
 
 def test_a_rank_that_is_killed_at_any_moment_costs_nothing_but_time(
