@@ -47,13 +47,17 @@ def instances(trace: list[Job], per_class: int) -> Iterator[tuple[str, list[Job]
     for gpus in (64, 256):
         for tasks in (50, 200, 1000, 2700):
             for kind in ("philly", "uniform", "lognormal"):
-                here = [job for job in trace if job.gpus <= gpus]
+                here = fitting(trace, gpus)
                 if kind == "philly" and len(here) < tasks:
                     print(f"  {kind} {gpus}x{tasks}: the trace has {len(here)} jobs that fit", file=sys.stderr)
                     continue
                 for seed in range(per_class):
                     draw = random.Random(f"{kind} {gpus} {tasks} {seed}")
                     yield f"{kind} {gpus}x{tasks}", list(durations(kind, tasks, here, draw)), gpus
+
+
+def fitting(trace: list[Job], gpus: int) -> list[Job]:
+    return [job for job in trace if job.gpus <= gpus]
 
 
 def durations(kind: str, tasks: int, trace: list[Job], draw: random.Random) -> Iterator[Job]:
@@ -202,11 +206,14 @@ def with_early_exits(trace: list[Job], per_class: int) -> dict[str, Any]:
     ratios: dict[str, list[float]] = {}
     for kind in ("philly", "uniform", "lognormal"):
         for gpus, tasks in ((64, 200), (256, 200), (64, 1000)):
+            here = fitting(trace, gpus)
+            if kind == "philly" and len(here) < tasks:
+                continue
             for seed in range(per_class):
                 draw = random.Random(f"early {kind} {gpus} {tasks} {seed}")
                 jobs = [
                     dataclasses.replace(job, actual_s=job.predicted_s * draw.uniform(0.15, 1.0))
-                    for job in durations(kind, tasks, trace, draw)
+                    for job in durations(kind, tasks, here, draw)
                 ]
                 policy = Planned(dataclasses.replace(OBJECTIVE, completion=0.0))
                 ours = simulate(jobs, Cluster(gpus // GPUS_PER_NODE, GPUS_PER_NODE), policy).makespan_s

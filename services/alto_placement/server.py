@@ -21,8 +21,8 @@ from alto_placement.store import MIGRATIONS, PlacementStore
 HEALTH_INTERVAL_S = 1.0
 GRACE_S = 2.0
 # For gc.set_threshold. Looking through all that is kept of 100,000 tasks for garbage stops everything for 0.4 s: it is
-# done a tenth as often as by default. The middle generation is looked through while it is small: by default it stops a
-# re-plan for 6 to 12 ms.
+# done a sixteenth as often as by default. The middle generation is looked through while it is small: by default that
+# stops a re-plan for 6 to 12 ms.
 GARBAGE_THRESHOLDS = (700, 1, 1000)
 
 log = structlog.get_logger("alto.placement")

@@ -207,7 +207,8 @@ void Reader::finish_shapes(Problem& problem) {
             const bool kind = shape.kind < 0 || shape.kind == row.kind;
             const bool memory =
                 shape.memory_bytes == 0 || row.memory_bytes == 0 || shape.memory_bytes <= row.memory_bytes;
-            if (!kind || !memory) continue;
+            const bool whole = !shape.one_node || shape.gpus <= row.gpus;
+            if (!kind || !memory || !whole) continue;
             shape.eligible[c] = 1;
             widths.insert(widths.end(), row.ready_nodes, row.gpus);
         }

@@ -49,7 +49,8 @@ class Tree {
         }
     }
 
-    // The weighted sum of ends of `order`; endless once it exceeds `most`, or a task ends after the limit.
+    // The weighted sum of ends of `order`; endless once it exceeds `most`, or a task ends after the limit. Whoever asks
+    // for starts is told all.
     double decode(double most, std::vector<double>* starts = nullptr) {
         release();
         double sum = 0;
@@ -61,8 +62,8 @@ class Tree {
             const double end = start + ground_->packing.seconds(p);
             for (int i = 0; i < unit.width; ++i) free[i] = end;
             sum += ground_->weights[p] * end;
-            if (sum > most || end > ground_->limit) return kNever;
             if (starts) (*starts)[p] = start;
+            if (!starts && (sum > most || end > ground_->limit)) return kNever;
         }
         return sum;
     }
@@ -153,16 +154,15 @@ class Trees {
     }
 
     void improve(Random& random) {
-        for (int move = 0; move < kMovesPerRound; ++move) switch (random.below(4)) {
-                case 0:
-                    relocate(random);
-                    break;
-                case 1:
-                    exchange(random);
-                    break;
-                default:
-                    reorder(random);
-            }
+        for (int move = 0; move < kMovesPerRound; ++move) {
+            const int kind = random.below(4);
+            if (kind == 0)
+                relocate(random);
+            else if (kind == 1)
+                exchange(random);
+            else
+                reorder(random);
+        }
     }
 
     Sequence sequence() {

@@ -22,21 +22,29 @@ def read_trace(path: Path) -> list[Job]:
 
     A job without GPUs or without duration did nothing and is left out. Raises TraceError.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise TraceError(f"{path}: no column {missing[0]}; the first line must name {', '.join(COLUMNS)}")
-        jobs: dict[str, Job] = {}
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            submit_s, gpus, duration_s = (_number(row, column, where) for column in ("submit_s", "gpus", "duration_s"))
-            if gpus != int(gpus):
-                raise TraceError(f"{where}: gpus is {gpus:g}: give whole GPUs")
-            if row["job"] in jobs:
-                raise TraceError(f"{where}: job {row['job']!r} is there twice: give each a name of its own")
-            if gpus and duration_s:
-                jobs[row["job"]] = Job(row["job"], submit_s, int(gpus), duration_s, duration_s, row["vc"] or "")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            return _read(csv.DictReader(file), path)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise TraceError(f"{path}: {error}; give CSV in UTF-8") from error
+
+
+def _read(reader: csv.DictReader[str], path: Path) -> list[Job]:
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+    if missing:
+        raise TraceError(f"{path}: no column {missing[0]}; the first line must name {', '.join(COLUMNS)}")
+    jobs: dict[str, Job] = {}
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        submit_s, gpus, duration_s = (_number(row, column, where) for column in ("submit_s", "gpus", "duration_s"))
+        if gpus != int(gpus):
+            raise TraceError(f"{where}: gpus is {gpus:g}: give whole GPUs")
+        if not row["job"]:
+            raise TraceError(f"{where}: no job: give each a name of its own")
+        if row["job"] in jobs:
+            raise TraceError(f"{where}: job {row['job']!r} is there twice: give each a name of its own")
+        if gpus and duration_s:
+            jobs[row["job"]] = Job(row["job"], submit_s, int(gpus), duration_s, duration_s, row["vc"] or "")
     if not jobs:
         raise TraceError(f"{path}: no job that ran: give rows with gpus and duration_s above 0")
     return sorted(jobs.values(), key=lambda job: (job.submit_s, job.job_id))

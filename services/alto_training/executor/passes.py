@@ -110,10 +110,10 @@ def reading(values: torch.Tensor) -> Callable[[], list[float]]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether torch (on either device) or Python says that memory ran out."""
+    """Return whether torch (on either device), CUDA's driver or Python says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
 
 
 @contextmanager

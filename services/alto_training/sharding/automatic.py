@@ -60,7 +60,9 @@ def train(
     how = RankSettings(places.count, chosen, room_for_weights_bytes=room_bytes, keep_open=tuple(keep_open))
     run = RankedRun(job, workdir, listen, settings, control, how)
     outcome = run.run_all()[0]
-    if speed > 0.0 and len(run.reports) == places.count:
+    # What shares alone reach says nothing of shares beside whole layers.
+    is_as_chosen = strategy is None or not strategy.shares_out
+    if speed > 0.0 and len(run.reports) == places.count and is_as_chosen:
         records.note(job.base_model, places.kind, places.count, chosen, speed)
     return outcome
 

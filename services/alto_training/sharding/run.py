@@ -185,7 +185,7 @@ class RankedRun:
             ranks_per_host=asked.ranks_per_host if asked.ranks_per_host and whole_hosts else ranks,
             parent_process_id=os.getpid(),
             prefetch=asked.prefetch,
-            room_for_weights_bytes=self._room_for_weights_bytes,
+            room_for_weights_bytes=self._room_for_weights_bytes if ranks > 1 else 0,
             count_traffic=asked.count_traffic,
         )
 
@@ -208,16 +208,16 @@ class RankedRun:
                 f"{attempts.troubles[-1]} (attempt {attempts.since_progress} without a new checkpoint)",
                 "look at its log and its device; running again goes on from the last checkpoint",
             )
-        if again and self._ranks.may_shrink and len(attempts.places) > 1:
+        if self._room_for_weights_bytes and attempts.since_progress > 1:
+            self._keep_no_layer_whole("ranks failed twice in a row")  # as they do where the system ends them for memory
+        elif again and self._ranks.may_shrink and len(attempts.places) > 1:
             attempts.places.remove(place)
             log.warning("going on without its device", device=place, ranks=len(attempts.places))
 
     def _save_memory(self, failure: RankFailure) -> None:
         """Keep no layer whole, or halve the ticks, or raise."""
-        if self._room_for_weights_bytes:
-            log.warning("memory ran out: from here on no layer is kept whole")
-            self._room_for_weights_bytes = 0
-            self._tokens_per_tick = self._settings.tokens_per_tick  # there is more room for them now
+        if self._room_for_weights_bytes and len(self._attempts.places) > 1:
+            self._keep_no_layer_whole("memory ran out")
             return
         if failure.kind != TickOutOfMemoryError.__name__:
             raise _error(failure)
@@ -228,6 +228,12 @@ class RankedRun:
         self._tokens_per_tick = before // 2
         for job in self._jobs:
             self._emit(TickHalved(job.task_id, before, self._tokens_per_tick))
+
+    def _keep_no_layer_whole(self, why: str) -> None:
+        log.warning("from here on no layer is kept whole", why=why)
+        self._room_for_weights_bytes = 0
+        # As many as there is room for now; a checkpoint may still say fewer.
+        self._tokens_per_tick = self._settings.tokens_per_tick
 
     def _newest_checkpoint(self) -> str:
         return max((path.name for path in (self._workdir / "checkpoints").glob("manifest-*.json")), default="")

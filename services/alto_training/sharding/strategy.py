@@ -88,8 +88,8 @@ def choose_strategy(
 ) -> Strategy:
     """Return the fastest of the strategies that fit; one that was never measured comes after those that were.
 
-    Unmeasured, less communication is taken
-    for faster: replicated, hybrid, sharded. Raises `StrategyError` when not even shares on all ranks fit.
+    Unmeasured, less communication is taken for faster: replicated, hybrid, sharded. Raises `StrategyError` when not
+    even shares on all ranks fit.
     """
     if ranks == 1:
         return Strategy.SINGLE

@@ -99,17 +99,19 @@ def plan_units(model: Any) -> UnitPlan:
 def layers_kept_whole(plan: UnitPlan, ranks: int, room_bytes: int, at_once: int) -> frozenset[int]:
     """Return the decoder layers, by index, that every rank keeps whole: as many as its room for weights holds.
 
-    That is beside its shares of all the others, and what is gathered of them: embeddings, head and `at_once` layers.
-    They are spread evenly, so that while one is computed with, the next gather goes on.
+    That is beside its shares of all the others, and what is gathered of them: embeddings, head and `at_once` layers of
+    each size. They are spread evenly, so that while one is computed with, the next gather goes on.
     """
+    if ranks == 1:
+        return frozenset()  # a share is the whole
     layers = [tensor_bytes(list(modules.parameters())) for _, modules in plan.layers]
     ends = [modules for _, modules in plan.embeddings] + ([] if plan.head_is_tied else [plan.head[1]])
     outside = sum(tensor_bytes(list(modules.parameters())) for modules in ends)
     resident = sum(tensor_bytes(list(module.parameters())) for module in plan.resident)
-    left = room_bytes - resident - (sum(layers) + outside) / ranks - outside - at_once * max(layers)
+    left = room_bytes - resident - (sum(layers) + outside) / ranks - outside - at_once * sum(set(layers))
     count = min(len(layers), max(0, int(left / (max(layers) * (1 - 1 / ranks)))))
     return frozenset(
-        index for index in range(len(layers)) if (index + 1) * count // len(layers) > index * count // len(layers)
+        index for index in range(len(layers)) if (index + 1) * count // len(layers) != index * count // len(layers)
     )
 
 

@@ -32,6 +32,7 @@ from alto_training.executor.errors import ExecutorError, OutOfMemoryError
 from alto_training.executor.events import Event
 from alto_training.executor.executor import Executor, job_folder
 from alto_training.executor.loading import load_job_backbone, open_job_data
+from alto_training.executor.passes import is_out_of_memory
 from alto_training.executor.progress import peak_memory_bytes
 from alto_training.executor.settings import BackboneDtype, Backend, ExecutorSettings
 from alto_training.sharding.counted_passes import CountedPasses
@@ -169,7 +170,9 @@ def _load(order: RankOrder, device: torch.device, beat: Callable[[], None]) -> B
             beat,
             order.room_for_weights_bytes,
         )
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         message = f"{order.jobs[0].base_model} does not fit on {layout.shard_ranks} GPUs: {error}"
         raise OutOfMemoryError(message, "use more GPUs, or let others off these") from error
 

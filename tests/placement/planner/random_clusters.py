@@ -37,8 +37,38 @@ choices = st.builds(
 )
 
 
+def snapshots() -> st.SearchStrategy[Snapshot]:
+    """Clusters with everything at once, and plain ones: those alone are packed by halves."""
+    return st.one_of(snapshots_of_all_kinds(), plain_snapshots())
+
+
 @st.composite
-def snapshots(draw: st.DrawFn) -> Snapshot:
+def plain_snapshots(draw: st.DrawFn) -> Snapshot:
+    """Nodes of several sizes and tasks whose widths are powers of two, equal but for their sizes."""
+    nodes = [
+        Node(f"n{index}", draw(st.sampled_from(KINDS)), draw(st.sampled_from((1, 2, 4, 6, 8, 8, 8))))
+        for index in range(draw(st.integers(1, 6)))
+    ]
+    taken = [(node, draw(st.integers(0, node.gpus))) for node in nodes]
+    running = [
+        RunningTask(f"r-{node.node_id}", "ada", (Part(node.node_id, tuple(range(gpus))),), 0.0, end, end)
+        for node, gpus in taken
+        if gpus and (end := NOW_S + draw(st.floats(0.0, 3000.0)))
+    ]
+    wanted = st.builds(
+        Choice,
+        gpus=st.sampled_from((1, 2, 4, 8, 16)),
+        duration=seconds.map(Duration.certain),
+        gpu_kind=st.sampled_from(("", *KINDS)),
+        one_node=st.booleans(),
+    )
+    waiting = [WaitingTask(f"t{index}", "ada", (draw(wanted),), NOW_S) for index in range(draw(st.integers(0, 25)))]
+    objective = Objective(makespan=draw(st.floats(0.0, 10.0)), patience=float("inf"))
+    return Snapshot(NOW_S, nodes, waiting, running, objective=objective, epoch=7)
+
+
+@st.composite
+def snapshots_of_all_kinds(draw: st.DrawFn) -> Snapshot:
     nodes = [
         Node(
             f"n{index}",
@@ -129,6 +159,7 @@ def check_search_repeated_by_its_effort(snapshot: Snapshot, seed: int) -> None:
     assert not violations(snapshot, first)
     again = plan(snapshot, budget_s=0.003, seed=seed, effort=first.effort)
     assert tuple(again.placements) == tuple(first.placements)
+    assert not violations(snapshot, plan(snapshot, seed=seed, effort=(2, 2, 2, 0)))
 
 
 def check_memory_changes_nothing(snapshot: Snapshot, seed: int) -> None:

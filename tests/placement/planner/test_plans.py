@@ -258,6 +258,17 @@ def test_others_are_explained_and_a_search_repeated_beside_a_task_that_joins() -
     assert tuple(plan(snapshot, effort=answer.effort).placements) == tuple(answer.placements)
 
 
+@pytest.mark.parametrize("effort", [None, (10, 10, 10, 0)], ids=["fast", "searched"])
+def test_a_task_for_one_node_is_never_put_on_two_smaller_ones(effort: tuple[int, ...] | None) -> None:
+    nodes = [Node("big", "h100", 8), Node("small0", "h100", 4), Node("small1", "h100", 4)]
+    choices = [Choice(8, Duration.certain(600.0 + 60.0 * index), one_node=True) for index in range(4)]
+    waiting = [WaitingTask(f"t{index}", "ada", (choice,), 0.0) for index, choice in enumerate(choices)]
+    snapshot = Snapshot(0.0, nodes, waiting)
+    answer = plan(snapshot, effort=effort)
+    assert not violations(snapshot, answer)
+    assert {tuple(part.node_id for part in placed.parts) for placed in answer.placements} == {("big",)}
+
+
 def test_short_tasks_go_before_long_ones_wherever_the_makespan_leaves_room() -> None:
     """The first packing puts all thirty on the only GPU that is free of long ones: ends of 1 to 30 s."""
     long = [task("long", 1, 100.0), task("long1", 1, 85.0), task("long2", 1, 85.0)]

@@ -35,12 +35,22 @@ def test_jobs_come_by_submission_and_those_that_did_nothing_are_left_out(tmp_pat
         (HEAD + "a,0,1,nan,x\n", "line 2: duration_s is 'nan'"),
         (HEAD + "a,-3,1,30,x\n", "line 2: submit_s is '-3'"),
         (HEAD + "a,0\n", "line 2: gpus is None"),
+        (HEAD + ",0,1,30,x\n", "line 2: no job"),
         (HEAD + "a,0,1,30,x\na,1,1,30,x\n", "line 3: job 'a' is there twice"),
     ],
 )
 def test_what_is_wrong_is_said_with_line_and_column(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(TraceError, match=said):
         read_trace(written(tmp_path, text))
+
+
+def test_a_mark_of_utf_8_is_passed_over_and_other_encodings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_bytes(f"{HEAD}a,0,1,30,x\n".encode("utf-8-sig"))
+    assert read_trace(path)[0].job_id == "a"
+    path.write_bytes(f"{HEAD}\u00e4,0,1,30,x\n".encode("latin-1"))
+    with pytest.raises(TraceError, match="UTF-8"):
+        read_trace(path)
 
 
 def test_jobs_that_all_come_at_once_have_no_load(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_layers_are_kept_whole_as_far_as_there_is_room() -> None:
     assert len(layers_kept_whole(plan, 2, room - 1, at_once=3)) == 1
     assert layers_kept_whole(plan, 2, 0, at_once=3) == set()
     assert layers_kept_whole(plan, 2, 2**40, at_once=3) == set(range(5))
+    assert layers_kept_whole(plan, 1, 2**40, at_once=3) == set(), "the only share is the whole"
 
 
 @pytest.mark.parametrize("kept", [0, 2, 5])

@@ -127,6 +127,19 @@ def test_where_memory_runs_out_no_layer_is_kept_whole_before_ticks_are_halved(ta
         run._consider(RankTrouble(1, "gave up", RankFailure(OutOfMemoryError.__name__, "no memory", "more GPUs")))
 
 
+def test_ranks_that_fail_again_keep_no_layer_whole_before_one_is_given_up(task: TuningJob, tmp_path: Path) -> None:
+    """As they do where the system ends whoever takes too much memory: nobody says that this was it."""
+    ranks = RankSettings(2, Strategy.SHARDED, room_for_weights_bytes=440_000, attempts_without_progress=5)
+    run = RankedRun(task, tmp_path, lambda event: None, SETTINGS, None, ranks)
+    asked = []
+    for _ in range(3):
+        order = run._order()
+        asked.append((order.ranks, order.room_for_weights_bytes))
+        run._consider(RankTrouble(1, "was killed"))
+    assert asked == [(2, 440_000), (2, 440_000), (2, 0)]
+    assert run._order().ranks == 1
+
+
 def test_a_rank_that_is_killed_at_any_moment_costs_nothing_but_time(
     task: TuningJob, alone: Outcome, tmp_path: Path
 ) -> None:
