@@ -7,8 +7,9 @@ namespace alto {
 namespace {
 
 constexpr int kMovesPerRound = 400;
-constexpr std::size_t kRetried = 48;  // postponed tasks that are tried again after each that is placed
-constexpr int kNear = 12;             // places of an order that count as near
+// Postponed tasks that are tried again after each that is placed: fewer in an order of many, for each costs time.
+constexpr std::size_t kRetried = 48, kRetriedOfMany = 4, kMany = 2000;
+constexpr int kNear = 12;  // places of an order that count as near
 
 // What all trees share.
 struct Ground {
@@ -98,6 +99,7 @@ class Tree {
             for (int i = 0; i < unit.width; ++i) left[unit.first_leaf - first_leaf_ + i] += ground_->packing.seconds(p);
         }
         release();
+        const std::size_t retried = wanted.size() > kMany ? kRetriedOfMany : kRetried;
         std::vector<int> placed, postponed;
         const auto place = [&](int p) {
             const Unit& unit = ground_->unit(p);
@@ -117,7 +119,7 @@ class Tree {
             return true;
         };
         for (int p : wanted) {
-            for (std::size_t i = 0; i < std::min(postponed.size(), kRetried);) {
+            for (std::size_t i = 0; i < std::min(postponed.size(), retried);) {
                 if (place(postponed[i]))
                     postponed.erase(postponed.begin() + static_cast<std::ptrdiff_t>(i));
                 else
