@@ -221,7 +221,7 @@ def assign(
     now: Moment,
     host_task_id: str = "",
 ) -> AssignmentRow | None:
-    """Place a task under the next epoch; None when the plan is out of date: the task, node or GPUs are not free or few.
+    """Place a task under the next epoch; None when the plan is out of date: the task, node or GPUs are not free.
 
     With a host it becomes a guest: in the host's executor, as long as that lasts, and without GPUs of its own.
     """
@@ -238,7 +238,7 @@ def assign(
             return None
         gpu_indices = ()
     elif len(set(gpu_indices)) != task.gpus:
-        return None
+        return None  # a task never runs on other than it asked for
     taken = {index for row in draft.on_node(node_id) for index in row.gpu_indices}
     if taken.intersection(gpu_indices) or not all(0 <= index < node.spec.gpus for index in gpu_indices):
         return None

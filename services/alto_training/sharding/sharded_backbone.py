@@ -103,20 +103,20 @@ def shard_model(
     parts: dict[str, bytes] = {}
     parameters = sum(parameter.numel() for _, parameter in named)
 
-    def keep(module: nn.Module) -> None:
+    def read(module: nn.Module) -> None:
         full_names = {own: names[parameter] for own, parameter in module.named_parameters()}
         fill(module, names, source, device)
         for own_name, full_name in full_names.items():
             parts[full_name] = fingerprint_part(full_name, module.get_parameter(own_name))
 
     def shard(name: str, modules: nn.Sequential) -> ShardedUnit:
-        keep(modules)
+        read(modules)
         return engine.shard(name, modules)
 
     for module in plan.resident:
-        keep(module)
+        read(module)
     for index in whole:
-        keep(plan.layers[index][1])
+        read(plan.layers[index][1])
     embeddings = [(modules, shard(name, modules)) for name, modules in plan.embeddings]
     layers = [
         (modules, shard(name, modules)) for index, (name, modules) in enumerate(plan.layers) if index not in whole

@@ -9,7 +9,6 @@ in the second pass. Prints one JSON line with what it measured.
 import json
 import os
 import sys
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,10 @@ from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, load_backbone
 from alto_training.executor.tick import Item, PackedSequence, Share
 from alto_training.sharding.loading import make_engine
-from alto_training.sharding.sharded_backbone import ShardedWeights, empty_model, load_sharded_backbone
+from alto_training.sharding.sharded_backbone import ShardedWeights, load_sharded_backbone
 from alto_training.sharding.strategy import EngineName
 from alto_training.sharding.traffic import TrafficMeter
-from alto_training.sharding.units import layers_kept_whole, plan_units
+from tiny_task import room_for
 from transformers import AutoConfig
 
 CPU = torch.device("cpu")
@@ -75,12 +74,6 @@ def compare(sharded: Backbone, whole: Backbone, rank: int) -> dict[str, object]:
     }
 
 
-def room_for(folder: Path, ranks: int, layers: int) -> int:
-    """Return the least room for weights that has so many layers kept whole, to 1024 bytes."""
-    plan = plan_units(empty_model(AutoConfig.from_pretrained(folder), torch.float32))
-    return next(room for room in count(0, 1024) if len(layers_kept_whole(plan, ranks, room, 3)) == layers)
-
-
 def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     os.environ["LOCAL_RANK"] = str(rank)
@@ -96,7 +89,7 @@ def main() -> None:
                     torch.float32,
                     CPU,
                     prefetch=1 + recompute,
-                    room_bytes=room_for(folder / model, world, kept),
+                    room_bytes=room_for(AutoConfig.from_pretrained(folder / model), kept),
                 )
                 whole = load_backbone(str(folder / model))
                 if recompute:

@@ -1,7 +1,5 @@
 """Weights that come and go: nothing may keep one for the backward pass, for its buffer is used by others."""
 
-from itertools import count
-
 import numpy as np
 import pytest
 import torch
@@ -18,6 +16,7 @@ from alto_training.sharding.peer_units import CopyLanes, GatherBuffer, PeerUnit,
 from alto_training.sharding.sharded_backbone import empty_model, shard_model
 from alto_training.sharding.units import ShardedUnit, layers_kept_whole, plan_units
 from alto_training.sharding.weight_files import RandomWeights, fill
+from tiny_task import room_for
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
@@ -59,12 +58,6 @@ def make_share(backbone: Backbone) -> Share:
     adapter.param.add_(0.01)
     ids = np.random.default_rng(0).integers(0, 64, 20).astype(np.int32)
     return Share(adapter, [Item((PackedSequence(ids, np.arange(20) >= 1),), 19)], batch_denominator=19.0)
-
-
-def room_for(config: PretrainedConfig, layers: int) -> int:
-    """Return the least room for weights that has so many layers kept whole, to 256 bytes."""
-    plan = plan_units(empty_model(config, torch.float32))
-    return next(room for room in count(0, 256) if len(layers_kept_whole(plan, 2, room, 3)) == layers)
 
 
 def test_layers_are_kept_whole_as_far_as_there_is_room() -> None:

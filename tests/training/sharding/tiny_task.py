@@ -2,13 +2,22 @@
 
 import json
 import random
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig, TuningJob
+from alto_training.sharding.sharded_backbone import empty_model
+from alto_training.sharding.units import layers_kept_whole, plan_units
 
 WORDS = 90
+
+
+def room_for(config: Any, layers: int) -> int:
+    """Return the least room for fp32 weights, to 256 bytes, that has each of two ranks keep so many layers whole."""
+    plan = plan_units(empty_model(config, torch.float32))
+    return next(room for room in count(0, 256) if len(layers_kept_whole(plan, 2, room, at_once=3)) == layers)
 
 
 def write_model(folder: Path, **changes: Any) -> Path:
