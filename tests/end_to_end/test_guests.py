@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 QUEUED, RUNNING = tuning_pb2.TASK_STATE_QUEUED, tuning_pb2.TASK_STATE_RUNNING
 SUCCEEDED, CANCELLED = tuning_pb2.TASK_STATE_SUCCEEDED, tuning_pb2.TASK_STATE_CANCELLED
-LONG, SHORT = 4000, 300
+LONG, SHORT = 100_000, 300
 
 
 @pytest.fixture
