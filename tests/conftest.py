@@ -12,8 +12,9 @@ from hypothesis import Phase, settings
 
 # Hypothesis takes up to five minutes to shrink what failed, as long as a test may take in all: it would be ended before
 # it could say what it had found. To see a smaller example: pytest --hypothesis-profile=shrink --timeout=0
-settings.register_profile("shrink")
-settings.register_profile("as_found", phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target])
+# An example has no deadline of its own: how long one takes is the machine's business.
+settings.register_profile("shrink", deadline=None)
+settings.register_profile("as_found", deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target])
 settings.load_profile("as_found")
 
 

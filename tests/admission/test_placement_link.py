@@ -194,6 +194,8 @@ async def test_the_plan_says_why_and_until_when(admission, placement):
     client = await admission.client()
     task = await client.create()
     await connected(placement)
+    # Placement's answer to the new task comes before what it plans.
+    await until(waits_for(client, task, "PLANNING"))
     start = timestamp_pb2.Timestamp(seconds=1_800_000_000)
     queue = tuning_pb2.QueueStatus(reason="GPUS_BUSY", explanation="All are in use.", predicted_start_time=start)
     placement.show(planned(task, placement_pb2.PLACEMENT_STATE_WAITING, queue=queue))

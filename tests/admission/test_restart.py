@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import os
 import signal
-import socket
 import sys
 import uuid
 
@@ -14,6 +13,7 @@ from alto.v1 import admission_service_pb2 as messages
 from alto.v1 import admission_service_pb2_grpc, report_service_pb2_grpc, tuning_pb2
 from alto_common.rpc.channel import bearer_metadata
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from processes import free_ports
 
 from .conftest import ROWS, SERVICE_TOKEN, spec_of, upload_messages
 from .reporting import numbered, progressed, started, task_state, trained
@@ -22,18 +22,13 @@ EVENTS = 400
 KILLS = 3
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Process:
     """An admission process that can be killed and started again on the same state."""
 
     def __init__(self, folder, models_root):
         self.folder = folder
-        self.port, self.internal_port = free_port(), free_port()
+        self.port = free_ports()
+        self.internal_port = self.port + 1
         values = {
             "SERVICE_TOKEN": SERVICE_TOKEN,
             "LISTEN": f"127.0.0.1:{self.port}",

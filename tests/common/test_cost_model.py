@@ -112,7 +112,7 @@ def test_a_profile_without_noise_is_explained() -> None:
     assert model.evaluation_share == pytest.approx(TRUTH.evaluation_share, rel=0.02)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.builds(
         dataclasses.replace,

@@ -21,7 +21,7 @@ from alto_common.dataset_rows import (
     scan,
 )
 from alto_common.tuning import Objective, ObjectiveKind
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 GOOD = {"prompt": "2 + 2 = ", "completion": "4"}
@@ -187,7 +187,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(lines=st.lists(st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()), max_size=5))
 def test_any_bytes_give_facts_or_a_dataset_error(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"

@@ -18,7 +18,7 @@ from alto_common.search_space import (
     expand,
 )
 from alto_common.tuning import Schedule, ScheduleKind, TrialConfig
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -116,7 +116,6 @@ def test_draws_do_not_change_between_versions() -> None:
     assert (first.config.lora_rank, second.config.lora_rank) == (8, 16)
 
 
-@settings(deadline=None)
 @given(low=st.floats(1e-8, 1.0), factor=st.floats(1.0, 1e4), seed=st.integers(0, 2**32), log=st.booleans())
 def test_every_draw_is_a_sound_configuration(low: float, factor: float, seed: int, log: bool) -> None:
     domain = LogUniform(low, low * factor) if log else Uniform(low, low * factor)

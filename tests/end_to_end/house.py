@@ -2,33 +2,13 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from alto_client import AltoClient, OperatorClient
-
-PORTS = 4
-
-
-def free_port_base():
-    """Return a port with three free ones behind it, out of sixteen that no test process beside this one looks at.
-
-    They lie below the ports that the kernel gives to outgoing connections.
-    """
-    first = 10_000 + os.getpid() % 1_250 * 16
-    for base in range(first, first + 16, PORTS):
-        try:
-            for port in range(base, base + PORTS):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return base
-    raise RuntimeError("no free ports")
+from processes import free_ports
 
 
 class House:
@@ -46,7 +26,7 @@ class House:
             "ALTO_NODE_KERNEL_BACKEND": "cpu",
             **environment,
         }
-        self.port_base = free_port_base()
+        self.port_base = free_ports()
 
     def alto(self, *arguments, check=True):
         """Run the `alto` command and return its standard output."""
@@ -105,7 +85,3 @@ class House:
                 return found["pid"]
             time.sleep(0.2)
         raise AssertionError(f"{service} does not serve")
-
-    def kill(self, service):
-        """Kill a service as the kernel would."""
-        os.kill(self.process_of(service), signal.SIGKILL)

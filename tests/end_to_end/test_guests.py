@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +10,12 @@ from alto.v1 import tuning_pb2
 from alto_client import load_task_file
 from alto_client.task_spec import task_spec
 from house import House
+from processes import children, standing_still
 from safetensors.torch import load_file
 
 QUEUED, RUNNING = tuning_pb2.TASK_STATE_QUEUED, tuning_pb2.TASK_STATE_RUNNING
 SUCCEEDED, CANCELLED = tuning_pb2.TASK_STATE_SUCCEEDED, tuning_pb2.TASK_STATE_CANCELLED
-LONG, SHORT = 100_000, 300
+ENDLESS, SHORT = 100_000, 300
 
 
 @pytest.fixture
@@ -74,24 +74,26 @@ def test_a_guest_ends_as_it_would_have_alone_and_everybody_is_told(house, task_f
     with house.client() as client, house.operator() as operator:
         alone = submit(client, task_file, "alone", SHORT)
         until(lambda: ended(client, alone))
-        host = submit(client, task_file, "host", LONG)
+        host = submit(client, task_file, "host", ENDLESS)
         until(lambda: any(trial.step >= 3 for trial in client.trials(host)), what="the host's first steps")
+        worker = worker_of(house)
         guest = submit(client, task_file, "guest", SHORT)
         until(lambda: client.get_task(guest).state == RUNNING, what="the guest's start")
-        assert client.get_task(host).state == RUNNING
-
-        said = house.alto("why", guest).stdout
-        print(said)
-        assert f"it shares {host}'s executor" in said
-        said = house.alto("why", host).stdout
-        print(said)
-        assert "it has the GPUs it asked for" in said
-        assert guest in said.split("shared by")[1].splitlines()[0]
-        said = house.alto("plan").stdout
-        print(said)
-        assert f"shares {host}'s executor" in said
-        (node,) = operator.nodes()
-        assert (node.gpus_in_use, node.gpus) == (1, 1)
+        with standing_still(worker):
+            until(lambda: guest in client.get_task(host).forecast.guest_task_ids, what="the plan of both")
+            assert client.get_task(host).state == RUNNING
+            said = house.alto("why", guest).stdout
+            print(said)
+            assert f"it shares {host}'s executor" in said
+            said = house.alto("why", host).stdout
+            print(said)
+            assert "it has the GPUs it asked for" in said
+            assert guest in said.split("shared by")[1].splitlines()[0]
+            said = house.alto("plan").stdout
+            print(said)
+            assert f"shares {host}'s executor" in said
+            (node,) = operator.nodes()
+            assert (node.gpus_in_use, node.gpus) == (1, 1)
 
         until(lambda: ended(client, guest), what="the guest's end")
         assert client.get_task(host).state == RUNNING, "its host goes on"
@@ -106,7 +108,8 @@ def test_a_guest_ends_as_it_would_have_alone_and_everybody_is_told(house, task_f
         second = submit(client, task_file, "second", SHORT)
         until(lambda: any(trial.step >= 3 for trial in client.trials(second)), what="the second guest's first steps")
         until(lambda: client.get_task(second).fraction_done > 0)
-        os.kill(worker_of(house), signal.SIGKILL)
+        assert planned(operator, second).forecast.is_guest
+        os.kill(worker, signal.SIGKILL)
         until(lambda: not planned(operator, second).forecast.is_guest, what="that they share no more")
         until(lambda: planned(operator, host).attempts == 2, what="the host's return")
         client.cancel_task(host)
@@ -121,6 +124,5 @@ def planned(operator, task_id):
 
 def worker_of(house):
     """The process id of the one worker that runs."""
-    node = house.process_of("node")
-    (worker,) = Path(f"/proc/{node}/task/{node}/children").read_text().split()
-    return int(worker)
+    (worker,) = children(house.process_of("node"))
+    return worker

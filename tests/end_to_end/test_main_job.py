@@ -1,6 +1,8 @@
 """From a task file to an adapter, through three real processes; what breaks on the way is really broken."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -105,7 +107,7 @@ def test_the_same_request_id_is_the_same_task(client, task_file):
 
 
 def test_a_cancelled_task_ends_and_says_so(client, task_file):
-    task_id = client.create_task(spec_of(client, task_file(search=long_search(400)))).task_id
+    task_id = client.create_task(spec_of(client, task_file(search=long_search(4000)))).task_id
     wait_until(lambda: client.get_task(task_id).state == tuning_pb2.TASK_STATE_RUNNING)
     client.cancel_task(task_id)
     assert ended_task(client, task_id).state == tuning_pb2.TASK_STATE_CANCELLED
@@ -113,7 +115,7 @@ def test_a_cancelled_task_ends_and_says_so(client, task_file):
 
 
 def test_a_paused_task_carries_on(client, task_file):
-    task_id = client.create_task(spec_of(client, task_file(search=long_search(60)))).task_id
+    task_id = client.create_task(spec_of(client, task_file(search=long_search(600)))).task_id
     wait_until(lambda: any(trial.step >= 5 for trial in client.trials(task_id)))
     client.pause_task(task_id)
     wait_until(lambda: client.get_task(task_id).state == tuning_pb2.TASK_STATE_PAUSED)
@@ -133,8 +135,9 @@ def test_a_service_that_is_killed_in_the_middle_changes_nothing(house, client, t
     spec = spec_of(client, task_file(search=long_search(150), early_exit={"policy": "none"}))
     undisturbed = ended_task(client, client.create_task(spec).task_id)
     task_id = client.create_task(spec).task_id
+    process_id = house.process_of(service)
     wait_until(lambda: any(trial.step >= 20 for trial in client.trials(task_id)))
-    house.kill(service)
+    os.kill(process_id, signal.SIGKILL)
     house.process_of(service)
     task = ended_task(client, task_id)
     assert task.state == tuning_pb2.TASK_STATE_SUCCEEDED

@@ -142,7 +142,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(shapes, adapters, slots, offsets, seed=draw(st.integers(0, 9)))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_ragged_mixes_match_float64(case: Case) -> None:
     assert_matches(case, run(case, "cpu"), bound=1e-4)  # single elements may cancel

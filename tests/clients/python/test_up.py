@@ -13,19 +13,9 @@ from alto_cli.client_file import home_folder
 from alto_cli.failures import CommandError
 from alto_cli.up.layout import Layout
 from alto_cli.up.lock import HomeLock, holder, read_status
+from processes import free_ports
 
 PATIENCE_S = 60
-
-
-def free_port_base():
-    """A port with three free ones behind it."""
-    for base in range(20_000 + 4 * (os.getpid() % 2_500), 60_000, 4):
-        try:
-            Layout(None, base).check_ports()
-        except CommandError:
-            continue
-        return base
-    raise AssertionError("no four free ports in a row")
 
 
 def wait_for(condition, what):
@@ -70,7 +60,7 @@ def start(home, tmp_path):
 
     def start():
         stderr = (tmp_path / "up.stderr").open("w+")
-        command = [sys.executable, "-m", "alto_cli", "up", "--port-base", str(free_port_base())]
+        command = [sys.executable, "-m", "alto_cli", "up", "--port-base", str(free_ports())]
         process = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL)
         started.append((process, stderr))
 
@@ -137,7 +127,7 @@ def test_no_service_outlives_an_up_that_is_killed(start, home):
 
 def test_detached_up_and_down(home):
     pytest.importorskip("alto_planner._planner", reason="the extension is not built here")
-    base = str(free_port_base())
+    base = str(free_ports())
     up = alto("up", "--detach", "--port-base", base, "--json")
     try:
         assert up.returncode == 0, up.stderr

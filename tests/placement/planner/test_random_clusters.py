@@ -19,7 +19,7 @@ EXAMPLES = 150
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 def test_every_plan_keeps(promise: Callable[[Snapshot, int], None]) -> None:
-    @settings(max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, database=None, suppress_health_check=list(HealthCheck))
     @given(snapshots(), st.integers(0, 5))
     def keeps(snapshot: Snapshot, seed: int) -> None:
         promise(snapshot, seed)
@@ -27,7 +27,7 @@ def test_every_plan_keeps(promise: Callable[[Snapshot, int], None]) -> None:
     keeps()
 
 
-@settings(max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, database=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(snapshots(), min_size=2, max_size=4))
 def test_the_virtual_schedule_follows_whatever_comes(seen: list[Snapshot]) -> None:
     """Nodes and tasks come, change, go and return: nothing is lost or counted twice, the measure stays one."""

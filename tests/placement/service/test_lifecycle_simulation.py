@@ -14,7 +14,7 @@ from .cluster_simulation import ROUGH_ACTIONS, WEIGHTED_ACTIONS, Admission, Clus
 STEPS = st.lists(st.tuples(st.sampled_from(WEIGHTED_ACTIONS), st.integers(0, 5)), max_size=150)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(STEPS)
 def test_every_task_ends_once_whatever_happens(actions):
     Cluster().run(actions)

@@ -12,7 +12,7 @@ from alto_common.tuning import LossScope, Objective, ObjectiveKind
 from alto_training.executor.data import Example, TokenisedDataset, dataset, describe, open_dataset
 from alto_training.executor.data.segments import TokenizerError
 from alto_training.executor.data.truncation import kept_indices, prompt_kept
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from .tokenizers_for_tests import CHATML, MARKED, SHIFTING, STRICT, THINKING, byte_tokenizer, spacing_tokenizer
@@ -177,7 +177,6 @@ def test_a_cut_takes_the_end_of_the_completion_then_the_start_of_the_prompt(tmp_
     assert short.truncated_share(15) == 0.0
 
 
-@settings(deadline=None)
 @given(
     prompt=st.integers(1, 40), completion=st.integers(1, 40), prefix=st.integers(0, 2), max_length=st.integers(2, 50)
 )

@@ -49,7 +49,7 @@ exits = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=150, suppress_health_check=SLOW_MACHINE)
 @given(early_exit=exits, curves=searches(finite=False), slots=st.none() | st.integers(1, 3), obey=st.booleans())
 def test_every_trial_ends_and_none_is_judged_after_its_stop(
     early_exit: EarlyExit, curves: dict[str, list[Observation]], slots: int | None, obey: bool
@@ -62,7 +62,7 @@ def test_every_trial_ends_and_none_is_judged_after_its_stop(
             assert trial_id in run.completed
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=60, suppress_health_check=SLOW_MACHINE)
 @given(early_exit=exits, curves=searches(finite=False), slots=st.none() | st.integers(1, 3))
 def test_a_policy_reloaded_at_every_step_decides_the_same(
     early_exit: EarlyExit, curves: dict[str, list[Observation]], slots: int | None
@@ -84,7 +84,7 @@ def test_a_trial_that_one_rung_keeps_and_the_next_one_cuts_trains_no_more() -> N
     assert run.evaluations == 7
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=60, suppress_health_check=SLOW_MACHINE)
 @given(
     levels=st.lists(st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0]), min_size=1, max_size=9),
     keep=st.sampled_from([0.1, 0.25, 0.5, 0.75]),
@@ -108,7 +108,7 @@ def test_paper_keeps_the_right_number_whatever_the_order(
     assert shuffled.stopped == run.stopped
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=50, suppress_health_check=SLOW_MACHINE)
 @given(early_exit=exits, curves=searches(finite=True))
 def test_relative_rules_never_stop_the_last_trial(early_exit: EarlyExit, curves: dict[str, list[Observation]]) -> None:
     run = drive(early_exit, curves)
@@ -116,7 +116,6 @@ def test_relative_rules_never_stop_the_last_trial(early_exit: EarlyExit, curves:
     assert len(relative) < len(curves)
 
 
-@settings(deadline=None)
 @given(
     first=st.floats(1, 5),
     falls=st.lists(st.floats(0.0001, 0.1), min_size=5, max_size=20),

@@ -100,7 +100,6 @@ configs = st.builds(
 @pytest.mark.slow
 @settings(
     max_examples=8,
-    deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],  # no shrinking: an example takes seconds
     suppress_health_check=list(HealthCheck),
@@ -155,7 +154,6 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.slow
 @settings(
     max_examples=6,
-    deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from contextlib import asynccontextmanager
@@ -30,16 +29,10 @@ from alto_common.rpc.channel import bearer_metadata, service_channel
 from alto_common.rpc.server import Server
 from alto_common.tuning import TrialConfig
 from alto_common.tuning_wire import trial_config_to_wire
+from processes import children, free_ports
 
 TOKEN = "token-of-the-tests"
 METADATA = bearer_metadata(TOKEN)
-LEASE_S = 4.0
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +105,7 @@ class Service:
     """One process of ours. Its output is shown when a test fails."""
 
     def __init__(self, module, environment, log):
-        self._module, self._environment, self._log = module, environment, log
+        self._module, self.environment, self._log = module, environment, log
         self.process = None
 
     async def start(self):
@@ -121,7 +114,7 @@ class Service:
                 sys.executable,
                 "-m",
                 self._module,
-                env={**os.environ, **self._environment},
+                env={**os.environ, **self.environment},
                 stdout=output,
                 stderr=output,
             )
@@ -140,7 +133,7 @@ class House:
         self.folder, self.models_root = folder, models_root
         self.admission = RecordingAdmission()
         self.artifact_root = folder / "artifacts"
-        self.placement_port = free_port()
+        self.placement_port = free_ports()
         self.nodes = {}
         self.node_ports = {}
         self.placement = Service(
@@ -149,7 +142,6 @@ class House:
                 "ALTO_PLACEMENT_LISTEN": f"127.0.0.1:{self.placement_port}",
                 "ALTO_PLACEMENT_DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'placement.db'}",
                 "ALTO_PLACEMENT_SERVICE_TOKEN": TOKEN,
-                "ALTO_PLACEMENT_LEASE_S": str(LEASE_S),
                 "ALTO_PLACEMENT_HEARTBEAT_S": "0.3",
                 "ALTO_PLACEMENT_RETRY_DELAY_S": "0.1",
                 "ALTO_PLACEMENT_REFRESH_S": "0.5",
@@ -166,8 +158,14 @@ class House:
         self._channel = service_channel(f"127.0.0.1:{self.placement_port}")
         self.stub = placement_service_pb2_grpc.PlacementServiceStub(self._channel)
 
+    async def restart_placement(self, **settings):
+        """Kill placement and start it again, with these settings changed."""
+        await self.placement.kill()
+        self.placement.environment.update({f"ALTO_PLACEMENT_{name.upper()}": value for name, value in settings.items()})
+        await self.placement.start()
+
     async def start_node(self, node_id="node-a", **settings):
-        self.node_ports[node_id] = free_port()
+        self.node_ports[node_id] = free_ports()
         environment = {
             "ALTO_NODE_LISTEN": f"127.0.0.1:{self.node_ports[node_id]}",
             "ALTO_NODE_NODE_ID": node_id,
@@ -250,17 +248,12 @@ class House:
 
     def worker_process(self, node_id="node-a"):
         """The process id of the worker that runs on a node, if one does."""
-        children = self.children(self.nodes[node_id].process.pid)
-        return children[0] if children else None
-
-    @staticmethod
-    def children(process_id):
-        """The process ids of a process's children, eldest first."""
-        return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+        workers = children(self.nodes[node_id].process.pid)
+        return workers[0] if workers else None
 
 
-async def until(condition, timeout_s=60.0, what="it"):
-    """Wait until a condition holds (a function, or an async one)."""
+async def until(condition, timeout_s=240.0, what="it"):
+    """Wait until a condition holds (a function, or an async one). Right is right, however slow the machine is."""
     deadline = time.monotonic() + timeout_s
     while True:
         answer = condition()

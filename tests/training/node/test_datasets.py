@@ -47,7 +47,7 @@ def test_content_that_is_not_what_was_uploaded_is_refused(store, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=40), st.floats(0.01, 0.5))
 def test_a_split_loses_nothing_and_keeps_repeated_rows_together(tmp_path, numbers, fraction):
     dataset = tmp_path / "rows"

@@ -6,7 +6,8 @@ import signal
 import pytest
 from alto.v1 import placement_pb2, placement_service_pb2, tuning_pb2
 
-STEPS = 150
+# A few seconds' work: whatever is killed is killed in the middle of it.
+STEPS = 500
 
 
 @pytest.fixture(scope="module")
@@ -15,10 +16,10 @@ def undisturbed():
     return {}
 
 
-async def begin(house, wait_until, steps=STEPS, **settings):
+async def begin(house, wait_until):
     """Start a task and wait until it is well under way, with a checkpoint on the disk."""
-    await house.start_node(**settings)
-    await house.enqueue(house.work(steps=steps))
+    await house.start_node()
+    await house.enqueue(house.work(steps=STEPS))
     await wait_until(lambda: house.admission.events("checkpoint_written"), what="a checkpoint")
 
 
@@ -66,8 +67,7 @@ async def test_the_node_is_killed(house, wait_until, undisturbed):
 async def test_placement_is_killed(house, wait_until, undisturbed):
     await begin(house, wait_until)
     worker = house.worker_process()
-    await house.placement.kill()
-    await house.placement.start()
+    await house.restart_placement()
     plan = await house.plan()
     assert [task.state for task in plan.tasks] in ([placement_pb2.PLACEMENT_STATE_ASSIGNED], [])
     await wait_until(house.ended)
@@ -90,8 +90,7 @@ async def test_admission_is_away_for_a_while(house, wait_until, undisturbed):
 
 
 async def test_a_drained_node_hands_over_to_another(house, wait_until, metadata):
-    # Enough work that another node is there before its end.
-    await begin(house, wait_until, steps=4 * STEPS)
+    await begin(house, wait_until)
     await house.start_node("node-b")
     await house.stub.DrainNode(placement_service_pb2.DrainNodeRequest(node_id="node-a"), metadata=metadata, timeout=20)
     await wait_until(house.ended)

@@ -6,8 +6,8 @@ from alto.v1 import placement_pb2, placement_service_pb2, tuning_pb2
 
 # So much work, on paper, that waiting for its end is no alternative.
 LONG = placement_service_pb2.WorkSize(train_tokens=50_000_000, steps=400, longest_steps=200, trials=2)
-# Some tens of seconds here: the work is not over before anybody can ask for its place.
-LASTING_STEPS = 250
+# Some seconds' work: it is not over before anybody can ask for its place.
+LASTING_STEPS = 600
 ASSIGNED = placement_pb2.PLACEMENT_STATE_ASSIGNED
 WAITING = placement_pb2.PLACEMENT_STATE_WAITING
 
@@ -35,7 +35,7 @@ async def test_a_task_of_higher_priority_takes_the_place_and_gives_it_back(house
     await wait_until(lambda: is_in(house, "urgent", ASSIGNED), what="the urgent one's start")
     assert (await house.planned("patient")).state == WAITING
     for task_id in ("urgent", "patient", "equal"):
-        await wait_until(lambda task_id=task_id: house.ended(task_id), timeout_s=90, what=f"{task_id}'s end")
+        await wait_until(lambda task_id=task_id: house.ended(task_id), what=f"{task_id}'s end")
         assert house.admission.states(task_id)[-1] == tuning_pb2.TASK_STATE_SUCCEEDED
     assert tuning_pb2.TASK_STATE_QUEUED in house.admission.states("patient")
     assert resumed(house, "patient") == [False, True]
@@ -44,9 +44,7 @@ async def test_a_task_of_higher_priority_takes_the_place_and_gives_it_back(house
 
 async def test_a_quota_that_was_lent_is_given_back(house, wait_until, metadata):
     lent = {"quota_gpus": 1, "cohort": "lab"}
-    house.placement._environment["ALTO_PLACEMENT_TENANTS"] = json.dumps({"ada": lent, "bo": lent})
-    await house.placement.kill()
-    await house.placement.start()
+    await house.restart_placement(tenants=json.dumps({"ada": lent, "bo": lent}))
     await house.start_node(gpus=2)
     await enqueue(house, metadata, "own", LASTING_STEPS, tenant="ada")
     await wait_until(lambda: is_in(house, "own", ASSIGNED), what="the first start")
@@ -55,7 +53,7 @@ async def test_a_quota_that_was_lent_is_given_back(house, wait_until, metadata):
     await enqueue(house, metadata, "claim", 4, tenant="bo")
     await wait_until(lambda: is_in(house, "claim", ASSIGNED), what="the claim's start")
     for task_id in ("claim", "own", "borrowed"):
-        await wait_until(lambda task_id=task_id: house.ended(task_id), timeout_s=90, what=f"{task_id}'s end")
+        await wait_until(lambda task_id=task_id: house.ended(task_id), what=f"{task_id}'s end")
         assert house.admission.states(task_id)[-1] == tuning_pb2.TASK_STATE_SUCCEEDED
     # One of the two gave way, at a checkpoint.
     assert sorted((resumed(house, "own"), resumed(house, "borrowed"))) == [[False], [False, True]]
