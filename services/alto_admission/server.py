@@ -84,7 +84,10 @@ class AdmissionServer:
         self._dispatcher = Dispatcher(outbox, self.tasks, tuning_tasks, self._placement, clock_us)
         self._plan_watcher = PlanWatcher(self._placement, self.tasks, outbox, settings.plan_grace_s)
         watches = Watches(
-            self.tasks, self.hub, clock_us, WatchSettings(settings.heartbeat_s, max_lag=settings.max_watch_lag)
+            self.tasks,
+            self.hub,
+            clock_us,
+            WatchSettings(settings.heartbeat_s, max_lag=settings.max_watch_lag, max_per_tenant=settings.max_watches),
         )
         adapters = Adapters(self.tasks, artifacts)
         self.public = Server(settings.listen, KeyAuthenticator(self.keys, clock_us), TENANT_SCOPES, [ADMISSION_SERVICE])

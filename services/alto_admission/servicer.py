@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from alto.v1 import admission_service_pb2 as messages
@@ -11,6 +12,7 @@ from alto.v1 import admission_service_pb2_grpc, tuning_pb2
 from alto_common.errors import invalid_fields, unavailable
 from alto_common.rpc.authentication import current_caller
 from alto_common.violations import Violation
+from google.protobuf.message import Message
 
 from alto_admission.adapters import Adapters
 from alto_admission.domain.task_states import Request
@@ -30,6 +32,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 TASKS_A_PAGE = 50
 TRIALS_A_PAGE = 100
 METRICS_A_PAGE = 1000
+# A response may have 4 MiB; a task or a trial far less.
+PAGE_BYTES = 3 << 20
+
+Listed = TypeVar("Listed", bound=Message)
 DATASETS_A_PAGE = 50
 
 
@@ -86,9 +92,11 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         key = page_key(request.page_token, binding, (int, str))
         size = request.page_size or TASKS_A_PAGE
         tasks = await self._tasks.page(tenant(), wanted, key, size + 1)
-        response = messages.ListTuningTasksResponse(tasks=[task_to_wire(task) for task in tasks[:size]])
-        if len(tasks) > size:
-            response.next_page_token = page_token(binding, (tasks[size - 1].create_us, tasks[size - 1].task_id))
+        shown = _fitting([task_to_wire(task) for task in tasks[:size]])
+        response = messages.ListTuningTasksResponse(tasks=shown)
+        if len(tasks) > len(shown):
+            last = tasks[len(shown) - 1]
+            response.next_page_token = page_token(binding, (last.create_us, last.task_id))
         return response
 
     async def CancelTuningTask(
@@ -151,9 +159,10 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         key = page_key(request.page_token, binding, (int,))
         size = request.page_size or TRIALS_A_PAGE
         trials = await self._tasks.trials(request.task_id, key[0] if key else -1, size + 1)
-        response = messages.ListTrialsResponse(trials=[trial_to_wire(trial) for trial in trials[:size]])
-        if len(trials) > size:
-            response.next_page_token = page_token(binding, (trials[size - 1].position,))
+        shown = _fitting([trial_to_wire(trial) for trial in trials[:size]])
+        response = messages.ListTrialsResponse(trials=shown)
+        if len(trials) > len(shown):
+            response.next_page_token = page_token(binding, (trials[len(shown) - 1].position,))
         return response
 
     async def GetTrial(self, request: messages.GetTrialRequest, context: Context) -> messages.GetTrialResponse:
@@ -246,6 +255,12 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         yield messages.DownloadAdapterResponse(header=header)
         async for offset, data in pieces:
             yield messages.DownloadAdapterResponse(chunk=messages.AdapterChunk(offset=offset, data=data))
+
+
+def _fitting(listed: list[Listed]) -> list[Listed]:
+    """Return the first of a page that fit into a response, one at least: a page may have fewer than were asked for."""
+    sizes = itertools.accumulate(message.ByteSize() for message in listed)
+    return listed[: max(1, sum(size <= PAGE_BYTES for size in sizes))]
 
 
 async def _chunks(requests: AsyncIterator[messages.UploadDatasetRequest]) -> AsyncIterator[Chunk]:

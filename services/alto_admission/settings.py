@@ -19,7 +19,8 @@ class AdmissionSettings(ServiceSettings):
     Folders below `models_root` are base models by name; `model_folders` (separated by commas or the system's path
     separator) are further roots of which tenants may name folders by absolute path. `local_key_file`, when set, gets a
     key of the tenant "local" if it is not there yet. Spans are in seconds; `plan_grace_s` is how long an unfinished
-    task may be missing from placement's plan before it counts as forgotten.
+    task may be missing from placement's plan before it counts as forgotten. `max_unfinished_tasks` and `max_watches`
+    are a tenant's.
     """
 
     prefix: ClassVar[str] = "ALTO_ADMISSION_"
@@ -43,6 +44,7 @@ class AdmissionSettings(ServiceSettings):
     heartbeat_s: float = Field(default=15.0, gt=0)
     poll_s: float = Field(default=0.5, gt=0)
     max_watch_lag: int = Field(default=5000, ge=1)
+    max_watches: int = Field(default=1000, ge=1)
     events_kept: int = Field(default=100_000, ge=1)
     drain_s: float = Field(default=5.0, ge=0)
     plan_grace_s: float = Field(default=15.0, gt=0)

@@ -14,8 +14,9 @@ import structlog
 from alto.v1 import error_pb2, placement_service_pb2, tuning_pb2
 from alto_common import tuning
 from alto_common.artifacts import ArtifactStore
-from alto_common.errors import DomainError
+from alto_common.errors import DomainError, invalid_fields
 from alto_common.tuning_wire import trial_from_wire
+from alto_common.violations import Violation
 
 from alto_admission.domain.search import DatasetShape, Search, complete_config, plan_search
 from alto_admission.domain.story import Story
@@ -38,6 +39,8 @@ from alto_admission.uploads import FORMATS
 
 # How long the tokenizer may take before the size of a dataset in bytes has to do.
 TOKEN_COUNT_S = 10.0
+# Of a task's specification and its trials' configurations: one message of 4 MiB tells of them and of what they came to.
+MOST_BYTES = 1_500_000
 _ROW_FORMATS = {wire: row_format for row_format, wire in FORMATS.items()}
 
 log = structlog.get_logger("alto.admission")
@@ -105,11 +108,13 @@ class TuningTasks:
             queue_reason="ENTERING_QUEUE",
             queue_explanation="the task is being handed to placement",
         )
+        trials = _trials(task.task_id, search)
+        _check_size(spec, trials)
         await self._check_placeable(tenant, spec, checked)
         if validate_only:
             return task
         await self._check_quota(tenant)
-        story = Story(task, _trials(task.task_id, search), task.create_us)
+        story = Story(task, trials, task.create_us)
         story.begin()
         if await self._tasks.create(story, spec.labels):
             return task
@@ -221,6 +226,14 @@ class TuningTasks:
                 f"{unfinished} tasks have not ended; the quota is {limit}",
                 quota=(f"tenant:{tenant}", limit),
             )
+
+
+def _check_size(spec: tuning_pb2.TuningTaskSpec, trials: Sequence[Trial]) -> None:
+    """Raise INVALID_FIELD for a task that a watch could not tell of in one message."""
+    size_bytes = spec.ByteSize() + sum(len(trial.config) for trial in trials)
+    if size_bytes > MOST_BYTES:
+        cure = f"ask for less than {MOST_BYTES:,} bytes, each trial's whole configuration included: fewer at a time"
+        raise invalid_fields([Violation("spec.search_space", f"{size_bytes:,} bytes", cure)])
 
 
 def _same_request(task: Task, request_hash: str) -> Task:

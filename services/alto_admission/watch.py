@@ -6,7 +6,9 @@ that falls further behind than `max_lag` events gets a compaction marker and a n
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from alto.v1 import admission_service_pb2, error_pb2
@@ -23,11 +25,15 @@ WatchResponse = admission_service_pb2.WatchTuningTaskResponse
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """How a watch behaves: seconds between heartbeats, events in one read, events that a client may fall behind."""
+    """How a watch behaves: seconds between heartbeats, events in one read, events that a client may fall behind.
+
+    `max_per_tenant` is how many a tenant may have open at once: each reads the database for itself.
+    """
 
     heartbeat_s: float = 15.0
     page: int = 200
     max_lag: int = 5000
+    max_per_tenant: int = 1000
 
 
 class Watches:
@@ -38,17 +44,35 @@ class Watches:
         self._hub = hub
         self._clock_us = clock_us
         self._settings = settings
+        self._open: Counter[str] = Counter()
 
     async def watch(self, task_id: str, tenant: str, token: str) -> AsyncIterator[WatchResponse]:
         """Yield a task's messages until its last event.
 
         Raises RESOURCE_NOT_FOUND; RESUME_TOKEN_INVALID for another task's token; RESUME_TOKEN_TOO_OLD when events
-        behind it are gone, with the earliest token that still works; UNAVAILABLE with the last token when the server
-        ends.
+        behind it are gone, with the earliest token that still works; QUOTA_EXCEEDED when the tenant has too many open;
+        UNAVAILABLE with the last token when the server ends.
         """
-        with self._hub.watched(task_id) as news:
+        with self._counted(tenant), self._hub.watched(task_id) as news:
             async for message in self._follow(task_id, tenant, token, news):
                 yield message
+
+    @contextmanager
+    def _counted(self, tenant: str) -> Iterator[None]:
+        if self._open[tenant] >= self._settings.max_per_tenant:
+            limit = f"{self._settings.max_per_tenant} watches at a time"
+            raise DomainError(
+                error_pb2.ERROR_REASON_QUOTA_EXCEEDED,
+                f"{self._open[tenant]} watches are open; the quota is {limit}: end one, or share one among readers",
+                quota=(f"tenant:{tenant}", limit),
+            )
+        self._open[tenant] += 1
+        try:
+            yield
+        finally:
+            self._open[tenant] -= 1
+            if not self._open[tenant]:
+                del self._open[tenant]
 
     async def _follow(self, task_id: str, tenant: str, token: str, news: Subscription) -> AsyncIterator[WatchResponse]:
         task = await self._tasks.get(task_id, tenant)

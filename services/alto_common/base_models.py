@@ -118,7 +118,7 @@ def resolve(
         folder = Path(os.path.realpath(name if absolute else root / name))
         allowed = [Path(os.path.realpath(one)) for one in (root, *allowed_folders)]
         inside = any(folder.is_relative_to(one) and folder != one for one in allowed)
-        if inside and (folder / "config.json").is_file():
+        if inside and os.path.isfile(folder / "config.json"):
             return ResolvedModel(name, str(folder))
         if absolute and not inside:
             raise UnknownModelError(

@@ -140,7 +140,8 @@ def check_objective(found: RowFormat, objective: Objective, field: str = "datase
     if objective.kind is ObjectiveKind.DPO and not has_preferences:
         return [Violation(field, str(found), "the DPO objective needs rows of {prompt, chosen, rejected}")]
     if objective.kind is ObjectiveKind.SFT and has_preferences:
-        return [Violation(field, str(found), "preference rows need the DPO objective; SFT takes completions")]
+        cure = "preference rows need the DPO objective: `objective: dpo`, or `--objective dpo`"
+        return [Violation(field, str(found), cure)]
     return []
 
 

@@ -53,6 +53,12 @@ __all__ = [
 ]
 
 
+# Of a Parquet file: rows of a batch, bytes of it that are made Python values at once, and what a value takes at least.
+_ROWS_AT_ONCE = 4096
+_BYTES_AT_ONCE = 64 << 20
+_VALUE_BYTES = 8
+
+
 @dataclass(frozen=True)
 class DatasetLimits:
     """What a file may cost. `max_bytes` also bounds what a Parquet file unpacks to; `max_row_characters` counts a row
@@ -208,22 +214,39 @@ class _Reader:
             return [Violation(where, shown(text), cure)], len(text)
         return value, len(text)
 
+    def _unpacks_too_far(self) -> Violation:
+        cure = f"the rows unpack to over {self.limits.max_bytes:,} bytes: split the file"
+        return Violation("dataset", self.path.name, cure)
+
     def _parquet_values(self) -> Iterator[tuple[int, dict[str, Any] | list[Violation], int]]:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
 
         line = unpacked = 0
         try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                # Few rows at a time: a repeated value is one entry in the file, but one copy a row once unpacked.
-                for batch in file.iter_batches(batch_size=32):
-                    unpacked += batch.nbytes
+            metadata = pyarrow.parquet.read_metadata(self.path)
+            if _least_unpacked_bytes(metadata) > self.limits.max_bytes:
+                yield 1, [self._unpacks_too_far()], 0
+                return
+            # Text stays what it is in the file, one value for all rows that repeat it: weighed before it is copied.
+            texts = _text_columns(metadata.schema)
+            with pyarrow.parquet.ParquetFile(self.path, read_dictionary=texts) as file:
+                names = file.schema_arrow.names
+                if len(set(names)) < len(names):
+                    yield 1, [Violation("dataset", shown(names), "give each column a name of its own")], 0
+                    return
+                for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                    batch_bytes = sum(map(_unpacked_bytes, batch.columns))
+                    unpacked += batch_bytes
                     if unpacked > self.limits.max_bytes:
-                        cure = f"the rows unpack to over {self.limits.max_bytes:,} bytes: split the file"
-                        yield line + 1, [Violation("dataset", self.path.name, cure)], 0
+                        yield line + 1, [self._unpacks_too_far()], 0
                         return
-                    for value in batch.to_pylist():
+                    for value in _rows_of(batch, batch_bytes, 4 * self.limits.max_row_characters):
                         line += 1
+                        if isinstance(value, int):
+                            yield line, [self._too_long(line, f"{value:,} bytes")], value
+                            continue
                         present = {name: item for name, item in value.items() if item is not None}
                         characters = len(str(present))
                         if characters > self.limits.max_row_characters:
@@ -233,6 +256,49 @@ class _Reader:
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             cure = f"write the Parquet file again ({str(error)[:SHOWN_CHARACTERS]})"
             yield line + 1, [Violation(f"line[{line + 1}]", self.path.name, cure)], 0
+
+
+def _least_unpacked_bytes(metadata: Any) -> int:
+    """Return what a Parquet file takes at least once it is decompressed, and its lists unrolled."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    values = sum(group.column(column).num_values for group in groups for column in range(group.num_columns))
+    return int(max(_VALUE_BYTES * values, sum(group.total_byte_size for group in groups)))
+
+
+def _text_columns(schema: Any) -> list[str]:
+    """Return the paths of a Parquet file's columns of text or bytes."""
+    columns = (schema.column(index) for index in range(len(schema)))
+    return [
+        column.path
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type != "DECIMAL"
+    ]
+
+
+def _rows_of(batch: Any, batch_bytes: int, most_bytes: int) -> Iterator[dict[str, Any] | int]:
+    """Yield the rows of a batch; of one that takes more than `most_bytes` its bytes alone."""
+    if batch_bytes <= _BYTES_AT_ONCE:
+        yield from batch.to_pylist()
+        return
+    for index in range(batch.num_rows):
+        row = batch.slice(index, 1)
+        size = sum(map(_unpacked_bytes, row.columns))
+        yield size if size > most_bytes else row.to_pylist()[0]
+
+
+def _unpacked_bytes(array: Any) -> int:
+    """Return the bytes that an Arrow array's values take as values of their own."""
+    import pyarrow
+
+    kind = array.type
+    if pyarrow.types.is_dictionary(kind):
+        lengths = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
+        return int(pyarrow.compute.sum(lengths).as_py() or 0)
+    if pyarrow.types.is_struct(kind):
+        return sum(map(_unpacked_bytes, array.flatten()))
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_map(kind):
+        return int(array.offsets.nbytes) + _unpacked_bytes(array.flatten())
+    return int(array.nbytes)
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

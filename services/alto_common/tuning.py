@@ -138,10 +138,11 @@ class TrialConfig:
             f'name modules such as "q_proj", or "{ALL_LINEAR}"',
         )
         check(
-            self.layers is None or (bool(self.layers) and min(self.layers) >= 0),
+            self.layers is None
+            or (bool(self.layers) and min(self.layers) >= 0 and len(set(self.layers)) == len(self.layers)),
             "layers",
             self.layers,
-            "give layer indices from 0, or leave it out for every layer",
+            "give layer indices from 0, each once, or leave it out for every layer",
         )
         check(positive(self.learning_rate), "learning_rate", self.learning_rate, "give a number above 0, such as 2e-4")
         check(

@@ -36,6 +36,12 @@ def grid(**values):
     return space(grid={"dimensions": [{"field": k, "values": {"values": v}} for k, v in values.items()]})
 
 
+def wordy(trials):
+    """Configurations of two kilobytes each."""
+    names = [f"model.layers.{number % 2}.self_attn.q_proj" for number in range(64)]
+    return space(explicit={"configs": [{"target_modules": {"names": names}, "seed": seed} for seed in range(trials)]})
+
+
 async def test_the_same_request_gives_the_same_task(admission):
     client = await admission.client()
     dataset = await client.upload()
@@ -61,6 +67,23 @@ async def test_validate_only_keeps_nothing(admission, placement):
     [
         ({"base_model": "tiny-lama"}, "UNKNOWN_BASE_MODEL", "spec.base_model", "tiny-llama"),
         ({"base_model": "/etc"}, "UNKNOWN_BASE_MODEL", "spec.base_model", "below"),
+        ({"base_model": "a" * 300}, "UNKNOWN_BASE_MODEL", "spec.base_model", "tiny-llama"),
+        (
+            {"search_space": grid(layers=[[0, 0]])},
+            "SEARCH_SPACE_INVALID",
+            "spec.search_space.grid.dimensions[layers].values[0]",
+            "each once",
+        ),
+        (
+            {
+                "search_space": space(
+                    explicit={"configs": [{"target_modules": {"names": WORDY}, "seed": i} for i in range(1000)]}
+                )
+            },
+            "INVALID_FIELD",
+            "spec.search_space",
+            "fewer at a time",
+        ),
         (
             {"search_space": space(grid={"dimensions": []})},
             "SEARCH_SPACE_INVALID",
@@ -224,6 +247,21 @@ async def test_lists_come_in_pages(admission):
     names = [trial.trial_id for trial in (*page.trials, *rest.trials)]
     assert names == ["trial-001", "trial-002", "trial-003"]
     assert page.trials[0].config.lora_alpha == 32, "every field is set"
+
+
+async def test_a_page_ends_where_a_response_is_full(admission):
+    client = await admission.client()
+    dataset = await client.upload()
+    for number in range(10):
+        await client.create(dataset.dataset_id, search_space=wordy(200), labels={"n": str(number)})
+    request, seen, pages = messages.ListTuningTasksRequest(), [], 0
+    while request.page_token or not pages:
+        page = await client.call("ListTuningTasks", request)
+        assert page.ByteSize() < 4 << 20
+        seen += [task.spec.labels["n"] for task in page.tasks]
+        request.page_token, pages = page.next_page_token, pages + 1
+    assert seen == list("9876543210")
+    assert pages > 1
 
 
 async def test_a_trials_curve_and_decision(admission):

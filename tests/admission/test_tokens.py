@@ -29,6 +29,12 @@ def test_a_page_token_of_another_list_is_refused(binding, kinds):
         page_key(page_token(b"list", (1, "a")), binding, kinds)
 
 
+@pytest.mark.parametrize("key", [(2**63, "a"), (-(2**63) - 1, "a"), (1, "\ud800")])
+def test_a_page_token_that_no_database_can_compare_with_is_refused(key):
+    with pytest.raises(DomainError, match="does not belong"):
+        page_key(page_token(b"list", key), b"list", (int, str))
+
+
 @given(st.text(min_size=1), st.integers(0, 2**63 - 1))
 def test_a_resume_token_comes_back(task_id, sequence):
     assert resumed_sequence(resume_token(task_id, sequence), task_id, sequence) == sequence

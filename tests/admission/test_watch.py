@@ -1,6 +1,7 @@
 """Watching over real sockets: nothing lost, nothing repeated, nobody's memory filled."""
 
 import asyncio
+from contextlib import suppress
 
 import grpc
 import pytest
@@ -61,6 +62,25 @@ async def test_a_watch_of_an_ended_task_ends(admission):
     (only,) = [message async for message in watch(client, task)]
     assert only.snapshot.task.state == CANCELLED
     assert [message async for message in watch(client, task, only.resume_token)] == []
+
+
+async def test_a_tenant_has_so_many_watches_at_a_time(started):
+    admission = await started(max_watches=2)
+    client, other = await admission.client(), await admission.client("umbrella")
+    task = await client.create()
+    streams = [watch(client, task) for _ in range(2)]
+    for stream in streams:
+        await read(stream, 1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read(watch(client, task), 1)
+    assert (caught.value.code(), reason_in(caught.value)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+    await read(watch(other, await other.create()), 1)
+    streams[0].cancel()
+    async with asyncio.timeout(10):
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                await read(watch(client, task), 1)
+                break
 
 
 async def test_heartbeats_carry_the_token(started):

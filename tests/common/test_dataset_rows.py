@@ -1,6 +1,7 @@
 """Dataset files: every format is read, every fault is named by its line, nothing a file holds crashes the reader."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -153,6 +154,34 @@ def test_a_torn_parquet_file_and_one_that_unpacks_too_far_are_refused(tmp_path: 
     assert "unpack" in faults(path, DatasetLimits(max_bytes=50_000))[0][2]
     path.write_bytes(path.read_bytes()[:-200])
     assert "Parquet" in faults(path)[0][2]
+
+
+def test_a_value_that_a_parquet_file_repeats_is_weighed_before_it_is_copied(tmp_path: Path) -> None:
+    """A few kilobytes that stand for gigabytes."""
+    path = tmp_path / "data.parquet"
+    huge = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 32, pyarrow.int32()), pyarrow.array(["x" * 30_000_000])
+    )
+    listed = pyarrow.ListArray.from_arrays(pyarrow.array([0, 16, 32], pyarrow.int32()), huge)
+    for table in ({"text": huge}, {"prompt": listed, "completion": ["a", "b"]}):
+        pyarrow.parquet.write_table(pyarrow.table(table), path, compression="zstd")
+        assert path.stat().st_size < 10_000
+        tracemalloc.start()
+        pool_bytes = pyarrow.default_memory_pool().max_memory()
+        found = faults(path, DatasetLimits(max_bytes=500_000_000))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert "unpack" in found[0][2]
+        assert peak < 10_000_000
+        assert pyarrow.default_memory_pool().max_memory() - pool_bytes < 150_000_000
+    assert "shorten" in faults(path, DatasetLimits(max_bytes=10_000_000_000))[0][2]
+
+
+def test_a_parquet_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"]), pyarrow.array(["c"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["prompt", "completion", "prompt"]), path)
+    assert "a name of its own" in faults(path)[0][2]
 
 
 def test_read_rows_stops_at_the_first_fault(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 import grpc
 import pytest
-from alto.v1 import placement_pb2, placement_service_pb2, placement_service_pb2_grpc
-from alto_common.errors import not_found
+from alto.v1 import admission_service_pb2, placement_pb2, placement_service_pb2, placement_service_pb2_grpc
+from alto_common.errors import DomainError, not_found
 from alto_common.rpc.authentication import Scope, ServiceTokenAuthenticator
 from alto_common.rpc.channel import bearer_metadata, service_channel
+from alto_common.rpc.interceptor import validate
 from alto_common.rpc.server import Server
 from alto_common.rpc.status import reason_in
 from google.rpc import error_details_pb2
@@ -75,6 +76,22 @@ async def test_a_broken_rule_names_its_field(channel):
     bad_request = error_details_pb2.BadRequest()
     assert any(detail.Unpack(bad_request) for detail in rpc_status.from_call(error).details)
     assert bad_request.field_violations[0].field == "task_id"
+
+
+async def test_a_request_that_cannot_be_read_is_refused_once_the_caller_is_known(channel):
+    call = channel.unary_unary(f"/{SERVICE}/DequeueTask")
+    error = await failure(call(b"\x0a\x02\xff\xfe", metadata=bearer_metadata("wrong")))
+    assert reason_in(error) == "CREDENTIAL_INVALID"
+    error = await failure(call(b"\x0a\x02\xff\xfe", metadata=bearer_metadata("right")))
+    assert (error.code(), reason_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert "UTF-8" in error.details()
+
+
+def test_a_large_request_is_refused_at_its_first_broken_rule():
+    request = admission_service_pb2.ListTuningTasksRequest(states=[99] * 200_000)
+    with pytest.raises(DomainError) as caught:
+        validate(request)
+    assert [violation.field for violation in caught.value.violations] == ["states"]
 
 
 async def test_a_domain_error_becomes_its_status(channel):

@@ -12,7 +12,7 @@ from alto_cli.commands import base_models, cluster, datasets, local, search, ser
 app = typer.Typer(
     name="alto",
     help="Tune LoRA adapters: search their hyperparameters together over one frozen model.",
-    epilog="Begin with `alto up` and `alto tune FILE.yaml`. Every command takes --help, and most take --json.",
+    epilog="Begin with `alto up` and `alto tune FILE.yaml`. Every command takes --help, and --json.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -28,11 +28,12 @@ def told_to_the_user() -> Iterator[None]:
     from alto_common.dataset_rows import DatasetError
     from alto_common.errors import DomainError
     from alto_common.search_space import SearchSpaceError
+    from alto_training.early_exit.registry import UnknownPolicyError
     from alto_training.executor.errors import DatasetRefusedError, ExecutorError
 
     try:
         yield
-    except (DatasetError, SearchSpaceError) as error:
+    except (DatasetError, SearchSpaceError, UnknownPolicyError) as error:
         raise CommandError("the search cannot be run", *(str(found) for found in error.violations)) from None
     except DatasetRefusedError as error:
         raise CommandError(error.message, *(str(found) for found in error.violations)) from None
@@ -86,7 +87,8 @@ def _rows(task_file: TaskFile, work: Path) -> tuple[Path, Path]:
         aside = copy.with_suffix(".part")
         shutil.copyfile(task_file.dataset, aside)
         aside.replace(copy)
-    return split(copy, task_file.validation_fraction or DEFAULT_VALIDATION_FRACTION, cache)
+    fraction = task_file.validation_fraction
+    return split(copy, DEFAULT_VALIDATION_FRACTION if fraction is None else fraction, cache)
 
 
 def _trials(task_file: TaskFile) -> Any:

@@ -41,7 +41,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], empty: st
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for index, column in enumerate(columns):
+            # What is copied from the screen comes first: it is never cut, and the rest is folded, not cut either.
+            table.add_column(column, no_wrap=index == 0, overflow="fold")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
         Console().print(table)

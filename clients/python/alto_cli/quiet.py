@@ -13,9 +13,10 @@ def quiet_libraries(accelerator: str) -> None:
     """
     os.environ.setdefault("DS_ACCELERATOR", accelerator)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Its retries of a hub that cannot be reached; what came of them is told by the error in the end.
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # Retries of a hub that cannot be reached; what came of them is told by the error in the end. Its import, which
+    # transformers has done by now, sets a level of its own.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)

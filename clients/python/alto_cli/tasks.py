@@ -83,7 +83,13 @@ def stop_trial(task_id: str, trial_id: str, server: str, api_key: str, json_outp
     if json_output:
         print_message(trial)
     else:
-        say(f"{trial_id} ends at the executor's next tick; its best adapter stays")
+        stays = "; its best adapter stays" if trial.HasField("adapter") else ""
+        if trial.state in (tuning_pb2.TRIAL_STATE_PENDING, tuning_pb2.TRIAL_STATE_PAUSED):
+            say(f"{trial_id} will not be trained{stays}")
+        elif trial.state == tuning_pb2.TRIAL_STATE_RUNNING:
+            say(f"{trial_id} ends at the executor's next tick{stays}")
+        else:
+            say(f"{trial_id} has ended already{stays}")
 
 
 def download(

@@ -68,7 +68,6 @@ class Download:
         Raises `AltoError` (STATE_CONFLICT when another adapter lies in the folder), and OSError when the folder cannot
         be written.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
         while True:
             try:
                 if done := self._attempt():
@@ -86,6 +85,7 @@ class Download:
         parts = _parts(self._folder, header.adapter)
         if not self._replace:
             self._refuse_to_replace(header.trial_id, parts)
+        self._folder.mkdir(parents=True, exist_ok=True)
         total = sum(part.size_bytes for part in parts)
         while (offset := _kept_bytes(parts)) < total:
             if not self._receive(header, parts, offset, total):

@@ -129,7 +129,10 @@ class ResourceFields(Section):
 
 
 class TaskFile(Section):
-    """One search. Paths are relative to the file's folder in YAML, and complete once loaded."""
+    """One search. Paths are relative to the file's folder in YAML, and complete once loaded.
+
+    `output` is alto-output/ and the file's name without its ending, unless the file names another folder.
+    """
 
     name: str = ""
     base_model: str
@@ -162,12 +165,14 @@ def load_task_file(path: Path | str) -> TaskFile:
     except ValidationError as error:
         raise TaskFileError(path, problems_of(error, document, _known_keys)) from None
     folder = path.resolve().parent
+    # Searches that lie side by side do not take each other's place.
+    output = task_file.output if "output" in task_file.model_fields_set else task_file.output / path.stem
     task_file = task_file.model_copy(
         update={
             "name": task_file.name or path.stem,
             "dataset": folder / task_file.dataset.expanduser(),
             "validation": folder / task_file.validation.expanduser() if task_file.validation else None,
-            "output": folder / task_file.output.expanduser(),
+            "output": folder / output.expanduser(),
         }
     )
     _check(path, task_file, document)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import protovalidate
+from alto.v1 import tuning_pb2
 from google.protobuf.message import Message
 from pydantic import ValidationError
 
@@ -27,12 +28,29 @@ DIMENSIONS = (
 def broken_rules(task_file: TaskFile) -> list[Broken]:
     """Return (location, value, cure) of everything in the file that ALTO would refuse, whatever the base model."""
     return [
+        *_own_fields(task_file),
         *_rules(task_spec.objective(task_file.objective), ("objective",)),
         *_rules(task_spec.early_exit(task_file.early_exit), ("early_exit",)),
         *_rules(task_spec.evaluation(task_file.evaluation), ("evaluation",)),
         *_rules(task_spec.resources(task_file.resources), ("resources",)),
         *_search(task_file.search),
     ]
+
+
+def _own_fields(task_file: TaskFile) -> Iterator[Broken]:
+    """Check the fields that are the task's own."""
+    own = {"display_name": "name", "base_model": "base_model", "validation_fraction": "validation_fraction"}
+    spec = tuning_pb2.TuningTaskSpec(
+        display_name=task_file.name,
+        base_model=task_file.base_model,
+        validation_fraction=task_file.validation_fraction,
+        labels=task_file.labels,
+    )
+    for location, value, cure in _rules(spec, ()):
+        if location[0] in own:
+            yield (own[str(location[0])],), value, cure
+        elif location[0] == "labels":
+            yield location, value, cure
 
 
 def _search(search: SearchFields) -> Iterator[Broken]:

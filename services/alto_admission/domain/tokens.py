@@ -34,7 +34,7 @@ def page_key(token: str, binding: bytes, kinds: tuple[type, ...]) -> tuple[Any, 
         key = json.loads(raw[_BINDING_BYTES:]) if raw[:_BINDING_BYTES] == _digest(binding) else None
     except ValueError:
         key = None
-    if not isinstance(key, list) or tuple(map(type, key)) != kinds:
+    if not isinstance(key, list) or tuple(map(type, key)) != kinds or not all(map(_is_storable, key)):
         violation = Violation("page_token", token, "give the next_page_token of the same list with the same filter")
         message = "the page token does not belong to this list"
         raise DomainError(error_pb2.ERROR_REASON_PAGE_TOKEN_INVALID, message, violations=[violation])
@@ -56,6 +56,13 @@ def resumed_sequence(token: str, task_id: str, last: int) -> int:
         message = "the resume token is not of this task"
         raise DomainError(error_pb2.ERROR_REASON_RESUME_TOKEN_INVALID, message, violations=[violation])
     return sequence
+
+
+def _is_storable(part: int | str) -> bool:
+    """Say whether a database can compare a column with it: a 64-bit number, or text that UTF-8 can hold."""
+    if isinstance(part, int):
+        return -(2**63) <= part < 2**63
+    return not any("\ud800" <= character <= "\udfff" for character in part)
 
 
 def _digest(binding: bytes) -> bytes:

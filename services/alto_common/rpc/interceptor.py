@@ -11,7 +11,7 @@ import grpc
 import protovalidate
 import structlog
 from alto.v1 import error_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
 from alto_common.errors import DomainError, invalid_fields
@@ -26,14 +26,17 @@ from alto_common.rpc.authentication import (
 from alto_common.rpc.status import status_of
 from alto_common.violations import Violation
 
+# A violation takes a tenth of a millisecond to put together, and every caller waits for it.
+ALL_NAMED_BYTES = 4096
+
 log = structlog.get_logger("alto.rpc")
 
 
 def validate(message: Message) -> None:
-    """Raise INVALID_FIELD naming each field that breaks a rule of the contract."""
+    """Raise INVALID_FIELD naming each field that breaks a rule of the contract, of a large message the first."""
     violations = [
         Violation(field_path(found.proto.field), found.field_value, found.proto.message)
-        for found in protovalidate.collect_violations(message)
+        for found in protovalidate.collect_violations(message, fail_fast=message.ByteSize() > ALL_NAMED_BYTES)
     ]
     if violations:
         raise invalid_fields(violations)
@@ -50,11 +53,21 @@ def field_path(path: Any) -> str:
     return text
 
 
-async def checked(requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
+def read(content: bytes, deserialize: Callable[[bytes], Message]) -> Message:
+    """Return the message in `content`, validated; raise INVALID_FIELD."""
+    try:
+        message = deserialize(content)
+    except DecodeError as error:
+        cure = "send a serialised message of the method's request type, its text in UTF-8"
+        raise invalid_fields([Violation("request", f"{len(content)} bytes", cure)]) from error
+    validate(message)
+    return message
+
+
+async def read_all(requests: AsyncIterator[bytes], deserialize: Callable[[bytes], Message]) -> AsyncIterator[Message]:
     """Yield a stream's messages, each validated."""
-    async for request in requests:
-        validate(request)
-        yield request
+    async for content in requests:
+        yield read(content, deserialize)
 
 
 if TYPE_CHECKING:  # generic in the type stubs only
@@ -109,31 +122,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _wrapped(self, method: str, handler: Handler) -> Handler:
         # One of the four is the handler's own; the type stubs describe the synchronous server.
         behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        deserialize: Any = handler.request_deserializer
 
-        async def unary_unary(request: Message, context: Context) -> Any:
+        async def unary_unary(request: bytes, context: Context) -> Any:
             async with self._around(method, context):
-                validate(request)
-                return await behaviour(request, context)
+                return await behaviour(read(request, deserialize), context)
 
-        async def unary_stream(request: Message, context: Context) -> AsyncIterator[Any]:
+        async def unary_stream(request: bytes, context: Context) -> AsyncIterator[Any]:
             async with self._around(method, context):
-                validate(request)
-                async for response in behaviour(request, context):
+                async for response in behaviour(read(request, deserialize), context):
                     yield response
 
-        async def stream_unary(requests: AsyncIterator[Message], context: Context) -> Any:
+        async def stream_unary(requests: AsyncIterator[bytes], context: Context) -> Any:
             async with self._around(method, context):
-                return await behaviour(checked(requests), context)
+                return await behaviour(read_all(requests, deserialize), context)
 
-        async def stream_stream(requests: AsyncIterator[Message], context: Context) -> AsyncIterator[Any]:
+        async def stream_stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             async with self._around(method, context):
-                async for response in behaviour(checked(requests), context):
+                async for response in behaviour(read_all(requests, deserialize), context):
                     yield response
 
-        codec = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        # Requests stay as they came until the caller is known; one that cannot be read is refused like any other.
+        codec = {"request_deserializer": None, "response_serializer": handler.response_serializer}
         if handler.request_streaming and handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(stream_stream, **codec)
         if handler.request_streaming:

@@ -82,6 +82,10 @@ def test_what_cannot_be_trained_is_said_before_training(task_file):
     result = train(task_file)
     assert result.exit_code == 2
     assert "DPO objective needs rows of {prompt, chosen, rejected}" in result.stderr
+    task_file.write_text(re.sub("early_exit: .*", "early_exit: papr", text))
+    result = train(task_file)
+    assert result.exit_code == 2
+    assert "'papr': give one of" in result.stderr
     task_file.write_text(text.replace("lora_rank: 4", "lora_rank: 4, target_modules: [nothing_proj]"))
     result = train(task_file)
     assert result.exit_code == 1

@@ -61,6 +61,7 @@ def test_a_whole_file_becomes_a_spec(load, tmp_path):
 def test_a_minimal_file_takes_every_default(load):
     task_file = load(MINIMAL)
     assert task_file.name == "task"
+    assert task_file.output == task_file.dataset.parent / "alto-output" / "task"
     spec = task_spec(task_file, "d")
     assert not spec.HasField("validation_fraction")
     assert spec.early_exit.policy == ""
@@ -120,6 +121,9 @@ def test_a_written_list(load):
         (MINIMAL.replace("train.jsonl", "nothing.jsonl"), 2, "there is no such file"),
         (MINIMAL + "validation: validation.jsonl\nvalidation_fraction: 0.1\n", 5, "not both"),
         (MINIMAL + "early_exit: {keep_fraction: 1.5}\n", 4, "early_exit.keep_fraction = 1.5"),
+        (MINIMAL + "validation_fraction: 1.5\n", 4, "validation_fraction = 1.5: must"),
+        (MINIMAL + "validation_fraction: 0\n", 4, "validation_fraction = 0.0: must"),
+        (MINIMAL + f"labels: {{{70 * 'k'}: x}}\n", 4, "must be at most 63 characters"),
         (MINIMAL + "resources: {gpus: many}\n", 4, "resources.gpus = 'many': give a whole number"),
         (MINIMAL + "objective: ppo\n", 4, "objective.kind = 'ppo': give 'sft' or 'dpo'"),
         (MINIMAL + "dataset: other.jsonl\n", 4, "the key 'dataset' is given twice"),

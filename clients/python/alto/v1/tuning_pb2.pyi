@@ -163,13 +163,15 @@ class _TrialStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TrialState
     TRIAL_STATE_SUCCEEDED: _TrialState.ValueType  # 4
     """Trained all its steps."""
     TRIAL_STATE_STOPPED: _TrialState.ValueType  # 5
-    """Stopped early, by the policy, by a user, or because its loss became non-finite; the decision is kept with its
-    evidence. Its best adapter is available, if it was evaluated before.
+    """Stopped early, by the policy or because its loss became non-finite; the decision is kept with its evidence. Its best
+    adapter is available, if it was evaluated before.
     """
     TRIAL_STATE_FAILED: _TrialState.ValueType  # 6
     """Could not be trained."""
     TRIAL_STATE_CANCELLED: _TrialState.ValueType  # 7
-    """Ended because its task was cancelled."""
+    """Ended by a user, who cancelled its task or stopped it alone; a decision of the policy "user" tells the latter. Its
+    best adapter is available, if it was evaluated before.
+    """
 
 class TrialState(_TrialState, metaclass=_TrialStateEnumTypeWrapper):
     """Where a trial stands."""
@@ -185,13 +187,15 @@ TRIAL_STATE_PAUSED: TrialState.ValueType  # 3
 TRIAL_STATE_SUCCEEDED: TrialState.ValueType  # 4
 """Trained all its steps."""
 TRIAL_STATE_STOPPED: TrialState.ValueType  # 5
-"""Stopped early, by the policy, by a user, or because its loss became non-finite; the decision is kept with its
-evidence. Its best adapter is available, if it was evaluated before.
+"""Stopped early, by the policy or because its loss became non-finite; the decision is kept with its evidence. Its best
+adapter is available, if it was evaluated before.
 """
 TRIAL_STATE_FAILED: TrialState.ValueType  # 6
 """Could not be trained."""
 TRIAL_STATE_CANCELLED: TrialState.ValueType  # 7
-"""Ended because its task was cancelled."""
+"""Ended by a user, who cancelled its task or stopped it alone; a decision of the policy "user" tells the latter. Its
+best adapter is available, if it was evaluated before.
+"""
 Global___TrialState: _TypeAlias = TrialState  # noqa: Y015
 
 class _Verdict:
