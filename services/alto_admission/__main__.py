@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+MOST_DAYS = 36_500
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="alto-admission", description="Serve the public API; settings are variables ALTO_ADMISSION_*."
@@ -36,13 +39,20 @@ def _parser() -> argparse.ArgumentParser:
     create = keys.add_parser("create", help="make a key and show it once")
     create.add_argument("--tenant", required=True)
     create.add_argument("--scopes", default="read,write", help="read, write or both, separated by a comma")
-    create.add_argument("--days", type=float, help="days until it expires; never when left out")
+    create.add_argument("--days", type=_days, help="days until it expires; never when left out")
     listing = keys.add_parser("list", help="list keys, without the keys themselves")
     listing.add_argument("--tenant")
     revoke = keys.add_parser("revoke", help="revoke one key of a tenant, or all of them")
     revoke.add_argument("--tenant", required=True)
     revoke.add_argument("--key", help="the key's id; all of the tenant's keys when left out")
     return parser
+
+
+def _days(text: str) -> float:
+    days = float(text)
+    if not 0 < days <= MOST_DAYS:
+        raise argparse.ArgumentTypeError(f"give a number above 0, at most {MOST_DAYS:,}, or leave it out")
+    return days
 
 
 def _serve() -> int:

@@ -63,6 +63,13 @@ def test_a_key_that_cannot_be(environment, capsys, wrong):
     assert "give" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("days", ["nan", "1e300", "-1", "0"])
+def test_a_key_lasts_for_a_number_of_days_that_can_be(environment, capsys, days):
+    with pytest.raises(SystemExit, match="2"):
+        main(["keys", "create", "--tenant", "acme", "--days", days])
+    assert "above 0" in capsys.readouterr().err
+
+
 def test_folders_of_models_are_separated_by_either_mark(environment, monkeypatch):
     monkeypatch.setenv("ALTO_ADMISSION_MODEL_FOLDERS", f"/a,/b{os.pathsep}/c")
     assert [str(folder) for folder in AdmissionSettings.load().allowed_folders] == ["/a", "/b", "/c"]

@@ -75,11 +75,7 @@ async def test_validate_only_keeps_nothing(admission, placement):
             "each once",
         ),
         (
-            {
-                "search_space": space(
-                    explicit={"configs": [{"target_modules": {"names": WORDY}, "seed": i} for i in range(1000)]}
-                )
-            },
+            {"search_space": wordy(1000)},
             "INVALID_FIELD",
             "spec.search_space",
             "fewer at a time",

@@ -18,6 +18,7 @@ from alto_cli.view.wording import bytes_text, duration_text, percent_text
 from alto_cli.wire_json import as_json, enum_word
 
 CLEAR_SCREEN = "\x1b[2J\x1b[H"
+ENDED = (placement_pb2.PLACEMENT_STATE_FINISHED, placement_pb2.PLACEMENT_STATE_GIVEN_UP)
 
 
 def show_plan(json_output: bool) -> None:
@@ -39,6 +40,10 @@ def watch_plan(json_output: bool) -> None:
                 continue
             if sys.stdout.isatty():
                 print(CLEAR_SCREEN, end="")
+            # A watch tells of each task that has ended once more; a chart is of those that have not.
+            going_on = [task for task in plan.tasks if task.state not in ENDED]
+            del plan.tasks[:]
+            plan.tasks.extend(going_on)
             print_plan(plan)
 
 

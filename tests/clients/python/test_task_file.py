@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from alto.v1 import tuning_pb2
 from alto_client import TaskFileError, load_task_file
@@ -65,6 +67,13 @@ def test_a_minimal_file_takes_every_default(load):
     spec = task_spec(task_file, "d")
     assert not spec.HasField("validation_fraction")
     assert spec.early_exit.policy == ""
+
+
+def test_the_task_file_of_the_documentation_is_one(load):
+    text = (Path(__file__).parents[3] / "docs" / "task-file.md").read_text()
+    task_file = load(text.split("```yaml\n")[1].split("```")[0])
+    left_out = {"validation_fraction"}
+    assert set(type(task_file).model_fields) - left_out == task_file.model_fields_set
 
 
 def test_shorthands(load):
