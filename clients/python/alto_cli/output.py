@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 
+ID_COLUMNS = ("task", "trial", "dataset", "node")
+
+
 def say(text: str) -> None:
     """Print a message for a person."""
     print(printable(text), file=sys.stderr, flush=True)
@@ -43,8 +46,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], empty: st
 
         table = Table(box=None, header_style="bold", pad_edge=False)
         for index, column in enumerate(columns):
-            # What is copied from the screen comes first: it is never cut, and the rest is folded, not cut either.
-            table.add_column(column, no_wrap=index == 0, overflow="fold")
+            # What is copied from the screen stays in one piece; the rest is folded where the terminal is narrow.
+            table.add_column(column, no_wrap=index == 0 or column in ID_COLUMNS, overflow="fold")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
         Console().print(table)
