@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 
 from alto_common.errors import DomainError
 
+MOST_DAYS = 36_500
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
@@ -25,9 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
     except DomainError as error:
         print(error.message, file=sys.stderr)
         return 2
-
-
-MOST_DAYS = 36_500
 
 
 def _parser() -> argparse.ArgumentParser:

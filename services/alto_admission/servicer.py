@@ -32,11 +32,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 TASKS_A_PAGE = 50
 TRIALS_A_PAGE = 100
 METRICS_A_PAGE = 1000
+DATASETS_A_PAGE = 50
 # A response may have 4 MiB; a task or a trial far less.
 PAGE_BYTES = 3 << 20
 
 Listed = TypeVar("Listed", bound=Message)
-DATASETS_A_PAGE = 50
 
 
 def tenant() -> str:

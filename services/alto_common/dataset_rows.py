@@ -231,7 +231,7 @@ class _Reader:
                 return
             # Text stays what it is in the file, one value for all rows that repeat it: weighed before it is copied.
             texts = _text_columns(metadata.schema)
-            with pyarrow.parquet.ParquetFile(self.path, read_dictionary=texts) as file:
+            with pyarrow.parquet.ParquetFile(self.path, metadata=metadata, read_dictionary=texts) as file:
                 names = file.schema_arrow.names
                 if len(set(names)) < len(names):
                     yield 1, [Violation("dataset", shown(names), "give each column a name of its own")], 0

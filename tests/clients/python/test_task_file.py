@@ -1,3 +1,5 @@
+"""Task files: what becomes of one, and every mistake with its line and its cure."""
+
 from pathlib import Path
 
 import pytest
