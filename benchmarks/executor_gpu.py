@@ -89,8 +89,7 @@ def shares_of(backbone: Backbone, adapters: int, tokens: int) -> list[Share]:
     for number in range(adapters):
         config = TrialConfig(lora_rank=RANKS[number % len(RANKS)], learning_rate=1e-4)
         adapter = Adapter(backbone.adapted_modules(config), config.lora_rank, config.scaling)
-        adapter.initialise(number)
-        adapter.move(backbone.device)
+        adapter.initialise(number, backbone.device)
         items = []
         for _ in range(tokens // adapters // SEQUENCE_TOKENS):
             ids = draws.integers(0, 32_000, SEQUENCE_TOKENS).astype(np.int32)

@@ -17,16 +17,19 @@ the median round (`round_s`: all trials' steps); `mean_tokens_per_s` is that of 
 the fixed small messages, `exchange_shares` the part of its time that each rank's host spends on those messages (waiting
 for others' hosts included, while its GPU has the next pass to work on), `gather_s` how long all gathers of a pass take
 with nothing else to do. NVLink multicast stays as the environment sets it. One set of processes runs everything; a
-strategy that fails or hangs is named, and the rest goes on in a new set. `--output` is written after each result.
+strategy that fails or hangs is named, with where its ranks were, and the rest goes on in a new set. `--output` is
+written after each result.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +51,7 @@ from multi_gpu_shapes import SHAPES
 
 OTHERS = ("fsdp_peft", "zero3_peft")
 ALL = "parity,whole,sharded:deepspeed,sharded:fsdp2,sharded:peer,hybrid:deepspeed,fsdp_peft,zero3_peft"
+_TEXT_TOLD = 30_000  # characters, of what failed ranks wrote
 PARITY_TICKS = (256, 160, 400)  # tokens; the strategies run with the first
 Cell = tuple[int, int, int]
 Results = Iterator[dict[str, Any]]
@@ -176,6 +180,7 @@ def peak(run: Run, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def run_rank(asked: argparse.Namespace) -> None:
     """Be one rank: run the stages one after the other; rank 0 writes results as JSON lines."""
+    faulthandler.register(signal.SIGUSR1)
     run = Run(asked)
     torch.manual_seed(0)
     with Path(asked.results).open("a") as results:
@@ -230,17 +235,27 @@ def launch(asked: argparse.Namespace, stages: list[str], folder: Path, take: Cal
             if failed or not any(running):
                 break
             time.sleep(0.2)
-        for process in processes:
+        for rank, process in enumerate(processes):
+            if process.poll() is None and failed:
+                ask_where(rank, process, log)
             if process.poll() is None:
                 process.kill()
             process.wait()
         if not failed or not stages:
             return
         text = log.read_text(errors="replace")
-        take({"failed": begun, "why": "out of memory" if "OutOfMemoryError" in text else text[-3000:]})
+        take({"failed": begun, "why": "out of memory" if "OutOfMemoryError" in text else text[-_TEXT_TOLD:]})
         stages = [stage for stage in stages if stage != begun]
         if not stages or time.time() > asked.ends_at:
             return
+
+
+def ask_where(rank: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Have a rank that hangs write into the log where its threads are."""
+    with log.open("a") as output:
+        output.write(f"rank {rank}:\n")
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.5)
 
 
 def start(command: list[str], rank: int, asked: argparse.Namespace, log: Path) -> subprocess.Popen[bytes]:

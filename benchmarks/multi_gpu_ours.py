@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -126,7 +127,8 @@ def run(
 ) -> Outcome:
     """Run the executor on this rank; all ranks of the world must."""
     dtype = BackboneDtype.BFLOAT16 if backbone.dtype is torch.bfloat16 else BackboneDtype.FLOAT32
-    how = ExecutorSettings(device=str(world.device), backbone_dtype=dtype, calibrate=False, **settings)
+    threads = max(1, (os.cpu_count() or 1) // world.size)
+    how = ExecutorSettings(device=str(world.device), backbone_dtype=dtype, calibrate=False, threads=threads, **settings)
     executor = Executor(
         job, folder, listen, how, backbone=backbone, open_data=lambda job, cache: rows, ranks=world.ranks
     )

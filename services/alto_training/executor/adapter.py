@@ -14,6 +14,8 @@ import torch
 
 from alto_training.executor.randomness import generator
 
+_HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class AdaptedModule:
@@ -39,8 +41,8 @@ class Adapter:
     """Weights, gradients and AdamW moments of one trial, in fp32, on one device.
 
     `buffers` are named `param`, `grad`, `exp_avg`, `exp_avg_sq`, each [P]. `views` maps a module's index to its views.
-    The gradient adds up over the ticks of an effective batch, from nothing in its first; between two batches what it
-    holds means nothing.
+    A new adapter is shapes alone (torch's meta device) until it is given contents. The gradient adds up over the ticks
+    of an effective batch, from nothing in its first; between two batches what it holds means nothing.
     """
 
     BUFFERS = ("param", "grad", "exp_avg", "exp_avg_sq")
@@ -53,7 +55,7 @@ class Adapter:
         self.size = self.a_size + sum(module.out_features * lora_rank for module in self.modules)
         self.buffers: dict[str, torch.Tensor] = {}
         self.views: dict[int, ModuleViews] = {}
-        self.load({name: torch.zeros(self.size) for name in self.BUFFERS})
+        self.load({name: torch.empty(self.size, device="meta") for name in self.BUFFERS})
 
     @property
     def param(self) -> torch.Tensor:
@@ -83,37 +85,49 @@ class Adapter:
             )
             a_offset, b_offset = a_end, b_end
 
-    def initialise(self, seed: int) -> None:
-        """Draw A as PEFT does (Kaiming uniform with a = sqrt 5) from the trial's own generator; B is 0."""
+    def allocate(self, device: torch.device = _HOST) -> None:
+        """Give it contents on `device`: zeros."""
+        self.load({name: torch.zeros(self.size, device=device) for name in self.BUFFERS})
+
+    def initialise(self, seed: int, device: torch.device = _HOST) -> None:
+        """Draw A as PEFT does (Kaiming uniform with a = sqrt 5) from the trial's own generator; all else is 0.
+
+        The draws are the host's, whatever the device.
+        """
         draws = generator(seed, "initial weights")
+        all_a = torch.empty(self.a_size)
+        end = 0
         for module in self.modules:
-            a_RK = torch.empty(self.lora_rank, module.in_features)
+            start, end = end, end + self.lora_rank * module.in_features
+            a_RK = all_a[start:end].view(self.lora_rank, module.in_features)
             torch.nn.init.kaiming_uniform_(a_RK, a=math.sqrt(5), generator=draws)
-            self.views[module.index].a_RK.copy_(a_RK)
-            self.views[module.index].b_NR.zero_()
+        self.allocate(device)
+        self.param[: self.a_size].copy_(all_a)
 
     def move(self, device: torch.device) -> None:
         """Carry all buffers to `device`: onto the accelerator for a slot, to the host to be parked.
 
-        Those of an adapter that is on another worker rank have nothing to carry.
+        Shapes alone have nothing to carry.
         """
         here = self.param.device
         # "cuda" without a number is where it is: to make all views anew takes a millisecond, for each adapter and tick.
-        if not self.elsewhere and (here.type != device.type or device.index not in (None, here.index)):
+        if not self.is_empty and (here.type != device.type or device.index not in (None, here.index)):
             self.load({name: buffer.to(device) for name, buffer in self.buffers.items()})
 
     @property
-    def elsewhere(self) -> bool:
-        """Whether the contents are on another worker rank, and the buffers here are shapes alone."""
+    def is_empty(self) -> bool:
+        """Whether the buffers are shapes alone: another worker rank has the contents, or there are none yet."""
         return self.param.is_meta
 
     def leave(self) -> None:
         """Let go of the contents; shapes and views stay, and arithmetic on them does nothing."""
+        if self.is_empty:
+            return
         self.load({name: buffer.to("meta") for name, buffer in self.buffers.items()})
 
     def weights_on_host(self) -> torch.Tensor:
-        """Return a copy of the weights in host memory, [P]; the shape alone of those that are elsewhere."""
-        return self.param if self.elsewhere else self.param.to("cpu", copy=True)
+        """Return a copy of the weights in host memory, [P]; the shape alone where there is no more."""
+        return self.param if self.is_empty else self.param.to("cpu", copy=True)
 
     def matrices(self, param_P: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Return (A [R, K], B [N, R]) by module path, as views of `param_P`, laid out as this adapter's weights."""

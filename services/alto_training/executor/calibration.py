@@ -130,8 +130,7 @@ def _measure(
     adapters, shares = [], []
     for seed, config in enumerate(probe.adapters):
         adapter = Adapter(backbone.adapted_modules(config), config.lora_rank, config.scaling)
-        adapter.initialise(seed)
-        adapter.move(backbone.device)
+        adapter.initialise(seed, backbone.device)
         adapters.append((adapter, config, adapter.weights_on_host()))  # a run keeps its best weights too
         shares.append(Share(adapter, _items(tokens, probe), batch_denominator=float(tokens), begins_batch=True))
     every_token = sum(item.tokens for share in shares for item in share.items)

@@ -128,6 +128,7 @@ def read_adapter(folder: Path, adapter: Adapter, config: TrialConfig, backbone: 
     _check_backbone(folder, backbone)
     _refuse_more_than_lora(folder, described)
     _refuse_another_scaling(folder, described, config)
+    adapter.allocate()
     expected = {
         f"{_PREFIX}{path}.lora_{letter}.weight": matrix
         for path, matrices in adapter.matrices(adapter.param).items()

@@ -146,7 +146,8 @@ class Roster:
             self._ownership.balance(active, loads, self._files_of)
             self._balanced = active
         for run in active:
-            run.adapter.move(self._device)
+            if self._ownership.owns(run):
+                run.take_slot(self._device)
 
     def _files_of(self, run: TrialRun) -> tuple[CheckpointStore, list[TensorGroup]]:
         task = self._task_of[run]

@@ -113,12 +113,13 @@ class TaskRun:
         return run.last_evaluated_step >= boundary - 1e-9
 
     def prepare(self, trial: Trial) -> TrialRun:
-        """Make a trial ready to train from its first step. Raises an `ExecutorError` when it cannot be trained."""
+        """Make a trial ready to wait for a slot. Raises an `ExecutorError` when it cannot be trained.
+
+        Until it has one it is its seed alone, but for an adapter that it starts from.
+        """
         self._backbone.check_length(trial.config)
         adapter = Adapter(self._backbone.adapted_modules(trial.config), trial.config.lora_rank, trial.config.scaling)
-        if trial.initial_adapter_path is None:
-            adapter.initialise(trial.config.seed)
-        else:
+        if trial.initial_adapter_path is not None:
             read_adapter(Path(trial.initial_adapter_path), adapter, trial.config, self._backbone)
         run = TrialRun(
             trial,
@@ -246,7 +247,12 @@ class TaskRun:
         }
 
     def tensor_groups(self, run: TrialRun) -> list[TensorGroup]:
-        """Return a trial's tensors, grouped by what changes together: its buffers, then its best weights, if any."""
+        """Return a trial's tensors, grouped by what changes together: its buffers, then its best weights, if any.
+
+        There are none of a trial that is its seed alone.
+        """
+        if run.adapter.is_empty:
+            return []
         name = f"trial{self._number(run.trial_id)}"
         groups = [TensorGroup(f"{name}-state", run.version, run.adapter.buffers)]
         if run.best_param is not None and run.best_step is not None:
@@ -274,7 +280,8 @@ class TaskRun:
         for trial_id, saved in state["runs"].items():
             run = self.prepare(trials[trial_id])
             name = f"trial{self._number(trial_id)}"
-            run.load_state(saved, groups[f"{name}-state"], groups.get(f"{name}-best", {}).get("param"))
+            buffers = groups[f"{name}-state"] if saved["version"] else groups.get(f"{name}-state")
+            run.load_state(saved, buffers, groups.get(f"{name}-best", {}).get("param"))
         for saved in state["finished"]:
             self.finished[saved["trial_id"]] = TrialFinished(**{**saved, "state": TrialState(saved["state"])})
         self.parked = set(state["parked"])

@@ -203,8 +203,10 @@ class TrialRun:
             "version": self.version,
         }
 
-    def load_state(self, state: dict[str, Any], buffers: dict[str, torch.Tensor], best: torch.Tensor | None) -> None:
-        """Take up where `state` was written; `buffers` are the adapter's, `best` the best weights."""
+    def load_state(
+        self, state: dict[str, Any], buffers: dict[str, torch.Tensor] | None, best: torch.Tensor | None
+    ) -> None:
+        """Take up where `state` was written; `buffers` are the adapter's, `best` the best weights, if there are any."""
         self.step = state["step"]
         self.items_done = state["items_done"]
         self._batch_loss = state["batch_loss"]
@@ -216,7 +218,15 @@ class TrialRun:
         self.best_validation_loss = state["best_validation_loss"]
         self.version = state["version"]
         self.best_param = best
-        self.adapter.load(buffers)
+        if buffers is not None:
+            self.adapter.load(buffers)
+
+    def take_slot(self, device: torch.device) -> None:
+        """Have the adapter on `device`; this worker rank's. A trial that is its seed alone draws its weights now."""
+        if self.adapter.is_empty:
+            assert self.samples_trained == 0
+            self.adapter.initialise(self.config.seed, device)
+        self.adapter.move(device)
 
     def leave(self) -> None:
         """Let go of all tensors: another worker rank has them."""
@@ -225,8 +235,9 @@ class TrialRun:
             self.best_param = self.best_param.to("meta")
 
     def take_up(self, tensors: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Take over the tensors that another worker rank had: the buffers, and the best weights if there are any."""
-        self.adapter.load(tensors[0])
+        """Take over the tensors that another worker rank had, if any: the buffers, and the best weights."""
+        if tensors:
+            self.adapter.load(tensors[0])
         if len(tensors) > 1:
             self.best_param = tensors[1]["param"]
 

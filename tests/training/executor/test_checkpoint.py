@@ -15,7 +15,7 @@ import pytest
 import torch
 from alto_common.tuning import EarlyExit, Evaluation, Objective, ObjectiveKind, TrialConfig, TuningJob
 from alto_training.executor.backbone import prepare_backbone
-from alto_training.executor.checkpoint import CheckpointStore, TensorGroup
+from alto_training.executor.checkpoint import CheckpointStore, TensorGroup, checkpoints_folder
 from alto_training.executor.control import ControlQueue, Pause
 from alto_training.executor.errors import (
     CheckpointError,
@@ -76,6 +76,23 @@ def test_a_run_interrupted_at_many_places_ends_with_the_same_bits(tmp_path: Path
             continue
         break
     assert deaths >= 3
+    assert_same_bits(expected, resumed)
+
+
+def test_a_trial_that_never_had_a_slot_is_its_seed_alone(tmp_path: Path) -> None:
+    def die_at_a_checkpoint(event: Event) -> None:
+        if isinstance(event, CheckpointWritten):
+            raise KilledError
+
+    task = mix(early_exit=EarlyExit("none"))
+    settings = replace(SETTINGS, slots=1)
+    expected, _ = run(task, tmp_path / "whole", settings=settings)
+    with pytest.raises(KilledError):
+        run(task, tmp_path / "killed", settings=settings, events=die_at_a_checkpoint)
+    written = CheckpointStore(checkpoints_folder(tmp_path / "killed")).read()
+    assert written is not None
+    assert set(written.groups) == {"trial0-state"}
+    resumed, _ = run(task, tmp_path / "killed", settings=settings)
     assert_same_bits(expected, resumed)
 
 

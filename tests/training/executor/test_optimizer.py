@@ -9,6 +9,12 @@ from alto_training.executor.optimizer import adapter_step, take_steps
 MODULES = [AdaptedModule(0, "one", 6, 4), AdaptedModule(1, "two", 3, 5)]
 
 
+def adapter_of_zeros() -> Adapter:
+    adapter = Adapter(MODULES, 2, 1.0)
+    adapter.allocate()
+    return adapter
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -20,7 +26,7 @@ MODULES = [AdaptedModule(0, "one", 6, 4), AdaptedModule(1, "two", 3, 5)]
 )
 def test_steps_are_those_of_torch(config: TrialConfig) -> None:
     torch.manual_seed(0)
-    adapter = Adapter(MODULES, 2, 1.0)
+    adapter = adapter_of_zeros()
     adapter.param.copy_(torch.randn(adapter.size))
     matrices = adapter.matrices(adapter.param.clone())
     a_matrices = [torch.nn.Parameter(a.clone()) for a, _ in matrices.values()]
@@ -54,7 +60,7 @@ def test_steps_are_those_of_torch(config: TrialConfig) -> None:
 @pytest.mark.parametrize(("loss", "gradient"), [(float("inf"), 1.0), (float("nan"), 1.0), (1.0, float("nan"))])
 def test_what_is_not_finite_takes_no_step_and_holds_nobody_up(loss: float, gradient: float) -> None:
     config = TrialConfig(lora_rank=2, learning_rate=1e-2)
-    bad, good = Adapter(MODULES, 2, 1.0), Adapter(MODULES, 2, 1.0)
+    bad, good = adapter_of_zeros(), adapter_of_zeros()
     bad.grad.fill_(1.0)
     bad.grad[3] = gradient
     good.grad.fill_(1.0)
@@ -67,7 +73,7 @@ def test_what_is_not_finite_takes_no_step_and_holds_nobody_up(loss: float, gradi
 
 
 def test_all_a_lie_before_all_b_and_views_share_the_flat_buffers() -> None:
-    adapter = Adapter(MODULES, 2, 1.0)
+    adapter = adapter_of_zeros()
     adapter.param.copy_(torch.arange(adapter.size))
     assert adapter.views[0].a_RK.flatten()[0] == 0
     assert adapter.views[1].a_RK.flatten()[0] == 12
