@@ -11,8 +11,7 @@ from alto_common.base_models import ModelFacts
 from alto_common.cost_model import AdapterShape, CostModel, Load, adapter_shape
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig
 
-# Weights alone, of all that an adapter holds (cost_model.ADAPTER_BYTES_PER_PARAMETER): what one has that waits for its
-# first slot, and what its best weights are, of which there is a copy once it was evaluated.
+# Of all that an adapter holds (cost_model.ADAPTER_BYTES_PER_PARAMETER), its best weights, which it has once evaluated.
 WEIGHTS_SHARE = 0.2
 
 
@@ -190,9 +189,9 @@ def _held(
         return float(sum(ordered[:slots]))
     # Who is evaluated at the last step alone has no best weights while it trains.
     training = 1.0 if evaluation.count > 1 else 1.0 - WEIGHTS_SHARE
-    # Under a policy trials are parked with all their state; without one they wait with their weights alone.
-    waiting = WEIGHTS_SHARE if early_exit.policy == "none" else 1.0
-    return training * sum(ordered[:slots]) + waiting * sum(ordered[slots:])
+    # Under a policy trials are parked with all their state; without one those that wait have none yet.
+    parked = 0 if early_exit.policy == "none" else sum(ordered[slots:])
+    return training * sum(ordered[:slots]) + parked
 
 
 def _items(config: TrialConfig, rows: int) -> int:
