@@ -65,8 +65,11 @@ def all_model_facts(sources: ModelSources) -> list[tuple[str, ModelFacts]]:
     return found
 
 
-def check_file(path: Path, sha256: str, limits: DatasetLimits) -> DatasetFacts | DamagedFile:
-    """Return the facts of an uploaded file whose bytes must have `sha256`, or what is wrong with it."""
+def check_file(path: Path, sha256: str, limits: DatasetLimits, file_name: str) -> DatasetFacts | DamagedFile:
+    """Return the facts of an uploaded file whose bytes must have `sha256`, or what is wrong with it.
+
+    It is told of under `file_name`, as whoever uploaded it knows it.
+    """
     with path.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != sha256:
@@ -76,7 +79,7 @@ def check_file(path: Path, sha256: str, limits: DatasetLimits) -> DatasetFacts |
         cure = f"give at most {limits.max_rows:,} rows, or split the file"
         return DamagedFile((Violation("dataset", f"{rows:,} rows", cure),), too_large=True)
     try:
-        return scan(path, limits)
+        return scan(path, limits, file_name)
     except DatasetError as error:
         return DamagedFile(error.violations)
 

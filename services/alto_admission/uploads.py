@@ -146,7 +146,7 @@ class Uploads:
                 metadata={"committed_bytes": str(committed)},
             )
         await asyncio.to_thread(path.touch)
-        checked = await self._worker.call(check_file, path, header.sha256, self._limits)
+        checked = await self._worker.call(check_file, path, header.sha256, self._limits, header.file_name)
         if isinstance(checked, DamagedFile):
             # The same bytes will never do; another attempt may use the same request_id for better ones.
             await self._store.forget_upload(upload.tenant, upload.request_id)

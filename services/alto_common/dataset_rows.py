@@ -105,10 +105,13 @@ def read_rows(path: Path, limits: DatasetLimits | None = None) -> Iterator[tuple
         yield line, outcome
 
 
-def scan(path: Path, limits: DatasetLimits | None = None) -> DatasetFacts:
-    """Read all of `path` and return its facts; raise `DatasetError` with the first violations otherwise."""
+def scan(path: Path, limits: DatasetLimits | None = None, file_name: str = "") -> DatasetFacts:
+    """Read all of `path` and return its facts; raise `DatasetError` with the first violations otherwise.
+
+    `file_name` is what its owner calls the file, where that is not the name it lies under.
+    """
     limits = limits or DatasetLimits()
-    reader = _Reader(path, limits)
+    reader = _Reader(path, limits, file_name)
     violations: list[Violation] = []
     digests: set[bytes] = set()
     rows = longest = 0
@@ -133,9 +136,10 @@ def scan(path: Path, limits: DatasetLimits | None = None) -> DatasetFacts:
 class _Reader:
     """One pass over one file. `format` is that of the first sound row; every later row must have it too."""
 
-    def __init__(self, path: Path, limits: DatasetLimits) -> None:
+    def __init__(self, path: Path, limits: DatasetLimits, file_name: str = "") -> None:
         self.path = path
         self.limits = limits
+        self.file_name = file_name or path.name
         self.format: RowFormat | None = None
         self.format_line = 0
 
@@ -216,7 +220,7 @@ class _Reader:
 
     def _unpacks_too_far(self) -> Violation:
         cure = f"the rows unpack to over {self.limits.max_bytes:,} bytes: split the file"
-        return Violation("dataset", self.path.name, cure)
+        return Violation("dataset", self.file_name, cure)
 
     def _parquet_values(self) -> Iterator[tuple[int, dict[str, Any] | list[Violation], int]]:
         import pyarrow
@@ -255,7 +259,7 @@ class _Reader:
                             yield line, present, characters
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             cure = f"write the Parquet file again ({str(error)[:SHOWN_CHARACTERS]})"
-            yield line + 1, [Violation(f"line[{line + 1}]", self.path.name, cure)], 0
+            yield line + 1, [Violation(f"line[{line + 1}]", self.file_name, cure)], 0
 
 
 def _least_unpacked_bytes(metadata: Any) -> int:

@@ -247,7 +247,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class TuningJob:
-    """What an executor is asked to do for one task. Paths are local; datasets have been validated before."""
+    """What an executor is asked to do for one task. Paths are local; datasets have been validated before.
+
+    `base_model` is where it lies; `base_model_name` is what the task calls it, where that differs.
+    """
 
     task_id: str
     base_model: str
@@ -257,3 +260,4 @@ class TuningJob:
     objective: Objective = field(default_factory=Objective)
     early_exit: EarlyExit = field(default_factory=EarlyExit)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    base_model_name: str = ""

@@ -7,7 +7,6 @@ import fcntl
 import secrets
 import time
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TextIO
 
@@ -17,6 +16,7 @@ from alto.v1 import placement_pb2, training_node_service_pb2_grpc
 from alto_common.rpc.authentication import ServiceTokenAuthenticator
 from alto_common.rpc.channel import service_channel
 from alto_common.rpc.server import Server
+from alto_common.version import package_version
 
 from alto_training.assignments import StopReason
 from alto_training.devices import Devices, find_devices
@@ -111,15 +111,8 @@ def _described(settings: NodeSettings, devices: Devices) -> placement_pb2.Node:
         gpus=devices.places,
         memory_bytes_per_gpu=devices.memory_bytes_per_place,
         address=settings.listen,
-        version=_version(),
+        version=package_version(),
     )
-
-
-def _version() -> str:
-    try:
-        return version("alto-tuning")
-    except PackageNotFoundError:
-        return "unreleased"
 
 
 def _lock(work_root: Path) -> TextIO:

@@ -44,6 +44,7 @@ def job_from_wire(work: placement_pb2.TuningWork, base_model: str, train: str, v
         objective=objective_from_wire(work.objective),
         early_exit=early_exit_from_wire(work.early_exit),
         evaluation=evaluation_from_wire(work.evaluation),
+        base_model_name=work.base_model,
     )
 
 

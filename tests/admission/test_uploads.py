@@ -113,6 +113,14 @@ async def test_a_malformed_line_is_named(admission):
     assert "give a string" in found[0].description
 
 
+async def test_a_damaged_parquet_file_is_told_of_under_the_name_it_was_sent_with(admission):
+    client = await admission.client()
+    error = await failure(client.upload(b"PAR1 and nothing that follows PAR1", file_name="rows.parquet"))
+    assert reason_in(error) == "DATASET_MALFORMED"
+    (found,) = detail(error, error_details_pb2.BadRequest).field_violations
+    assert found.description.startswith("line[1] = 'rows.parquet': write the Parquet file again")
+
+
 @pytest.mark.parametrize(
     ("limits", "field"), [({"max_dataset_bytes": 100}, "header.size_bytes"), ({"max_dataset_rows": 5}, "dataset")]
 )

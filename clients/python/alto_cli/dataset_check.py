@@ -55,11 +55,8 @@ def _describe(path: Path, model: str, objective: Any, max_length: int, json_outp
         tokenizer = load_tokenizer(folder)
     except BaseModelError as error:
         here = ", ".join(list_models()) or "none yet"
-        raise CommandError(
-            f"--model {model}: {str(error).splitlines()[0]}",
-            f"models on this machine: {here}",
-            "fetch a small one: alto models fetch",
-        ) from None
+        named = [] if here in error.cure else [f"models on this machine: {here}"]
+        raise CommandError(str(error), *named, "fetch a small one: alto models fetch") from None
     with tempfile.TemporaryDirectory() as cache:
         try:
             report = describe(path, tokenizer, objective, Path(cache), max_length)

@@ -96,19 +96,18 @@ def _call_message(error: Any) -> tuple[str, Sequence[str], int, Mapping[str, Any
     from alto_cli.view.wording import printable
 
     violations = [{"field": found.field, "description": found.description} for found in error.violations]
-    lines = [
+    text = printable(error.message)
+    sentences = [
         printable(found.description if found.field in found.description else f"{found.field}: {found.description}")
         for found in error.violations
     ]
+    lines = _unsaid(sentences, text)
     if error.retry_after_s is not None:
         lines.append(f"try again in {error.retry_after_s:.0f} s")
     if error.reason_name == "CREDENTIAL_INVALID":
         lines.append("give a valid key with --api-key or ALTO_API_KEY, or start your own server with `alto up`")
     if error.reason_name == "UNAVAILABLE" and error.message.startswith("cannot reach"):
         lines.append("is it running? see `alto status`; start one with `alto up`, or name another with --server")
-    # A message that only repeats the one violation says nothing more than the violation.
-    if len(lines) == 1 and violations and lines[0] in error.message:
-        lines = []
     exit_code = BY_REASON.get(error.reason_name, BY_STATUS.get(error.status_code.name, exit_codes.FAILURE))
     facts = {
         "reason": error.reason_name,
@@ -117,4 +116,15 @@ def _call_message(error: Any) -> tuple[str, Sequence[str], int, Mapping[str, Any
         "retry_after_s": error.retry_after_s,
         "metadata": error.metadata,
     }
-    return printable(error.message), lines, exit_code, facts
+    return text, lines, exit_code, facts
+
+
+def _unsaid(sentences: Sequence[str], text: str) -> list[str]:
+    """Return those of "field = value: cure" that `text` does not say: the first, or the only one's cure in other words.
+
+    The server leaves out the middle of long texts, so their ends are compared.
+    """
+    if len(sentences) == 1:
+        cure = sentences[0].partition(": ")[2] or sentences[0]
+        return [] if cure.rpartition(" ... ")[2] in text else list(sentences)
+    return [sentence for sentence in sentences if sentence.partition(" ... ")[0] not in text]

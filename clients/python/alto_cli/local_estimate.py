@@ -30,7 +30,7 @@ def estimate_file_locally(path: Path, machine: LocalMachine, json_output: bool) 
     with told_to_the_user(), tempfile.TemporaryDirectory() as work:
         job = local_job(task_file, Path(work))
         facts = inspect(job.base_model)
-        unfit = [found for trial in job.trials for found in check_targets(facts, trial.config, f"{trial.trial_id}.")]
+        unfit = [found for trial in job.trials for found in check_targets(facts, trial.config)]
         if unfit:
             raise CommandError("the search cannot be run", *dict.fromkeys(str(found) for found in unfit))
         if known_costs(settings, facts) is None:

@@ -38,9 +38,9 @@ def told_to_the_user() -> Iterator[None]:
     except DatasetRefusedError as error:
         raise CommandError(error.message, *(str(found) for found in error.violations)) from None
     except UnknownModelError as error:
-        raise CommandError(f"base_model: {error}", "fetch a small one: alto models fetch") from None
+        raise CommandError(str(error), "fetch a small one: alto models fetch") from None
     except BaseModelError as error:
-        raise CommandError(f"base_model: {error}") from None
+        raise CommandError(str(error)) from None
     except DomainError as error:
         raise CommandError(error.message) from None
     except ExecutorError as error:
@@ -70,6 +70,7 @@ def local_job(task_file: TaskFile, work: Path) -> TuningJob:
         objective=objective,
         early_exit=early_exit_from_wire(spec.early_exit),
         evaluation=evaluation_from_wire(spec.evaluation),
+        base_model_name=task_file.base_model,
     )
 
 

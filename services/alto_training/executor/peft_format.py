@@ -58,11 +58,13 @@ def write_adapter(
     param_P: torch.Tensor,
     config: TrialConfig,
     backbone: Backbone,
+    base_model_name: str,
     provenance: Mapping[str, Any],
 ) -> WrittenAdapter:
     """Write `param_P` (laid out as `adapter`'s weights) to `folder`, replacing it whole or not at all.
 
-    `provenance` is added to the manifest: task, trial, step, validation loss.
+    Whoever loads the adapter finds the backbone as `base_model_name`, wherever it lies here. `provenance` is added to
+    the manifest: task, trial, step, validation loss.
     """
     from safetensors.torch import save
 
@@ -73,13 +75,13 @@ def write_adapter(
     with replace_folder(folder) as aside:
         write_file(aside / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
         sha256 = sha256_of(aside / WEIGHTS_NAME)
-        write_file(aside / CONFIG_NAME, _json(peft_config(adapter, config, backbone)))
+        write_file(aside / CONFIG_NAME, _json(peft_config(adapter, config, backbone, base_model_name)))
         manifest = {"weights_sha256": sha256, "backbone_fingerprint": backbone.fingerprint, **provenance}
         write_file(aside / MANIFEST_NAME, _json(manifest))
     return WrittenAdapter(folder, sha256)
 
 
-def peft_config(adapter: Adapter, config: TrialConfig, backbone: Backbone) -> dict[str, Any]:
+def peft_config(adapter: Adapter, config: TrialConfig, backbone: Backbone, base_model_name: str) -> dict[str, Any]:
     """Return what peft.LoraConfig.from_pretrained reads. Module names are cut to suffixes where those say the same."""
     paths = [module.path for module in adapter.modules]
     suffixes = sorted({path.rsplit(".", 1)[-1] for path in paths})
@@ -94,7 +96,7 @@ def peft_config(adapter: Adapter, config: TrialConfig, backbone: Backbone) -> di
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": backbone.name_or_path,
+        "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,

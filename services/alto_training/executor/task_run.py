@@ -206,7 +206,8 @@ class TaskRun:
         """Write the best weights; return the folder and their sha256."""
         assert run.best_param is not None
         folder = self._folder / "adapters" / run.trial_id
-        written = write_adapter(folder, run.adapter, run.best_param, run.config, self._backbone, provenance)
+        name = self.job.base_model_name or self.job.base_model
+        written = write_adapter(folder, run.adapter, run.best_param, run.config, self._backbone, name, provenance)
         return str(written.path), written.sha256
 
     def refuse(self, trial: Trial, reason: str) -> None:
@@ -329,6 +330,10 @@ class TaskRun:
 
 
 def job_fingerprint(job: TuningJob) -> str:
-    """Return a sha256 of what a job asks for; where its files lie does not count (their content has its own)."""
+    """Return a sha256 of what a job asks for.
+
+    Neither where its files lie counts (their content has its own) nor what the base model is called.
+    """
     described = dataclasses.asdict(dataclasses.replace(job, base_model="", train_path="", validation_path=""))
+    del described["base_model_name"]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

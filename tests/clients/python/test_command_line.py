@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from concurrent import futures
+from importlib.metadata import version
 
 import grpc
 import pytest
@@ -10,7 +11,7 @@ from alto.v1 import error_pb2, placement_pb2, placement_service_pb2, tuning_pb2
 from alto.v1.placement_service_pb2_grpc import PlacementServiceServicer, add_PlacementServiceServicer_to_server
 from alto_cli.app import app
 from alto_cli.client_file import ClientFile
-from alto_common.errors import DomainError
+from alto_common.errors import DomainError, invalid_fields
 from alto_common.violations import Violation
 from typer.testing import CliRunner
 
@@ -44,6 +45,10 @@ def test_help_names_every_command():
         assert f"\n  {command} " in result.output
     # Each command has its whole sentence: nothing is cut off.
     assert "..." not in result.output.partition("Commands:")[2]
+
+
+def test_the_version_is_the_packages():
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"alto {version('alto-tuning')}\n"
 
 
 def test_help_loads_nothing_slow():
@@ -120,6 +125,62 @@ def test_a_refusal_names_field_value_and_cure(run, admission, task_file):
     result = run("estimate", str(task_file), "--json")
     assert result.stdout == ""
     assert json.loads(result.stderr)["error"]["reason"] == "UNKNOWN_BASE_MODEL"
+
+
+RANK = Violation("lora_rank", 64, "give at most 16")
+LENGTH = Violation("max_length", 640, "give at most 64 tokens")
+MANY = f"give one of: {', '.join(f'model-{number:03}' for number in range(90))}"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (invalid_fields([RANK]), ["lora_rank = 64: give at most 16"]),
+        (
+            invalid_fields([RANK, LENGTH]),
+            ["lora_rank = 64: give at most 16 (and 1 more)", "  max_length = 640: give at most 64 tokens"],
+        ),
+        (
+            DomainError(
+                error_pb2.ERROR_REASON_UNKNOWN_BASE_MODEL,
+                "base model 'tiny' is not known: give one of: smollm2",
+                violations=[Violation("spec.base_model", "tiny", "give one of: smollm2")],
+            ),
+            ["base model 'tiny' is not known: give one of: smollm2"],
+        ),
+        (
+            DomainError(
+                error_pb2.ERROR_REASON_QUOTA_EXCEEDED,
+                "5 tasks have not ended; the quota is 5 tasks at a time",
+                quota=("tenant:local", "5 tasks at a time"),
+                retry_after_s=30,
+            ),
+            ["5 tasks have not ended; the quota is 5 tasks at a time", "  try again in 30 s"],
+        ),
+        (
+            DomainError(
+                error_pb2.ERROR_REASON_RESUME_TOKEN_INVALID,
+                "the resume token is not of this task",
+                violations=[Violation("resume_token", "zzz", "give that of the last message")],
+            ),
+            ["the resume token is not of this task", "  resume_token = 'zzz': give that of the last message"],
+        ),
+    ],
+)
+def test_what_a_refusal_says_it_says_once(run, admission, error, said):
+    admission.error = error
+    assert run("show", "task-1").stderr == "\n".join([f"error: {said[0]}", *said[1:], ""])
+
+
+@pytest.mark.parametrize("others", [[], [RANK]])
+def test_a_long_refusal_whose_middle_the_server_left_out_is_said_once(run, admission, others):
+    violation = Violation("spec.base_model", "tiny", MANY)
+    admission.error = invalid_fields([violation, *others])
+    assert run("show", "task-1").stderr.count("model-001") == 1
+    admission.error = DomainError(
+        error_pb2.ERROR_REASON_UNKNOWN_BASE_MODEL, f"'tiny' is not known: {MANY}", violations=[violation]
+    )
+    assert run("show", "task-1").stderr.count("model-001") == 1
 
 
 @pytest.mark.parametrize(

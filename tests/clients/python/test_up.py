@@ -143,6 +143,16 @@ def test_detached_up_and_down(home):
     assert alto("status").returncode == 7
 
 
+@pytest.mark.parametrize("options", [[], ["--detach"]])
+def test_why_a_service_cannot_be_started_is_said_once(home, monkeypatch, options):
+    pytest.importorskip("alto_planner._planner", reason="the extension is not built here")
+    monkeypatch.setenv("ALTO_NODE_SLOTS", "many")
+    up = alto("up", "--port-base", str(free_ports()), *options)
+    assert up.returncode == 1
+    assert "error: node could not be started (exit status 1)\n  the end of " in up.stderr
+    assert up.stderr.count("input_value='many'") == 1
+
+
 def test_a_busy_port_is_named_with_the_flag_that_moves_it(home):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

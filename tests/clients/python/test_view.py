@@ -82,6 +82,28 @@ def test_plain_lines_tell_what_matters_and_nothing_twice(watched):
     ]
 
 
+def test_plain_lines_tell_a_reason_that_several_failed_for_once(watched):
+    story = Story()
+    plain = PlainLines(story)
+    cause = {"message": "no room"}
+    failed = event_pb2.TrialStateChanged(state=tuning_pb2.TRIAL_STATE_FAILED, failure=cause)
+    ended = event_pb2.TaskStateChanged(state=tuning_pb2.TASK_STATE_FAILED, failure=cause)
+    events = [
+        *(event_pb2.TaskEvent(trial_id=f"trial-00{number}", trial_state_changed=failed) for number in (1, 2)),
+        event_pb2.TaskEvent(task_state_changed=ended),
+    ]
+    lines = []
+    for message in [watched[0], *(messages.WatchTuningTaskResponse(event=event) for event in events)]:
+        story.apply(message)
+        lines.extend(plain.lines(message))
+    assert lines[1:] == [
+        "trial-001 failed at step 0: no room",
+        "trial-002 failed at step 0 as trial-001 did",
+        "task failed",
+    ]
+    assert closing_sentences(story)[-1] == "The task failed: no room"
+
+
 def test_control_characters_of_others_never_reach_the_terminal(watched):
     story = Story()
     story.apply(watched[0])

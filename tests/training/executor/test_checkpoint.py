@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from alto_common.tuning import EarlyExit, Evaluation, Objective, ObjectiveKind, TrialConfig, TuningJob
+from alto_common.tuning import EarlyExit, Evaluation, Objective, ObjectiveKind, Trial, TrialConfig, TuningJob
 from alto_training.executor.backbone import prepare_backbone
 from alto_training.executor.checkpoint import CheckpointStore, TensorGroup, checkpoints_folder
 from alto_training.executor.control import ControlQueue, Pause
@@ -25,6 +25,7 @@ from alto_training.executor.errors import (
 )
 from alto_training.executor.events import CheckpointWritten, Event, TaskStarted, TrialProgress
 from alto_training.executor.settings import Backend, ExecutorSettings
+from alto_training.executor.task_run import job_fingerprint
 from tiny_jobs import MemoryDataset, assert_same_bits, job, open_memory, run, tiny_llama
 
 SETTINGS = ExecutorSettings(tokens_per_tick=64, backend=Backend.REFERENCE, checkpoint_every_ticks=2)
@@ -237,6 +238,18 @@ def test_other_trials_are_refused(tmp_path: Path) -> None:
     interrupted(tmp_path)
     with pytest.raises(JobChangedError, match="another task or other trials"):
         run(job(config()), tmp_path, settings=SETTINGS)
+
+
+def test_what_the_base_model_is_called_does_not_count(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    outcome, _ = run(mix(base_model="elsewhere", base_model_name="org/tiny"), tmp_path, settings=SETTINGS)
+    assert outcome.state == "succeeded"
+
+
+def test_checkpoints_of_earlier_versions_are_taken_up() -> None:
+    before = "d6711aa87d58181d388e81cea96924a507174782ca8f64135e80a1107087cf7a"
+    trials = (Trial("trial-001", TrialConfig()),)
+    assert job_fingerprint(TuningJob("task", "somewhere", "train", "validation", trials)) == before
 
 
 def test_checkpoints_hold_no_pickle(tmp_path: Path) -> None:

@@ -38,6 +38,13 @@ def test_names_are_suffixes_where_those_say_the_same(tmp_path: Path) -> None:
     assert described["trial-2"]["target_modules"] == ["model.layers.0.self_attn.q_proj"]
 
 
+def test_the_base_model_is_named_as_the_task_names_it(tmp_path: Path) -> None:
+    named, _ = run(job(CONFIG, base_model_name="org/tiny"), tmp_path / "named")
+    assert description(named.trials[0].adapter_path)["base_model_name_or_path"] == "org/tiny"
+    nameless, _ = run(job(CONFIG), tmp_path / "nameless")
+    assert description(nameless.trials[0].adapter_path)["base_model_name_or_path"] == "tiny-llama"
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_every_selection_of_modules_loads_into_peft_with_no_key_missing(tmp_path: Path) -> None:
     from peft import PeftModel

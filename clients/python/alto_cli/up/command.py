@@ -132,6 +132,7 @@ def _wait_until_ready(home: Path, process: subprocess.Popen[bytes], log: Path) -
         if (code := process.poll()) is not None:
             lines = log.read_text(errors="replace").strip().splitlines()
             error = next((i for i, line in enumerate(lines) if line.startswith("error: ")), max(0, len(lines) - 1))
-            text, *cures = [line.strip().removeprefix("error: ") for line in lines[error:]] or ["alto up ended"]
+            told = [line.removeprefix("error: ").removeprefix("  ") for line in lines[error:]]
+            text, *cures = told or ["alto up ended"]
             raise CommandError(text, *cures, exit_code=code or exit_codes.FAILURE)
         time.sleep(POLL_S)

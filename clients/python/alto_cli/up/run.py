@@ -70,11 +70,9 @@ class LocalServices:
         """Return whether all serve for the first time; raise when one of them ends or takes too long."""
         if ended := self._supervisor.ended:
             service = ended[0]
-            last_line = service.log_tail().rpartition("\n")[2].strip()
             raise CommandError(
                 f"{service.spec.name} could not be started ({service.detail})",
-                last_line,
-                f"its log: {service.spec.log}",
+                *service.end_of_log(),
                 exit_code=exit_codes.FAILURE,
             )
         if self._supervisor.all_serving and self._layout.local_key_file.exists():

@@ -77,8 +77,6 @@ class Service:
         if code is not None:
             self._process = None
             self.state, self.detail = "ended", exit_words(code)
-            log = f"the end of {self.spec.log}:\n{self.log_tail()}"
-            self._tell(f"{self.spec.name} ended ({self.detail}); {log}")
         elif self._probe.is_serving():
             self.state, self.detail = "serving", ""
         elif self.state == "serving":
@@ -91,18 +89,20 @@ class Service:
             self._delay_s = FIRST_DELAY_S
         self._restart_at = now + self._delay_s
         self.state = "restarting"
+        end_of_log = "\n".join(self.end_of_log())
+        self._tell(f"{self.spec.name} ended ({self.detail}); {end_of_log}")
         self._tell(f"{self.spec.name}: starting again in {duration_text(self._delay_s)}")
         self._delay_s = min(self._delay_s * 2, LONGEST_DELAY_S)
 
-    def log_tail(self) -> str:
-        """Return the last lines of its log, indented."""
+    def end_of_log(self) -> list[str]:
+        """Return the last lines of its log, indented, below a line that names it."""
         try:
             with self.spec.log.open("rb") as log:
                 log.seek(max(0, self.spec.log.stat().st_size - 16_384))
                 lines = log.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
         except OSError as error:
             lines = [str(error)]
-        return "\n".join(f"    {line}" for line in lines)
+        return [f"the end of {self.spec.log}:", *(f"    {line}" for line in lines)]
 
     def stop(self) -> None:
         """Ask the process to end and wait; kill it, with what it started, when it does not."""

@@ -19,6 +19,8 @@ class PlainLines:
         self._story = story
         self._told_fraction = 0.0
         self._told_queue = ""
+        # From a reason to the first trial that failed for it.
+        self._told_failures: dict[str, str] = {}
 
     def lines(self, message: messages.WatchTuningTaskResponse) -> list[str]:
         """Return what is worth saying of a message: nothing, or a line or two."""
@@ -57,8 +59,8 @@ class PlainLines:
         task = self._story.task
         match kind:
             case "task_state_changed":
-                failure = f": {task.failure.message}" if task.state == tuning_pb2.TASK_STATE_FAILED else ""
-                return [f"task {task_state_word(task)}{failure}"]
+                # Why it failed is said at the end, with how its trials did.
+                return [f"task {task_state_word(task)}"]
             case "task_queued" if event.task_queued.queue.explanation != self._told_queue:
                 self._told_queue = event.task_queued.queue.explanation
                 return [f"waiting: {self._told_queue}"]
@@ -100,7 +102,10 @@ class PlainLines:
                 fields = varying_fields(list(self._story.trials.values()))
                 return f"running: {config_text(trial, fields)}" if fields else "running"
             case tuning_pb2.TRIAL_STATE_FAILED:
-                return f"failed at step {trial.step}: {trial.failure.message or trial.failure.reason}"
+                reason = trial.failure.message or trial.failure.reason
+                first = self._told_failures.setdefault(reason, trial.trial_id)
+                why = f": {reason}" if first == trial.trial_id else f" as {first} did"
+                return f"failed at step {trial.step}{why}"
             case tuning_pb2.TRIAL_STATE_SUCCEEDED:
                 best = trial.best_validation_loss if trial.HasField("best_validation_loss") else None
                 return f"finished, best validation loss {loss_text(best)} at step {trial.best_step}"
