@@ -34,6 +34,7 @@ from alto_placement.state import (
     Outcome,
     StopReason,
     TaskRow,
+    TaskState,
 )
 from alto_placement.store import PlacementStore
 from alto_placement.watches import PlanFacts, PlanView, PlanWatch, facts_of
@@ -224,12 +225,34 @@ class PlacementEngine:
         """Take a node's word on how an assignment ended, and where it stood then."""
         if last is not None:
             self._learning.heard(self.state, self._facts, link.node_id, [last])
+        row = self.state.assignments.get(assignment_id)
+        task_id = None if row is None else row.task_id
         await self._commit(
             lambda draft, now: lifecycle.assignment_ended(
                 draft, link.node_id, link.incarnation, assignment_id, epoch, outcome, failure, now, self._rules
             )
         )
-        log.info("assignment ended", assignment_id=assignment_id, epoch=epoch, outcome=outcome.value)
+        self._log_end(link.node_id, assignment_id, epoch, outcome, failure, task_id)
+
+    def _log_end(
+        self,
+        node_id: str,
+        assignment_id: str,
+        epoch: int,
+        outcome: Outcome,
+        failure: FailureCause | None,
+        task_id: str | None,
+    ) -> None:
+        why = None if failure is None else failure.message
+        known = {"task_id": task_id, "node_id": node_id, "assignment_id": assignment_id, "epoch": epoch}
+        log.info("assignment ended", **known, outcome=outcome.value, why=why)
+        task = self.state.tasks.get(task_id or "")
+        if task is not None and task.ended is TaskState.GIVEN_UP:
+            log.warning("task given up", task_id=task_id, why=None if task.failure is None else task.failure.message)
+        rest = self.state.rests.get(node_id)
+        if rest is not None and self.state.nodes[node_id].rests:
+            rest_s = round(rest.until_s - self._clock().monotonic_s, 1)
+            log.warning("node rests: attempts fail there", node_id=node_id, failures=rest.failures, rest_s=rest_s)
 
     # --- the plan ---
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alto_placement.planner import Explanation, WaitReason
-from alto_placement.state import NodeState, TaskRow
+from alto_placement.state import NodeRow, NodeState, TaskRow
 from alto_placement.watches import PlanView
 
 _SENTENCES = {
@@ -65,6 +65,12 @@ def _quota_words(task: TaskRow, view: PlanView) -> str:
     return f"{sentence}."
 
 
+def _state_words(node: NodeRow) -> str:
+    if node.rests and node.state is NodeState.READY:
+        return "rests for a moment, because attempts failed there one after another"
+    return _STATES.get(node.state, "")
+
+
 def _without_node(task: TaskRow, view: PlanView) -> tuple[str, str]:
     """Say why no node can take the task now: those that could are away, or there is none."""
     kind = f" of the kind {task.gpu_kind!r}" if task.gpu_kind else ""
@@ -85,6 +91,6 @@ def _without_node(task: TaskRow, view: PlanView) -> tuple[str, str]:
             WaitReason.NEVER_FITS.value.upper(),
             f"It asks for {asked} on one node; the most that a node has is {most}.",
         )
-    why = "; ".join(f"{node.node_id} {_STATES[node.state]}" for node in fitting[:4] if node.state in _STATES)
+    why = "; ".join(f"{node.node_id} {words}" for node in fitting[:4] if (words := _state_words(node)))
     more = f"; and {len(fitting) - 4} more" if len(fitting) > 4 else ""
     return WaitReason.NO_NODE_READY.value.upper(), f"No node that could hold it takes work now: {why}{more}."

@@ -26,6 +26,7 @@ from alto_placement.state import (
     NodeState,
     Outcome,
     Progress,
+    Rest,
     StopReason,
     TaskRow,
     TaskState,
@@ -34,12 +35,19 @@ from alto_placement.state import (
 
 @dataclass(frozen=True)
 class Rules:
-    """What the operator chose: the lease, and how often a failing task is tried again (delay doubles, to a limit)."""
+    """What the operator chose: the lease, and how often a failing task is tried again (delay doubles, to a limit).
+
+    A node on which attempts fail at their start rests by the same rule.
+    """
 
     lease_s: float = 15.0
     max_failures: int = 3
     retry_delay_s: float = 2.0
     max_retry_delay_s: float = 60.0
+
+    def delay_s(self, failures: int) -> float:
+        """Return how long to wait after so many failures in a row."""
+        return min(self.retry_delay_s * 2.0 ** (failures - 1), self.max_retry_delay_s)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Reported:
 
 
 INCARNATIONS_REMEMBERED = 16
+# Of a task: what an attempt must have done beyond those before it to count as having come further.
+FURTHER = 0.01
 
 # A stop asked for by the task's owner replaces one asked for by the operator, never the other way round.
 _STOP_RANK = {
@@ -126,6 +136,8 @@ def register(draft: Draft, spec: NodeSpec, incarnation: str, now: Moment, rules:
             raise _superseded(spec.node_id)
         _lose_assignments(draft, spec.node_id, now)
         superseded = (*superseded, known.incarnation)[-INCARNATIONS_REMEMBERED:]
+    if known.incarnation != incarnation:
+        known = _rested(draft, known)
     node = replace(known, spec=spec, incarnation=incarnation, superseded=superseded, lost=False, last_seen_s=now.wall_s)
     draft.put(node)
     _renew(draft, spec.node_id, now, rules)
@@ -182,26 +194,37 @@ def assignment_ended(
     row = draft.assignment(assignment_id)
     if row is None or row.epoch != epoch or row.node_id != node_id:
         return
+    task = draft.task(row.task_id)
+    assert task is not None, "an assignment has a task"
+    before, begun = task.fraction_done, _has_begun(draft, row)
     _end(draft, row, outcome, now)
     task = draft.task(row.task_id)
     assert task is not None, "an assignment has a task"
+    _judge(draft, row.node_id, begun, outcome, now, rules)
     if outcome in (Outcome.COMPLETED, Outcome.FAILED):
         draft.put(_ended(task, TaskState.FINISHED, now, failure))
     elif outcome is Outcome.UNSHARED and task.ended is None and not task.alone:
         # Whose fault it was shows when each is tried alone: until then it is nobody's.
         draft.put(replace(task, alone=True))
     elif outcome in (Outcome.FAILED_RETRIABLE, Outcome.UNSHARED) and task.ended is None:
-        task = replace(task, failures=task.failures + 1, failure=failure)
+        further = task.fraction_done > before + FURTHER
+        task = replace(task, failures=1 if further else task.failures + 1, failure=failure)
         draft.put(task)
         if task.failures >= rules.max_failures:
-            draft.put(_ended(task, TaskState.GIVEN_UP, now, failure))
+            draft.put(_ended(task, TaskState.GIVEN_UP, now, _given_up(task, failure)))
         else:
-            delay_s = min(rules.retry_delay_s * 2 ** (task.failures - 1), rules.max_retry_delay_s)
-            draft.base.retry_at_s[task.task_id] = now.monotonic_s + delay_s
+            draft.base.retry_at_s[task.task_id] = now.monotonic_s + rules.delay_s(task.failures)
 
 
 def expire(draft: Draft, now: Moment) -> tuple[str, ...]:
-    """Declare the nodes lost whose lease has run out, end what they had, and return their names."""
+    """Declare the nodes lost whose lease has run out, end what they had, and return their names.
+
+    Nodes that have rested take work again.
+    """
+    for node_id, rest in list(draft.base.rests.items()):
+        node = draft.node(node_id)
+        if node is not None and node.rests and rest.until_s <= now.monotonic_s:
+            draft.put(replace(node, rests=False))
     lost = []
     for node_id, end_s in list(draft.base.lease_end_s.items()):
         node = draft.node(node_id)
@@ -226,7 +249,7 @@ def assign(
     With a host it becomes a guest: in the host's executor, as long as that lasts, and without GPUs of its own.
     """
     task, node = draft.task(task_id), draft.node(node_id)
-    if task is None or node is None or node.state is not NodeState.READY:
+    if task is None or node is None or node.state is not NodeState.READY or node.rests:
         return None
     if task.ended is not None or task.assignment_id or task.held:
         return None
@@ -289,7 +312,7 @@ def cordon(draft: Draft, node_id: str, cordoned: bool) -> NodeRow:
     node = draft.node(node_id)
     if node is None:
         raise not_found("node", node_id)
-    node = replace(node, cordoned=cordoned, draining=node.draining and cordoned)
+    node = replace(_rested(draft, node), cordoned=cordoned, draining=node.draining and cordoned)
     draft.put(node)
     return node
 
@@ -341,6 +364,45 @@ def _lose_assignments(draft: Draft, node_id: str, now: Moment) -> None:
         _end(draft, row, Outcome.LOST, now)
 
 
+def _judge(draft: Draft, node_id: str, begun: bool, outcome: Outcome, now: Moment, rules: Rules) -> None:
+    """Let a node rest on which an attempt failed before its first tick, if there is another: longer with each in a row.
+
+    Whatever is wrong with it (a full disk, models that are not there) shall not eat up the queue, and the task is tried
+    elsewhere first: a node rests longer than a task waits. A tick shows that the node can work.
+    """
+    node = draft.node(node_id)
+    assert node is not None, "an assignment has a node"
+    if begun or outcome in (Outcome.COMPLETED, Outcome.FAILED):
+        draft.put(_rested(draft, node))
+    elif outcome is Outcome.FAILED_RETRIABLE and any(
+        other.state is NodeState.READY and not other.rests and other.node_id != node_id
+        for other in draft.base.nodes.values()
+    ):
+        failures = draft.base.rests[node_id].failures + 1 if node_id in draft.base.rests else 1
+        draft.base.rests[node_id] = Rest(failures, now.monotonic_s + rules.delay_s(failures + 1))
+        draft.put(replace(node, rests=True))
+
+
+def _rested(draft: Draft, node: NodeRow) -> NodeRow:
+    """Forget what failed on a node, and return it as one that takes work."""
+    draft.base.rests.pop(node.node_id, None)
+    return replace(node, rests=False)
+
+
+def _has_begun(draft: Draft, row: AssignmentRow) -> bool:
+    """Whether an attempt has got to its first tick."""
+    progress = draft.base.progress.get(row.assignment_id)
+    return progress is not None and progress.measured.ticks > 0
+
+
+def _given_up(task: TaskRow, failure: FailureCause | None) -> FailureCause | None:
+    """Say with the last failure how many there were."""
+    if failure is None or task.failures == 1:
+        return failure
+    sentence = f"given up after {task.failures} attempts in a row that came no further, the last on {task.ran_on}"
+    return replace(failure, message=f"{sentence}: {failure.message}")
+
+
 def _end(draft: Draft, row: AssignmentRow, outcome: Outcome, now: Moment) -> None:
     """End a live assignment and free its task, which waits again, is held, or has been taken out."""
     progress = draft.base.progress.get(row.assignment_id)
@@ -348,9 +410,8 @@ def _end(draft: Draft, row: AssignmentRow, outcome: Outcome, now: Moment) -> Non
     task = draft.task(row.task_id)
     assert task is not None, "an assignment has a task"
     # What this attempt never got to say is what its node had before: a checkpoint of its own, or nothing.
-    begun = progress is not None and progress.measured.ticks > 0
     before = task.fraction_done if row.node_id == task.ran_on else 0.0
-    done = progress.fraction_done if progress is not None and begun else before
+    done = progress.fraction_done if progress is not None and _has_begun(draft, row) else before
     drained = outcome is Outcome.STOPPED and row.stop is StopReason.DRAINED
     lost_place = drained or outcome in (Outcome.LOST, Outcome.UNSHARED)
     # A guest had no place of its own to lose, and gains none by having been one.

@@ -17,12 +17,13 @@ class PlacementSettings(ServiceSettings):
 
     A node sends a heartbeat every `heartbeat_s` and is lost after `lease_s` without one. A task that failed in a way
     that another attempt may not is tried again after `retry_delay_s`, doubled each time, and given up after
-    `max_failures`. `plan_budget_s` is what the planner may spend on a plan beyond its fast lists; a plan is made at
-    every event, at most once in `debounce_s`, and every `refresh_s` while something runs. Before a plan's orders are
-    given it is thought over for a thousandth of its length, at most `decision_budget_s`. `objective`, `tenants` (by
-    name) and `reservations` are the operator's policy, as JSON; see `policy`. `sharing` says whose small tasks over one
-    base model may be trained in one executor: "off", those of one "tenant", or "all". What was learned of durations is
-    kept every `keep_learned_s`.
+    `max_failures` in a row that came no further. A node on which attempts fail before their first tick rests by the
+    same rule, as long as another takes work. `plan_budget_s` is what the planner may spend on a plan beyond its fast
+    lists; a plan is made at every event, at most once in `debounce_s`, and every `refresh_s` while something runs.
+    Before a plan's orders are given it is thought over for a thousandth of its length, at most `decision_budget_s`.
+    `objective`, `tenants` (by name) and `reservations` are the operator's policy, as JSON; see `policy`. `sharing` says
+    whose small tasks over one base model may be trained in one executor: "off", those of one "tenant", or "all". What
+    was learned of durations is kept every `keep_learned_s`.
     """
 
     prefix: ClassVar[str] = "ALTO_PLACEMENT_"

@@ -336,8 +336,8 @@ def snapshot_of(
 
 def planner_node(node: NodeRow) -> planner.Node:
     """Return a node as the planner sees it."""
-    spec = node.spec
-    return planner.Node(spec.node_id, spec.gpu_kind, spec.gpus, _NODE_STATES[node.state], spec.memory_bytes_per_gpu)
+    spec, state = node.spec, planner.NodeState.CORDONED if node.rests else _NODE_STATES[node.state]
+    return planner.Node(spec.node_id, spec.gpu_kind, spec.gpus, state, spec.memory_bytes_per_gpu)
 
 
 def waiting_task(

@@ -89,7 +89,8 @@ class NodeSpec:
 class NodeRow:
     """A node. `incarnation` names the start of its process that counts, `superseded` the latest of those before it.
 
-    `last_seen_s` is wall time.
+    `last_seen_s` is wall time. A node that `rests` takes no work for a while, because attempts failed there one after
+    another; that is not kept.
     """
 
     spec: NodeSpec
@@ -99,6 +100,7 @@ class NodeRow:
     lost: bool = False
     last_seen_s: float = 0.0
     superseded: tuple[str, ...] = ()
+    rests: bool = False
 
     @property
     def node_id(self) -> str:
@@ -137,10 +139,11 @@ class TaskRow:
     """A task. `work` is what its node is told, serialised; placement does not look inside.
 
     `epoch` is that of its latest assignment (0 before the first) and only grows. `attempts` counts assignments,
-    `failures` those that failed in a way that another attempt may not. `assignment_id` is the live assignment, if any.
-    `fraction_done` is that of its latest checkpoint, which lies on `ran_on`. `keeps_turn` says that it
-    lost its place through no doing of its own, nor for another task: its node died or was drained. `alone` says that it
-    shares no executor any more, because one that it shared broke down. `ended` is set once: FINISHED or GIVEN_UP.
+    `failures` those in a row that failed, in a way that another attempt may not, without having come further.
+    `assignment_id` is the live assignment, if any. `fraction_done` is that of its latest checkpoint, which lies on
+    `ran_on`. `keeps_turn` says that it lost its place through no doing of its own, nor for another task: its node died
+    or was drained. `alone` says that it shares no executor any more, because one that it shared broke down. `ended` is
+    set once: FINISHED or GIVEN_UP.
     """
 
     task_id: str
@@ -201,6 +204,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """After how many attempts in a row that failed on a node before their first tick, and until when it rests."""
+
+    failures: int
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
     """The rows that an operation made or changed, to be kept in one transaction."""
 
@@ -221,9 +232,10 @@ class ClusterState:
     nodes: dict[str, NodeRow] = field(default_factory=dict)
     tasks: dict[str, TaskRow] = field(default_factory=dict)
     assignments: dict[str, AssignmentRow] = field(default_factory=dict)
-    # Gone after a restart. On the monotonic clock: node -> end of its lease, task -> earliest retry.
+    # Gone after a restart. On the monotonic clock: node -> end of its lease, task -> earliest retry, node -> its rest.
     lease_end_s: dict[str, float] = field(default_factory=dict)
     retry_at_s: dict[str, float] = field(default_factory=dict)
+    rests: dict[str, Rest] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
     # Node -> wall time of its latest heartbeat.
     last_seen_s: dict[str, float] = field(default_factory=dict)

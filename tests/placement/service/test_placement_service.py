@@ -267,7 +267,8 @@ async def test_a_task_that_keeps_failing_is_given_up_with_the_reason(stub):
         node.heartbeat()
     plan = await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
     task = plan.tasks[0]
-    assert (task.failure.message, task.attempts) == ("crash 3", 3)
+    sentence = "given up after 3 attempts in a row that came no further, the last on node-a: crash 3"
+    assert (task.failure.message, task.attempts) == (sentence, 3)
     assert epochs == [epochs[0], epochs[0] + 1, epochs[0] + 2]
     # A watcher that connects later hears of it too.
     await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_GIVEN_UP)

@@ -1,0 +1,153 @@
+"""Attempts that fail: how often a task is tried again, and what becomes of a node on which everything fails."""
+
+from alto_placement import lifecycle, planner
+from alto_placement.durations import Measured
+from alto_placement.explanations import queue_words
+from alto_placement.forecasts import Forecasts
+from alto_placement.lifecycle import Rules
+from alto_placement.policy import Policy
+from alto_placement.snapshot import snapshot_of
+from alto_placement.state import (
+    ClusterState,
+    Draft,
+    FailureCause,
+    Moment,
+    NodeSpec,
+    Outcome,
+    Progress,
+    TaskRow,
+    TaskState,
+    WorkSize,
+)
+from alto_placement.watches import PlanView, facts_of
+
+RULES = Rules(lease_s=1e9, max_failures=3, retry_delay_s=2.0, max_retry_delay_s=60.0)
+
+
+class Cluster:
+    """Placement's state on nodes of one GPU each, changed by its real operations and plans."""
+
+    def __init__(self, *node_ids, tasks=1):
+        self.state, self.now_s, self.names = ClusterState(), 0.0, 0
+        for node_id in node_ids:
+            self.commit(lifecycle.register, NodeSpec(node_id, "h100", 1), "first", self.now, RULES)
+        for number in range(tasks):
+            row = TaskRow(f"t{number}", "acme", b"", "llama", 1, "", WorkSize(steps=100), enqueued_s=1e9 + number)
+            self.commit(lifecycle.enqueue, row)
+
+    @property
+    def now(self):
+        return Moment(self.now_s, 1e9 + self.now_s)
+
+    def commit(self, operation, *rest):
+        draft = Draft(self.state)
+        answer = operation(draft, *rest)
+        self.state.apply(draft.changes())
+        return answer
+
+    def passes(self, seconds):
+        self.now_s += seconds
+        self.commit(lifecycle.expire, self.now)
+
+    def starts(self):
+        """Carry out the plan; return the assignments that begin."""
+        snapshot, _ = snapshot_of(self.state, Forecasts(), Policy(), {}, self.now, 1)
+        rows = [self.assign(one.task_id, one.parts[0].node_id) for one in planner.plan(snapshot).starting]
+        return [row for row in rows if row is not None]
+
+    def assign(self, task_id, node_id):
+        self.names += 1
+        return self.commit(lifecycle.assign, task_id, node_id, (0,), f"a{self.names}", self.now)
+
+    def trains(self, row, fraction):
+        self.state.progress[row.assignment_id] = Progress(fraction, self.now_s, Measured(ticks=10))
+
+    def fails(self, row, why="it crashed"):
+        cause = FailureCause("TRAINING_FAILED", why)
+        said = row.node_id, "first", row.assignment_id, row.epoch, Outcome.FAILED_RETRIABLE, cause, self.now, RULES
+        self.commit(lifecycle.assignment_ended, *said)
+
+    def task(self, task_id="t0"):
+        return self.state.tasks[task_id]
+
+
+def test_attempts_that_come_further_are_not_counted_against_a_task():
+    cluster = Cluster("n1")
+    for fraction in (0.2, 0.4, 0.6, 0.8):
+        (row,) = cluster.starts()
+        cluster.trains(row, fraction)
+        cluster.fails(row)
+        assert (cluster.task().failures, cluster.task().ended) == (1, None)
+        cluster.passes(60.0)
+    for failures in (2, 3):
+        (row,) = cluster.starts()
+        cluster.trains(row, 0.801)
+        cluster.fails(row, f"crash {failures}")
+        assert cluster.task().failures == failures
+        cluster.passes(60.0)
+    assert cluster.task().ended is TaskState.GIVEN_UP
+    assert cluster.task().failure.message == (
+        "given up after 3 attempts in a row that came no further, the last on n1: crash 3"
+    )
+
+
+def test_a_node_on_which_everything_fails_does_not_eat_up_the_queue():
+    cluster = Cluster("well", "sick", tasks=6)
+    done = 0
+    for _ in range(200):
+        for row in cluster.starts():
+            if row.node_id == "sick":
+                cluster.fails(row, "its disk is full")
+            else:
+                cluster.trains(row, 1.0)
+        for row in list(cluster.state.on_node("well")):
+            said = row.node_id, "first", row.assignment_id, row.epoch, Outcome.COMPLETED, None, cluster.now, RULES
+            cluster.commit(lifecycle.assignment_ended, *said)
+            done += 1
+        cluster.passes(1.0)
+    assert done == 6
+    assert not any(task.ended is TaskState.GIVEN_UP for task in cluster.state.tasks.values())
+
+
+def test_a_node_rests_longer_each_time_until_an_attempt_gets_to_its_first_tick():
+    cluster = Cluster("n1", "n2", tasks=4)
+    cluster.commit(lifecycle.cordon, "n2", True)
+    cluster.fails(cluster.assign("t0", "n1"))
+    assert not cluster.state.nodes["n1"].rests, "the only node that takes work does not rest"
+    cluster.commit(lifecycle.cordon, "n2", False)
+    for task_id, rest_s in (("t1", 4.0), ("t2", 8.0)):
+        cluster.fails(cluster.assign(task_id, "n1"))
+        cluster.passes(rest_s - 0.5)
+        assert cluster.assign("t3", "n1") is None
+        cluster.passes(1.0)
+    row = cluster.assign("t3", "n1")
+    cluster.trains(row, 0.01)
+    cluster.fails(row)
+    assert not cluster.state.nodes["n1"].rests
+    assert "n1" not in cluster.state.rests
+
+
+def test_who_waits_for_a_node_that_rests_is_told_so():
+    cluster = Cluster("n1", "n2", tasks=2)
+    first = cluster.starts()
+    cluster.fails(next(row for row in first if row.node_id == "n1"))
+    cluster.commit(lifecycle.cordon, "n2", True)
+    cluster.passes(3.0)
+    snapshot, left = snapshot_of(cluster.state, Forecasts(), Policy(), {}, cluster.now, 1)
+    made = planner.plan(snapshot)
+    view = PlanView(1, cluster.now, cluster.state, facts_of(made, snapshot, left))
+    waiting = next(task for task in cluster.state.tasks.values() if not task.assignment_id)
+    assert queue_words(waiting, made.explanations.get(waiting.task_id), view) == (
+        "NO_NODE_READY",
+        "No node that could hold it takes work now: n1 rests for a moment, because attempts failed there one after "
+        "another; n2 takes no more work.",
+    )
+
+
+def test_an_operator_or_a_restart_ends_a_rest():
+    cluster = Cluster("n1", "n2")
+    (row,) = cluster.starts()
+    cluster.fails(row)
+    assert cluster.state.nodes[row.node_id].rests
+    cluster.commit(lifecycle.cordon, row.node_id, False)
+    assert not cluster.state.nodes[row.node_id].rests
