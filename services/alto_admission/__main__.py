@@ -34,7 +34,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="alto-admission", description="Serve the public API; settings are variables ALTO_ADMISSION_*."
     )
     commands = parser.add_subparsers(dest="command")
-    keys = commands.add_parser("keys", help="administer API keys").add_subparsers(dest="action", required=True)
+    administration = commands.add_parser(
+        "keys", help="administer API keys", description="Administer API keys; needs the database alone."
+    )
+    keys = administration.add_subparsers(dest="action", required=True)
     create = keys.add_parser("create", help="make a key and show it once")
     create.add_argument("--tenant", required=True)
     create.add_argument("--scopes", default="read,write", help="read, write or both, separated by a comma")
@@ -78,7 +81,8 @@ async def _keys(options: argparse.Namespace) -> int:
     from alto_admission.settings import AdmissionSettings
     from alto_admission.store.keys import KeyStore
 
-    database = open_database(AdmissionSettings.load())
+    # Keys are between an operator and the database: the services' token plays no part.
+    database = open_database(AdmissionSettings.load(service_token=""))
     await database.migrate()
     keys = KeyStore(database)
     try:

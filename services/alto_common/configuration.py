@@ -28,10 +28,13 @@ class ServiceSettings(BaseSettings):
         cls.model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix=cls.prefix)
 
     @classmethod
-    def load(cls) -> Self:
-        """Read the environment. Raises ValueError for a variable with the prefix that no setting has."""
+    def load(cls, **given: object) -> Self:
+        """Read the environment, but for the settings `given`.
+
+        Raises ValueError for a variable with the prefix that no setting has.
+        """
         known = {f"{cls.prefix}{name}".upper() for name in cls.model_fields}
         unknown = sorted(name for name in os.environ if name.startswith(cls.prefix) and name not in known)
         if unknown:
             raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls.model_validate({})
+        return cls.model_validate(given)

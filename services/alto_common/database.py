@@ -10,21 +10,30 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, event
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from alto_common.errors import unavailable
+
 SQLITE_BUSY_TIMEOUT_MS = 30_000
+# Shorter than callers' deadlines: they hear why, and when to try again.
+CONNECTION_WAIT_S = 10.0
+
+log = structlog.get_logger("alto.database")
 
 
 class Database:
     """An engine and the migrations of one service. `migrations` is the folder of its Alembic scripts."""
 
     def __init__(self, url: str, migrations: Path) -> None:
-        self.engine: AsyncEngine = create_async_engine(url, pool_pre_ping=True)
+        self.engine: AsyncEngine = create_async_engine(url, pool_pre_ping=True, pool_timeout=CONNECTION_WAIT_S)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self._migrations = migrations
         if self.is_sqlite:
@@ -36,14 +45,15 @@ class Database:
         """Open a transaction; it commits when the block ends and rolls back when the block raises.
 
         On SQLite it takes the write lock at once (BEGIN IMMEDIATE), so that two writers queue instead of failing.
+        Raises UNAVAILABLE.
         """
-        async with self.engine.begin() as connection:
+        async with self._connected() as connection, connection.begin():
             yield connection
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[AsyncConnection]:
-        """Open a connection for reading; nothing is kept."""
-        async with self.engine.connect() as connection:
+        """Open a connection for reading; nothing is kept. Raises UNAVAILABLE."""
+        async with self._connected() as connection:
             if self.is_sqlite:
                 connection = await connection.execution_options(alto_read_only=True)
             yield connection
@@ -62,6 +72,18 @@ class Database:
         """Close every connection."""
         await self.engine.dispose()
 
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[AsyncConnection]:
+        """Open a connection. Raises UNAVAILABLE when all are in use, or the database cannot be reached, or is lost."""
+        try:
+            async with self.engine.connect() as connection:
+                yield connection
+        except (PoolTimeoutError, OperationalError) as error:
+            if not _is_away(error):
+                raise
+            log.warning("the database is away", error=str(error))
+            raise unavailable("the database cannot be reached, or is too busy, at the moment") from error
+
     def _config(self) -> Config:
         config = Config()
         config.set_main_option("script_location", str(self._migrations))
@@ -75,6 +97,11 @@ class Database:
     def _has_head(self, connection: Connection) -> bool:
         heads = ScriptDirectory.from_config(self._config()).get_heads()
         return set(MigrationContext.configure(connection).get_current_heads()) == set(heads)
+
+
+def _is_away(error: PoolTimeoutError | OperationalError) -> bool:
+    """Say whether there was no connection, or none any more; else it was a statement that failed."""
+    return isinstance(error, PoolTimeoutError) or error.connection_invalidated or error.statement is None
 
 
 def _set_sqlite_pragmas(connection: Any, _record: Any) -> None:

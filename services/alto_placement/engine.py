@@ -294,6 +294,9 @@ class PlacementEngine:
             return answer
 
     def _announce(self, changes: Changes) -> None:
+        for row in changes.assignments:
+            if row.outcome is Outcome.LOST:
+                log.warning("assignment lost", task_id=row.task_id, node_id=row.node_id, epoch=row.epoch)
         self._revision += 1
         self._changed.set()
         # What a node must be told depends on its assignments and their tasks.

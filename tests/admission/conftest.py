@@ -1,5 +1,6 @@
 """A real admission server on real sockets, with a placement that does what a test tells it."""
 
+import asyncio
 import hashlib
 import json
 import uuid
@@ -70,7 +71,10 @@ def models_root(tmp_path, monkeypatch):
 
 
 class FakePlacement(placement_service_pb2_grpc.PlacementServiceServicer):
-    """Keeps what it is told; `refuse` makes every call fail with that status, `plans` is what watchers get."""
+    """Keeps what it is told, and tells watchers what it plans; `show` tells them anything else.
+
+    `refuse` makes every call fail with that status; answers to new tasks wait for `may_answer`.
+    """
 
     def __init__(self):
         self.enqueued = {}
@@ -80,6 +84,9 @@ class FakePlacement(placement_service_pb2_grpc.PlacementServiceServicer):
         self.failure = None
         self.watchers = []
         self.gpu_kind = "h100"
+        self.plan = placement_pb2.Plan()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def EnqueueTask(self, request, context):
         await self._maybe_refuse(context)
@@ -88,11 +95,14 @@ class FakePlacement(placement_service_pb2_grpc.PlacementServiceServicer):
         self.enqueued.setdefault(task_id, request)
         queue = tuning_pb2.QueueStatus(reason="PLANNING", explanation="The plan is being made.")
         task = placement_pb2.PlannedTask(task_id=task_id, state=self.answer, queue=queue, failure=self.failure)
+        self.show(*self._others(task_id), task)
+        await self.may_answer.wait()
         return placement_service_pb2.EnqueueTaskResponse(task=task)
 
     async def DequeueTask(self, request, context):
         await self._maybe_refuse(context)
         self.calls.append(("dequeue", request.task_id))
+        self.show(*self._others(request.task_id))
         return placement_service_pb2.DequeueTaskResponse()
 
     async def UpdateTask(self, request, context):
@@ -112,16 +122,19 @@ class FakePlacement(placement_service_pb2_grpc.PlacementServiceServicer):
 
     async def WatchPlan(self, request, context):
         await self._maybe_refuse(context)
-        import asyncio
-
         queue = asyncio.Queue()
+        queue.put_nowait(self.plan)
         self.watchers.append(queue)
         while True:
             yield placement_service_pb2.WatchPlanResponse(plan=await queue.get())
 
     def show(self, *tasks):
+        self.plan = placement_pb2.Plan(tasks=tasks)
         for watcher in self.watchers:
-            watcher.put_nowait(placement_pb2.Plan(tasks=tasks))
+            watcher.put_nowait(self.plan)
+
+    def _others(self, task_id):
+        return [task for task in self.plan.tasks if task.task_id != task_id]
 
     async def _maybe_refuse(self, context):
         if self.refuse is not None:

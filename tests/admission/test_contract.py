@@ -135,7 +135,7 @@ def _value(field, chance, depth):
         case FieldDescriptor.CPPTYPE_STRING:
             if field.type == FieldDescriptor.TYPE_BYTES:
                 return chance.randbytes(chance.choice([0, 1, 50]))
-            return chance.choice(["", "a", "a\0b", "tiny-llama", "../..", "lora_rank", "ü" * 70, "paper", "x" * 2000])
+            return chance.choice(["", "a", "a\1b", "tiny-llama", "../..", "lora_rank", "ü" * 70, "paper", "x" * 2000])
         case FieldDescriptor.CPPTYPE_BOOL:
             return chance.random() < 0.5
         case FieldDescriptor.CPPTYPE_DOUBLE:

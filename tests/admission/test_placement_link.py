@@ -7,6 +7,7 @@ import pytest
 from alto.v1 import admission_service_pb2 as messages
 from alto.v1 import placement_pb2, tuning_pb2
 from alto_admission import dispatcher
+from alto_admission.store.outbox import Outbox
 from alto_common.rpc.status import reason_in
 from google.protobuf import timestamp_pb2
 
@@ -194,7 +195,6 @@ async def test_the_plan_says_why_and_until_when(admission, placement):
     client = await admission.client()
     task = await client.create()
     await connected(placement)
-    # Placement's answer to the new task comes before what it plans.
     await until(waits_for(client, task, "PLANNING"))
     start = timestamp_pb2.Timestamp(seconds=1_800_000_000)
     queue = tuning_pb2.QueueStatus(reason="GPUS_BUSY", explanation="All are in use.", predicted_start_time=start)
@@ -203,6 +203,23 @@ async def test_the_plan_says_why_and_until_when(admission, placement):
     assert waiting.queue == queue
     placement.show(planned(task, placement_pb2.PLACEMENT_STATE_ASSIGNED, epoch=1, node_id="n1"))
     assert "n1" in (await until(waits_for(client, task, "STARTING"))).queue.explanation
+
+
+async def test_an_answer_that_comes_late_does_not_take_back_what_the_plan_says(admission, placement):
+    placement.may_answer.clear()
+    client = await admission.client()
+    task = await client.create()
+    await until(has_calls(placement, ("enqueue", task.task_id)))
+    queue = tuning_pb2.QueueStatus(reason="GPUS_BUSY", explanation="All are in use.")
+    placement.show(planned(task, placement_pb2.PLACEMENT_STATE_WAITING, queue=queue))
+    await until(waits_for(client, task, "GPUS_BUSY"))
+    placement.may_answer.set()
+
+    async def delivered():
+        return not await Outbox(admission.server.database).holds(task.task_id)
+
+    await until(delivered)
+    assert (await state_of(client, task)).queue == queue
 
 
 async def test_a_lost_node_queues_its_task_again_but_an_old_plan_does_not(admission, placement):

@@ -36,6 +36,18 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("ALTO_ADMISSION_DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path / 'new' / 'a.db'}")
 
 
+def test_keys_need_the_database_only(database_url, monkeypatch, capsys):
+    monkeypatch.delenv("ALTO_ADMISSION_SERVICE_TOKEN", raising=False)
+    monkeypatch.setenv("ALTO_ADMISSION_DATABASE_URL", database_url)
+    assert main(["keys", "create", "--tenant", "acme"]) == 0
+    key_id, _ = capsys.readouterr().out.split()
+    assert main(["keys", "list"]) == 0
+    assert capsys.readouterr().out.startswith(f"{key_id}\tacme\t")
+    assert main(["keys", "revoke", "--tenant", "acme", "--key", key_id]) == 0
+    with pytest.raises(ValueError, match="service_token"):
+        AdmissionSettings.load()
+
+
 def test_keys_are_made_listed_and_revoked(environment, capsys):
     async def scopes_of(secret):
         database = open_database(AdmissionSettings.load())

@@ -233,11 +233,6 @@ async def test_pages_of_tasks_by_state_and_label(tasks):
     assert [task.task_id for task in await tasks.page("acme", queued, None, 10)] == ["task-1"]
 
 
-@pytest.mark.parametrize("text", ["\0", "a\0b"])
-async def test_nul_is_refused_by_name(tasks, text):
-    assert await reason_of(tasks.get(text, "acme")) == error_pb2.ERROR_REASON_INVALID_FIELD
-
-
 async def test_deliveries_wait_for_those_before_them(tasks, database):
     outbox = Outbox(database)
     await tasks.create(a_story(), {})

@@ -155,7 +155,8 @@ async def test_validate_only_keeps_nothing(admission, placement):
         ({"early_exit": tuning_pb2.EarlyExit(policy="best")}, "INVALID_FIELD", "spec.early_exit.policy", "paper"),
         ({"objective": tuning_pb2.Objective(kind=2)}, "INVALID_FIELD", "spec.dataset_id", "chosen"),
         ({"validation_fraction": 0.9}, "INVALID_FIELD", "spec.validation_fraction", "0.5"),
-        ({"labels": {"k\0": "v"}}, "INVALID_FIELD", "text", "NUL"),
+        ({"labels": {"k\0": "v"}}, "INVALID_FIELD", 'spec.labels["k\\u0000"]', "NUL"),
+        ({"display_name": "a\0b"}, "INVALID_FIELD", "spec.display_name", "NUL"),
     ],
 )
 async def test_bad_input_is_named_with_its_cure(admission, fields, reason, field, cure):

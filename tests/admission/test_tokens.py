@@ -7,8 +7,11 @@ from alto_common.errors import DomainError
 from hypothesis import given
 from hypothesis import strategies as st
 
+# Without NUL, and without surrogates, as text that a database keeps.
+KEPT = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 
-@given(st.binary(), st.integers(0, 2**53), st.text())
+
+@given(st.binary(), st.integers(0, 2**53), st.text(KEPT))
 def test_a_page_token_comes_back(binding, number, text):
     assert page_key(page_token(binding, (number, text)), binding, (int, str)) == (number, text)
 
@@ -29,7 +32,7 @@ def test_a_page_token_of_another_list_is_refused(binding, kinds):
         page_key(page_token(b"list", (1, "a")), binding, kinds)
 
 
-@pytest.mark.parametrize("key", [(2**63, "a"), (-(2**63) - 1, "a"), (1, "\ud800")])
+@pytest.mark.parametrize("key", [(2**63, "a"), (-(2**63) - 1, "a"), (1, "\ud800"), (1, "a\0")])
 def test_a_page_token_that_no_database_can_compare_with_is_refused(key):
     with pytest.raises(DomainError, match="does not belong"):
         page_key(page_token(b"list", key), b"list", (int, str))

@@ -79,12 +79,15 @@ def recover(story: Story) -> None:
 
 
 def answered(story: Story, planned: placement_pb2.PlannedTask) -> None:
-    """Take over placement's answer to handing a task over."""
+    """Take over from placement's answer to handing a task over whether it has ended.
+
+    Why it waits the plans tell, one after another: the answer may come behind a newer one.
+    """
     if planned.state == placement_pb2.PLACEMENT_STATE_FINISHED and planned.epoch >= story.task.epoch:
         reason = reason_name(error_pb2.ERROR_REASON_EXECUTION_FAILED)
         message = "placement has finished with the task, but its node never reported how it ended"
         story.failed(tuning_pb2.Failure(reason=reason, message=message))
-    else:
+    elif planned.state == placement_pb2.PLACEMENT_STATE_GIVEN_UP:
         apply(story, planned)
 
 

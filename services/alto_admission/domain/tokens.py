@@ -59,10 +59,10 @@ def resumed_sequence(token: str, task_id: str, last: int) -> int:
 
 
 def _is_storable(part: int | str) -> bool:
-    """Say whether a database can compare a column with it: a 64-bit number, or text that UTF-8 can hold."""
+    """Say whether a database can compare a column with it: a 64-bit number, or text without NUL that UTF-8 can hold."""
     if isinstance(part, int):
         return -(2**63) <= part < 2**63
-    return not any("\ud800" <= character <= "\udfff" for character in part)
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in part)
 
 
 def _digest(binding: bytes) -> bytes:

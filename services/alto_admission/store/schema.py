@@ -8,32 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from alto.v1 import error_pb2
-from alto_common.errors import DomainError
-from alto_common.violations import Violation
-from sqlalchemy.exc import DontWrapMixin
 
 metadata = sa.MetaData()
-
-
-class UnstorableTextError(DomainError, DontWrapMixin):
-    """Text from a caller that a database cannot hold; passes through SQLAlchemy as it is."""
-
-
-class Text(sa.types.TypeDecorator[str]):
-    """Text without NUL: PostgreSQL refuses it, so it is refused by name before either engine sees it."""
-
-    impl = sa.String
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:
-        """Raise INVALID_FIELD for text with NUL."""
-        if value is not None and "\0" in value:
-            violation = Violation("text", value, "remove the NUL character")
-            raise UnstorableTextError(
-                error_pb2.ERROR_REASON_INVALID_FIELD, f"text cannot hold NUL: {value!r}", violations=[violation]
-            )
-        return value
 
 
 def _column(name: str, kind: Any, *, nullable: bool = False, **options: Any) -> sa.Column[Any]:
@@ -43,14 +19,14 @@ def _column(name: str, kind: Any, *, nullable: bool = False, **options: Any) -> 
 tasks = sa.Table(
     "tasks",
     metadata,
-    _column("task_id", Text, primary_key=True),
-    _column("tenant", Text),
-    _column("request_id", Text),
-    _column("request_hash", Text),
+    _column("task_id", sa.String, primary_key=True),
+    _column("tenant", sa.String),
+    _column("request_id", sa.String),
+    _column("request_hash", sa.String),
     _column("spec", sa.LargeBinary),
-    _column("base_model", Text),
-    _column("dataset_id", Text),
-    _column("validation_dataset_id", Text, nullable=True),
+    _column("base_model", sa.String),
+    _column("dataset_id", sa.String),
+    _column("validation_dataset_id", sa.String, nullable=True),
     _column("trial_count", sa.Integer),
     _column("samples_planned", sa.BigInteger),
     _column("create_us", sa.BigInteger),
@@ -58,20 +34,20 @@ tasks = sa.Table(
     _column("revision", sa.BigInteger),
     _column("start_us", sa.BigInteger, nullable=True),
     _column("end_us", sa.BigInteger, nullable=True),
-    _column("best_trial_id", Text, nullable=True),
+    _column("best_trial_id", sa.String, nullable=True),
     _column("best_validation_loss", sa.Double, nullable=True),
     _column("base_validation_loss", sa.Double, nullable=True),
-    _column("queue_reason", Text),
-    _column("queue_explanation", Text),
+    _column("queue_reason", sa.String),
+    _column("queue_explanation", sa.String),
     _column("predicted_start_us", sa.BigInteger, nullable=True),
     _column("predicted_end_us", sa.BigInteger, nullable=True),
-    _column("failure_reason", Text),
-    _column("failure_message", Text),
+    _column("failure_reason", sa.String),
+    _column("failure_message", sa.String),
     _column("samples_trained", sa.BigInteger),
     _column("trials_stopped", sa.Integer),
     _column("fraction_done", sa.Double),
     _column("time_remaining_us", sa.BigInteger, nullable=True),
-    _column("node_id", Text),
+    _column("node_id", sa.String),
     _column("epoch", sa.BigInteger),
     _column("reported_sequence", sa.BigInteger),
     _column("last_event_sequence", sa.BigInteger),
@@ -85,9 +61,9 @@ tasks = sa.Table(
 task_labels = sa.Table(
     "task_labels",
     metadata,
-    _column("task_id", Text, primary_key=True),
-    _column("key", Text, primary_key=True),
-    _column("value", Text),
+    _column("task_id", sa.String, primary_key=True),
+    _column("key", sa.String, primary_key=True),
+    _column("value", sa.String),
     sa.ForeignKeyConstraint(["task_id"], ["tasks.task_id"], name="task_labels_task"),
     sa.Index("task_labels_by_value", "key", "value"),
 )
@@ -95,8 +71,8 @@ task_labels = sa.Table(
 trials = sa.Table(
     "trials",
     metadata,
-    _column("task_id", Text, primary_key=True),
-    _column("trial_id", Text, primary_key=True),
+    _column("task_id", sa.String, primary_key=True),
+    _column("trial_id", sa.String, primary_key=True),
     _column("position", sa.Integer),
     _column("config", sa.LargeBinary),
     _column("total_steps", sa.BigInteger),
@@ -111,11 +87,11 @@ trials = sa.Table(
     _column("best_validation_loss", sa.Double, nullable=True),
     _column("best_step", sa.BigInteger),
     _column("decision", sa.LargeBinary, nullable=True),
-    _column("failure_reason", Text),
-    _column("failure_message", Text),
+    _column("failure_reason", sa.String),
+    _column("failure_message", sa.String),
     _column("adapter", sa.LargeBinary, nullable=True),
     _column("adapter_loss", sa.Double, nullable=True),
-    _column("adapter_folder", Text),
+    _column("adapter_folder", sa.String),
     _column("samples_trained", sa.BigInteger),
     _column("stop_requested", sa.Boolean),
     sa.ForeignKeyConstraint(["task_id"], ["tasks.task_id"], name="trials_task"),
@@ -125,8 +101,8 @@ trials = sa.Table(
 metrics = sa.Table(
     "metrics",
     metadata,
-    _column("task_id", Text, primary_key=True),
-    _column("trial_id", Text, primary_key=True),
+    _column("task_id", sa.String, primary_key=True),
+    _column("trial_id", sa.String, primary_key=True),
     _column("step", sa.BigInteger, primary_key=True, autoincrement=False),
     _column("time_us", sa.BigInteger),
     _column("train_loss", sa.Double, nullable=True),
@@ -139,7 +115,7 @@ metrics = sa.Table(
 events = sa.Table(
     "events",
     metadata,
-    _column("task_id", Text, primary_key=True),
+    _column("task_id", sa.String, primary_key=True),
     # Allocated under the task's row lock: a global serial is not ordered by commit.
     _column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
     _column("content", sa.LargeBinary),
@@ -150,8 +126,8 @@ outbox = sa.Table(
     "outbox",
     metadata,
     _column("outbox_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True, autoincrement=True),
-    _column("task_id", Text),
-    _column("kind", Text),
+    _column("task_id", sa.String),
+    _column("kind", sa.String),
     _column("content", sa.LargeBinary),
     _column("attempts", sa.Integer),
     _column("due_us", sa.BigInteger),
@@ -162,26 +138,26 @@ outbox = sa.Table(
 datasets = sa.Table(
     "datasets",
     metadata,
-    _column("dataset_id", Text, primary_key=True),
-    _column("tenant", Text),
-    _column("display_name", Text),
+    _column("dataset_id", sa.String, primary_key=True),
+    _column("tenant", sa.String),
+    _column("display_name", sa.String),
     _column("format", sa.Integer),
     _column("row_count", sa.BigInteger),
     _column("size_bytes", sa.BigInteger),
-    _column("sha256", Text),
+    _column("sha256", sa.String),
     _column("duplicate_count", sa.BigInteger),
     _column("create_us", sa.BigInteger),
-    _column("path", Text),
+    _column("path", sa.String),
     sa.Index("datasets_by_tenant", "tenant", "create_us", "dataset_id"),
 )
 
 uploads = sa.Table(
     "uploads",
     metadata,
-    _column("tenant", Text, primary_key=True),
-    _column("request_id", Text, primary_key=True),
-    _column("request_hash", Text),
-    _column("dataset_id", Text),
+    _column("tenant", sa.String, primary_key=True),
+    _column("request_id", sa.String, primary_key=True),
+    _column("request_hash", sa.String),
+    _column("dataset_id", sa.String),
     _column("complete", sa.Boolean),
     _column("create_us", sa.BigInteger),
 )
@@ -189,11 +165,11 @@ uploads = sa.Table(
 api_keys = sa.Table(
     "api_keys",
     metadata,
-    _column("key_id", Text, primary_key=True),
+    _column("key_id", sa.String, primary_key=True),
     # SHA-256 of the key: the key itself is shown once, when it is made.
-    _column("key_sha256", Text, unique=True),
-    _column("tenant", Text),
-    _column("scopes", Text),
+    _column("key_sha256", sa.String, unique=True),
+    _column("tenant", sa.String),
+    _column("scopes", sa.String),
     _column("create_us", sa.BigInteger),
     _column("expire_us", sa.BigInteger, nullable=True),
     _column("revoked", sa.Boolean),

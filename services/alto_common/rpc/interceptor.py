@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -24,6 +25,7 @@ from alto_common.rpc.authentication import (
     require_scope,
 )
 from alto_common.rpc.status import status_of
+from alto_common.rpc.texts import subscript, texts_with_nul
 from alto_common.violations import Violation
 
 # A violation takes a tenth of a millisecond to put together, and every caller waits for it.
@@ -33,13 +35,25 @@ log = structlog.get_logger("alto.rpc")
 
 
 def validate(message: Message) -> None:
-    """Raise INVALID_FIELD naming each field that breaks a rule of the contract, of a large message the first."""
-    violations = [
-        Violation(field_path(found.proto.field), found.field_value, found.proto.message)
-        for found in protovalidate.collect_violations(message, fail_fast=message.ByteSize() > ALL_NAMED_BYTES)
-    ]
+    """Raise INVALID_FIELD naming each field that breaks a rule, of a large message the first.
+
+    The rules are those of the contract, and that no text holds U+0000: a database cannot keep it.
+    """
+    first_only = message.ByteSize() > ALL_NAMED_BYTES
+    found = chain(_broken_rules(message, first_only), _unstorable_texts(message))
+    violations = list(islice(found, 1 if first_only else None))
     if violations:
         raise invalid_fields(violations)
+
+
+def _broken_rules(message: Message, first_only: bool) -> Iterator[Violation]:
+    for found in protovalidate.collect_violations(message, fail_fast=first_only):
+        yield Violation(field_path(found.proto.field), found.field_value, found.proto.message)
+
+
+def _unstorable_texts(message: Message) -> Iterator[Violation]:
+    for path, text in texts_with_nul(message):
+        yield Violation(path, text, "leave out the NUL character (U+0000)")
 
 
 def field_path(path: Any) -> str:
@@ -47,9 +61,8 @@ def field_path(path: Any) -> str:
     text = ""
     for element in path.elements if path else ():
         text += f".{element.field_name}" if text else element.field_name
-        subscript = element.subscript
-        if subscript is not None:
-            text += f"[{subscript.value}]" if subscript.field == "index" else f'["{subscript.value}"]'
+        if element.subscript is not None:
+            text += subscript(element.subscript.value)
     return text
 
 
