@@ -12,6 +12,7 @@ import asyncio
 import sys
 from datetime import UTC, datetime
 
+from alto_common.configuration import SettingsError
 from alto_common.errors import DomainError
 
 MOST_DAYS = 36_500
@@ -20,10 +21,11 @@ MOST_DAYS = 36_500
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     options = _parser().parse_args(arguments)
-    if options.command is None:
-        return _serve()
     try:
-        return asyncio.run(_keys(options))
+        return _serve() if options.command is None else asyncio.run(_keys(options))
+    except SettingsError as error:
+        print(f"alto-admission: {error}", file=sys.stderr)
+        return 1
     except DomainError as error:
         print(error.message, file=sys.stderr)
         return 2
@@ -82,7 +84,7 @@ async def _keys(options: argparse.Namespace) -> int:
     from alto_admission.store.keys import KeyStore
 
     # Keys are between an operator and the database: the services' token plays no part.
-    database = open_database(AdmissionSettings.load(service_token=""))
+    database = open_database(AdmissionSettings.load(service_token="none"))
     await database.migrate()
     keys = KeyStore(database)
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
+from pydantic import StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -14,27 +15,44 @@ def home_folder() -> Path:
     return Path(os.environ.get("ALTO_HOME", Path.home() / ".alto"))
 
 
+class SettingsError(ValueError):
+    """Variables that will not do, by name."""
+
+
 class ServiceSettings(BaseSettings):
-    """Base of each service's settings. A subclass sets `prefix` and reads variables that begin with it."""
+    """Base of each service's settings. A subclass sets `prefix` and reads variables that begin with it.
+
+    What is wrong with them is said without their values: some are secrets.
+    """
 
     prefix: ClassVar[str] = "ALTO_"
-    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    service_token: str
+    service_token: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     log_format: str = "json"
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__()
-        cls.model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix=cls.prefix)
+        cls.model_config = SettingsConfigDict(**{**ServiceSettings.model_config, "env_prefix": cls.prefix})
 
     @classmethod
     def load(cls, **given: object) -> Self:
         """Read the environment, but for the settings `given`.
 
-        Raises ValueError for a variable with the prefix that no setting has.
+        Raises SettingsError for variables that no setting has, and for those that will not do.
         """
         known = {f"{cls.prefix}{name}".upper() for name in cls.model_fields}
         unknown = sorted(name for name in os.environ if name.startswith(cls.prefix) and name not in known)
         if unknown:
-            raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls.model_validate(given)
+            raise SettingsError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            faults = [cls._fault(fault["loc"], fault["msg"]) for fault in error.errors(include_input=False)]
+            raise SettingsError("; ".join(faults)) from None
+
+    @classmethod
+    def _fault(cls, path: tuple[int | str, ...], message: str) -> str:
+        name, *inner = path or ("",)
+        where = "".join(f"[{key!r}]" for key in inner)
+        return f"{cls.prefix}{name}".upper() + f"{where}: {message}"

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import sys
 
+from alto_common.configuration import SettingsError
 from alto_common.logs import configure_logs
 from alto_common.rpc.server import run_until_signal
 
@@ -17,7 +18,7 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     try:
         settings = PlacementSettings.load()
-    except ValueError as error:
+    except SettingsError as error:
         sys.exit(f"alto-placement: {error}")
     configure_logs(settings.log_format)
     gc.set_threshold(*GARBAGE_THRESHOLDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from alto_common.configuration import SettingsError
 from alto_common.logs import configure_logs
 from alto_common.rpc.server import run_until_signal
 
@@ -16,7 +17,7 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT, or until another process takes this node's id (status 3)."""
     try:
         settings = NodeSettings.load()
-    except ValueError as error:
+    except SettingsError as error:
         sys.exit(f"alto-node: {error}")
     configure_logs(settings.log_format)
     sys.exit(asyncio.run(_serve(settings)))

@@ -44,7 +44,7 @@ def test_keys_need_the_database_only(database_url, monkeypatch, capsys):
     assert main(["keys", "list"]) == 0
     assert capsys.readouterr().out.startswith(f"{key_id}\tacme\t")
     assert main(["keys", "revoke", "--tenant", "acme", "--key", key_id]) == 0
-    with pytest.raises(ValueError, match="service_token"):
+    with pytest.raises(ValueError, match="ALTO_ADMISSION_SERVICE_TOKEN"):
         AdmissionSettings.load()
 
 
