@@ -40,6 +40,10 @@ class ArtifactStore:
         """Return the file's or folder's path on this host when the store is a local folder, else None."""
         return Path(self._full(path)) if self._is_local else None
 
+    def has_root(self) -> bool:
+        """Return whether the root is there: without it, a file that is not found may exist all the same."""
+        return bool(self._fs.exists(self._base))
+
     def exists(self, path: str) -> bool:
         """Return whether a file is there."""
         return bool(self._fs.exists(self._full(path)))

@@ -1,4 +1,7 @@
-"""A task's rows on this host: fetched from the artifact store, verified, cached by content, split when asked to."""
+"""A task's rows on this host: fetched from the artifact store, verified, cached by content, split when asked to.
+
+A file appears whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,41 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from alto.v1 import error_pb2, placement_pb2
 from alto_common.artifacts import ArtifactStore
 from alto_common.errors import DomainError
 
+from alto_training import outages
+
 PARQUET_MAGIC = b"PAR1"
-READ_BYTES = 1024 * 1024
 
 
 def fetch(store: ArtifactStore, artifact: placement_pb2.Artifact, cache: Path) -> Path:
-    """Return a local file with the artifact's content. Raises CONTENT_MISMATCH when it is not what was announced."""
+    """Return a local file with the artifact's content.
+
+    Raises CONTENT_MISMATCH when it is not what was announced, FileNotFoundError, StoreUnreachableError.
+    """
     target = cache / artifact.sha256
     if target.exists() and _digest(target) == artifact.sha256:
         # What is in use is not swept away.
         target.touch()
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    aside = cache / f"{artifact.sha256}.{secrets.token_hex(6)}.part"
     digest = hashlib.sha256()
-    try:
-        with aside.open("wb") as file:
-            for chunk in store.read(artifact.path):
-                digest.update(chunk)
-                file.write(chunk)
+    with _new_file(target) as file:
+        for chunk in outages.read(store, artifact.path):
+            digest.update(chunk)
+            file.write(chunk)
         if digest.hexdigest() != artifact.sha256:
             raise DomainError(
                 error_pb2.ERROR_REASON_CONTENT_MISMATCH,
                 f"the dataset {artifact.path} does not have the SHA-256 it was uploaded with: upload it again",
             )
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
     return target
 
 
@@ -48,14 +51,9 @@ def split(dataset: Path, validation_fraction: float, cache: Path) -> tuple[Path,
     """Return a training and a validation file made of one dataset, the same on every host and in every attempt.
 
     Rows go to validation by the hash of their content, so that repeated rows stay on one side; at least one row is on
-    each side. A row keeps its line. Raises EXECUTION_FAILED when there are fewer than two rows.
+    each side. A row keeps its line. The files are made anew each time, which takes seconds: none that was damaged
+    since is trained on. Raises EXECUTION_FAILED when there are fewer than two rows.
     """
-    name = f"{dataset.name}.{validation_fraction:.6f}"
-    train, validation = cache / f"{name}.train", cache / f"{name}.validation"
-    if train.exists() and validation.exists():
-        train.touch()
-        validation.touch()
-        return train, validation
     rows = list(_rows(dataset))
     full = [index for index, row in enumerate(rows) if row]
     if len(full) < 2:
@@ -66,8 +64,10 @@ def split(dataset: Path, validation_fraction: float, cache: Path) -> tuple[Path,
     places = _validation_rows([hashlib.sha256(rows[index]).digest() for index in full], validation_fraction)
     chosen = {full[place] for place in places}
     # A line of the other side is left blank: what is said of a line holds in the dataset itself.
-    _write(train, [b"" if index in chosen else row for index, row in enumerate(rows)])
-    _write(validation, [row if index in chosen else b"" for index, row in enumerate(rows)])
+    name = f"{dataset.name}.{validation_fraction:.6f}"
+    train, validation = cache / f"{name}.train", cache / f"{name}.validation"
+    _write(train, (b"" if index in chosen else row for index, row in enumerate(rows)))
+    _write(validation, (row if index in chosen else b"" for index, row in enumerate(rows)))
     return train, validation
 
 
@@ -104,10 +104,23 @@ def _parquet_rows(dataset: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _write(path: Path, rows: list[bytes]) -> None:
+def _write(path: Path, rows: Iterable[bytes]) -> None:
+    with _new_file(path) as file:
+        file.writelines(row + b"\n" for row in rows)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to fill, flush it to disk, and rename it to `path`; on an exception nothing is left of it."""
     aside = path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
-    aside.write_bytes(b"".join(row + b"\n" for row in rows))
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:

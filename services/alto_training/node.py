@@ -173,7 +173,8 @@ class TrainingNode:
         if ending is None:
             self.assignments.drop(held.assignment_id)
         else:
-            log.info("assignment ended", task_id=held.task_id, epoch=held.epoch, outcome=ending.kind.value)
+            failure = {"reason": ending.reason, "why": ending.message} if ending.reason else {}
+            log.info("assignment ended", task_id=held.task_id, epoch=held.epoch, outcome=ending.kind.value, **failure)
             self.assignments.end(held.assignment_id, ending)
             if ending.kind in (EndKind.COMPLETED, EndKind.FAILED) or supervisor.is_cancelled:
                 folders = AssignmentFolders(self._settings.work_root, held.task_id, held.epoch)

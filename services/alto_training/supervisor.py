@@ -25,6 +25,7 @@ from alto_training.journal import (
     read_acknowledged,
     read_journal,
 )
+from alto_training.outages import STORE_UNREACHABLE_STATUS
 from alto_training.reporter import Reporter, StaleEpochError, UnknownTaskError
 from alto_training.worker_order import LOG_FILE, TAKEN_IN_FILE, WORK_FILE, WorkerOrder
 
@@ -200,7 +201,8 @@ class Supervisor:
             await asyncio.wait({exited, obeying, reporting}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             obeying.cancel()
-            if process.returncode is None:
+            ended_here = process.returncode is None
+            if ended_here:
                 with suppress(ProcessLookupError):
                     process.send_signal(signal.SIGKILL)
             # Until it is gone, no other worker of the task may begin.
@@ -216,15 +218,19 @@ class Supervisor:
             reporting.result()
         if process.returncode == 0:
             return None
+        told = log.bind(task_id=self.held.task_id, epoch=self.held.epoch)
+        if ended_here:
+            reason = self._why_ended()
+            told.warning("worker ended by its node", reason=reason)
+            return f"the worker was ended by its node: {reason}"
         # For operators alone: it speaks of this host. The tenant hears what kind of end it was.
-        log.error(
-            "the worker crashed",
-            task_id=self.held.task_id,
-            epoch=self.held.epoch,
-            status=process.returncode,
-            log_tail=self._log_tail(),
-        )
+        told.error("the worker crashed", status=process.returncode, log_tail=self._log_tail())
         return _crash_in_words(process.returncode or 0)
+
+    def _why_ended(self) -> str:
+        if self._stop is None:
+            return "a task that shared it did not stop in time"
+        return self._stop.value if self._stop.is_immediate else f"{self._stop.value}, and it did not stop in time"
 
     async def _stay_with(self, host: Supervisor, reporting: asyncio.Task[None]) -> str | None:
         """Be trained in the host's worker; return what its end leaves to say when this task did not leave before it."""
@@ -356,6 +362,8 @@ def _crash_in_words(status: int) -> str:
     """Return what a tenant is told of a worker process that ended with `status` (negative: the signal)."""
     if status == -signal.SIGKILL:
         return "the worker process was killed, as hosts do when memory runs out"
+    if status == STORE_UNREACHABLE_STATUS:
+        return "the artifact store could not be reached; its node's log says more"
     if status < 0:
         return f"the worker process crashed with {signal.Signals(-status).name}"
     return f"the worker process ended with status {status}; its node's log says more"

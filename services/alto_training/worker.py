@@ -21,6 +21,7 @@ from alto_training.executor import events
 from alto_training.executor.errors import CheckpointError
 from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 from alto_training.executor.settings import Backend as KernelBackend
+from alto_training.outages import STORE_UNREACHABLE_STATUS, StoreUnreachableError
 from alto_training.parent_process import die_with
 from alto_training.worker_order import WorkerOrder
 from alto_training.worker_task import TaskLockedError, WorkerTask, is_untrainable
@@ -41,6 +42,9 @@ def main() -> None:
         task.end(_train(task, order))
     except TaskLockedError as error:
         sys.exit(str(error))
+    except StoreUnreachableError as error:
+        log.error(str(error), cause=repr(error.__cause__))
+        sys.exit(STORE_UNREACHABLE_STATUS)
     finally:
         if not task.is_closed:
             task.close()

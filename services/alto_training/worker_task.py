@@ -80,7 +80,10 @@ class WorkerTask:
         self.lock = _lock(Path(self.order.task_folder) / LOCK_FILE)
 
     def prepare(self) -> TuningJob:
-        """Fetch its rows, find its base model, and return its job. Raises DomainError, BaseModelError."""
+        """Fetch its rows, find its base model, and return its job.
+
+        Raises DomainError, BaseModelError, FileNotFoundError, StoreUnreachableError.
+        """
         order, work = self.order, self.work
         store = ArtifactStore(order.artifact_root)
         folders = [Path(folder) for folder in order.model_folders]

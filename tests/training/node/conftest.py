@@ -194,6 +194,12 @@ class House:
     def logs(self):
         return "\n".join(f"--- {path}\n{path.read_text()[-6000:]}" for path in sorted(self.folder.rglob("*.log")))
 
+    def logged(self, node_id, event):
+        """What a node has logged as `event`, in order."""
+        lines = (self.folder / f"{node_id}.log").read_text().splitlines()
+        said = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return [line for line in said if line["event"] == event]
+
     def work(self, task_id="task", steps=12, trials=2, rows=24, config=None, **changes):
         """A task over rows that go through the artifact store; its validation rows are split off by the node."""
         content = b"".join(

@@ -3,6 +3,8 @@
 import datetime
 import decimal
 import json
+import subprocess
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -80,6 +82,31 @@ def test_parquet_is_split_into_rows_that_can_be_read(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "rows")
     train, validation = split(tmp_path / "rows", 0.3, tmp_path)
     assert [len(list(read_rows(path))) for path in (train, validation)] == [7, 3]
+
+
+def test_a_split_is_whole_again_after_its_files_were_cut_short(tmp_path):
+    (tmp_path / "rows").write_bytes(b"".join(json.dumps({"text": str(n)}).encode() + b"\n" for n in range(50)))
+    files = split(tmp_path / "rows", 0.2, tmp_path)
+    whole = [path.read_bytes() for path in files]
+    for path, content in zip(files, whole, strict=True):
+        path.write_bytes(content[: len(content) // 2])
+    assert [path.read_bytes() for path in split(tmp_path / "rows", 0.2, tmp_path)] == whole
+
+
+def test_nothing_is_left_of_a_split_that_the_disk_has_no_room_for(tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    rows = tmp_path / "rows"
+    rows.write_bytes(b"".join(json.dumps({"text": "x" * 100 + str(n)}).encode() + b"\n" for n in range(2000)))
+    # A limit on the size of files, in a process of its own, is a disk that fills up.
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from alto_training.datasets import split;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "split(Path(sys.argv[1]), 0.2, Path(sys.argv[2]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, rows, cache], capture_output=True, text=True, check=False)
+    assert "File too large" in ended.stderr
+    assert list(cache.iterdir()) == []
 
 
 def test_one_row_cannot_be_split(tmp_path):

@@ -100,8 +100,17 @@ async def test_what_cannot_be_trained_says_why(house, wait_until, metadata):
         assert (last.state, last.failure.reason) == (tuning_pb2.TASK_STATE_FAILED, reason)
     # What another attempt may cure is tried again. Its tenant hears nothing of this host, its operator all.
     assert (ended["missing"].state, ended["missing"].attempts) == (placement_pb2.PLACEMENT_STATE_GIVEN_UP, 3)
-    assert ended["missing"].failure.message == "the worker process ended with status 1; its node's log says more"
+    assert ended["missing"].failure.message.endswith("the worker process ended with status 1; its node's log says more")
     assert "FileNotFoundError" in (house.folder / "node-a.log").read_text()
+    assert len(house.logged("node-a", "the worker crashed")) == 3
+    # The reason stands where the node says how an assignment ended.
+    said = {line["task_id"]: line for line in house.logged("node-a", "assignment ended")}
+    assert [said[task_id]["reason"] for task_id in ("no-such-model", "damaged", "missing")] == [
+        "UNKNOWN_BASE_MODEL",
+        "CONTENT_MISMATCH",
+        "EXECUTION_FAILED",
+    ]
+    assert ended["missing"].failure.message.endswith(said["missing"]["why"])
 
 
 def test_a_tenant_reads_no_path_of_the_host():
@@ -120,6 +129,9 @@ async def test_a_node_without_a_lease_stops_by_itself(house, wait_until, metadat
     await wait_until(lambda: len(admission.events("execution_started")) == 2, what="another start")
     assert admission.events("execution_started")[-1].execution_started.resumed
     assert admission.attempts() == 2
+    (ended,) = house.logged("node-a", "worker ended by its node")
+    assert ended["reason"] == "lease_lost"
+    assert not house.logged("node-a", "the worker crashed")
     await house.stub.DequeueTask(wire.DequeueTaskRequest(task_id="task"), metadata=metadata, timeout=20)
     await wait_until(house.ended)
     assert admission.states()[-1] == tuning_pb2.TASK_STATE_CANCELLED
