@@ -27,7 +27,7 @@ from alto_training.journal import (
 )
 from alto_training.outages import STORE_UNREACHABLE_STATUS
 from alto_training.reporter import Reporter, StaleEpochError, UnknownTaskError
-from alto_training.worker_order import LOG_FILE, TAKEN_IN_FILE, WORK_FILE, WorkerOrder
+from alto_training.worker_order import LOG_FILE, MODEL_MISSING_STATUS, TAKEN_IN_FILE, WORK_FILE, WorkerOrder
 
 FOLLOW_S = 0.25
 FOLLOWED_AT_ONCE = 2000
@@ -364,6 +364,8 @@ def _crash_in_words(status: int) -> str:
         return "the worker process was killed, as hosts do when memory runs out"
     if status == STORE_UNREACHABLE_STATUS:
         return "the artifact store could not be reached; its node's log says more"
+    if status == MODEL_MISSING_STATUS:
+        return "its node does not have the base model; that node's log says more"
     if status < 0:
         return f"the worker process crashed with {signal.Signals(-status).name}"
     return f"the worker process ended with status {status}; its node's log says more"

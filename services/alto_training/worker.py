@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 from alto.v1 import event_pb2
+from alto_common.base_models import UnknownModelError
 from alto_common.logs import configure_logs
 from alto_common.tuning import TuningJob
 
@@ -23,7 +24,7 @@ from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 from alto_training.executor.settings import Backend as KernelBackend
 from alto_training.outages import STORE_UNREACHABLE_STATUS, StoreUnreachableError
 from alto_training.parent_process import die_with
-from alto_training.worker_order import WorkerOrder
+from alto_training.worker_order import MODEL_MISSING_STATUS, WorkerOrder
 from alto_training.worker_task import TaskLockedError, WorkerTask, is_untrainable
 from alto_training.worker_tasks import WorkerTasks
 
@@ -45,6 +46,9 @@ def main() -> None:
     except StoreUnreachableError as error:
         log.error(str(error), cause=repr(error.__cause__))
         sys.exit(STORE_UNREACHABLE_STATUS)
+    except UnknownModelError as error:
+        log.error(str(error))
+        sys.exit(MODEL_MISSING_STATUS)
     finally:
         if not task.is_closed:
             task.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -14,6 +15,8 @@ WORK_FILE = "work.pb"
 LOG_FILE = "worker.log"
 # Made by the worker of a guest's host when it begins to take the guest in.
 TAKEN_IN_FILE = "taken_in"
+# How a worker ends whose host does not have the base model.
+MODEL_MISSING_STATUS = os.EX_OSFILE
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Self, TextIO
 import structlog
 from alto.v1 import error_pb2, event_pb2, placement_pb2, tuning_pb2
 from alto_common.artifacts import ArtifactStore
-from alto_common.base_models import BaseModelError, resolve
+from alto_common.base_models import BaseModelError, UnknownModelError, resolve
 from alto_common.errors import DomainError, reason_name
 from alto_common.tuning import TuningJob
 
@@ -166,8 +166,13 @@ class WorkerTask:
 
 
 def is_untrainable(error: Exception) -> bool:
-    """Whether any attempt would end in the same way. A rank that failed is as a worker that died: it may not."""
-    return isinstance(error, DomainError | BaseModelError | ExecutorError) and not isinstance(error, RankFailedError)
+    """Whether any attempt would end in the same way.
+
+    A rank that failed is as a worker that died: it may not. Nor where the base model, which admission has seen, is
+    unknown on this host.
+    """
+    passing = isinstance(error, RankFailedError | UnknownModelError)
+    return isinstance(error, DomainError | BaseModelError | ExecutorError) and not passing
 
 
 def without_host_paths(message: str) -> str:
