@@ -9,6 +9,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,21 +50,26 @@ class ArtifactStore:
         return bool(self._fs.exists(self._full(path)))
 
     def write(self, path: str, chunks: Iterable[bytes]) -> StoredFile:
-        """Write a file: aside, to the disk, then renamed."""
+        """Write a file: aside, to the disk, then renamed. Nothing is left of one that could not be written."""
         target = self._full(path)
         aside = f"{target}.{secrets.token_hex(6)}.part"
         self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         digest = hashlib.sha256()
         size = 0
-        with self._fs.open(aside, "wb") as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                size += len(chunk)
-                file.write(chunk)
-            if self._is_local:
-                file.flush()
-                os.fsync(file.fileno())
-        self._fs.mv(aside, target)
+        try:
+            with self._fs.open(aside, "wb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
+                    file.write(chunk)
+                if self._is_local:
+                    file.flush()
+                    os.fsync(file.fileno())
+            self._fs.mv(aside, target)
+        except BaseException:
+            with suppress(Exception):
+                self._fs.rm(aside)
+            raise
         if self._is_local:
             _sync_folder(Path(target).parent)
         return StoredFile(path, size, digest.hexdigest())

@@ -53,6 +53,8 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def _fault(cls, path: tuple[int | str, ...], message: str) -> str:
-        name, *inner = path or ("",)
+        if not path:  # of several settings together, or text that is no JSON: the message names them
+            return message
+        name, *inner = path
         where = "".join(f"[{key!r}]" for key in inner)
         return f"{cls.prefix}{name}".upper() + f"{where}: {message}"

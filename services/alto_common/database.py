@@ -100,8 +100,10 @@ class Database:
 
 
 def _is_away(error: PoolTimeoutError | OperationalError) -> bool:
-    """Say whether there was no connection, or none any more; else it was a statement that failed."""
-    return isinstance(error, PoolTimeoutError) or error.connection_invalidated or error.statement is None
+    """Say whether there was no connection, or none any more, or SQLite's one writer; else a statement failed."""
+    if isinstance(error, PoolTimeoutError) or error.connection_invalidated or error.statement is None:
+        return True
+    return "database is locked" in str(error.orig)
 
 
 def _set_sqlite_pragmas(connection: Any, _record: Any) -> None:

@@ -229,7 +229,16 @@ class PlacementEngine:
         task_id = None if row is None else row.task_id
         await self._commit(
             lambda draft, now: lifecycle.assignment_ended(
-                draft, link.node_id, link.incarnation, assignment_id, epoch, outcome, failure, now, self._rules
+                draft,
+                link.node_id,
+                link.incarnation,
+                assignment_id,
+                epoch,
+                outcome,
+                failure,
+                now,
+                self._rules,
+                None if last is None else last.progress,
             )
         )
         self._log_end(link.node_id, assignment_id, epoch, outcome, failure, task_id)
@@ -406,4 +415,5 @@ class PlacementEngine:
         for task_id, task in list(self.state.tasks.items()):
             if task.ended_s is not None and task.ended_s < now.wall_s - ENDED_KEPT_S:
                 del self.state.tasks[task_id]
-                self.state.retry_at_s.pop(task_id, None)
+                for kept in (self.state.retry_at_s, self.state.furthest, self.state.failed_at):
+                    kept.pop(task_id, None)

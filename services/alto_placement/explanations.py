@@ -67,7 +67,7 @@ def _quota_words(task: TaskRow, view: PlanView) -> str:
 
 def _state_words(node: NodeRow) -> str:
     if node.rests and node.state is NodeState.READY:
-        return "rests for a moment, because attempts failed there one after another"
+        return "rests for a moment, because an attempt failed there at its start"
     return _STATES.get(node.state, "")
 
 

@@ -32,6 +32,8 @@ from alto_placement.state import (
     TaskState,
 )
 
+_MOST_DOUBLINGS = 30
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -47,7 +49,7 @@ class Rules:
 
     def delay_s(self, failures: int) -> float:
         """Return how long to wait after so many failures in a row."""
-        return min(self.retry_delay_s * 2.0 ** (failures - 1), self.max_retry_delay_s)
+        return min(self.retry_delay_s * 2.0 ** min(failures - 1, _MOST_DOUBLINGS), self.max_retry_delay_s)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Reported:
 
 
 INCARNATIONS_REMEMBERED = 16
-# Of a task: what an attempt must have done beyond those before it to count as having come further.
+# Of a task: what must have been done beyond all that was done at its last failure to have come further.
 FURTHER = 0.01
 
 # A stop asked for by the task's owner replaces one asked for by the operator, never the other way round.
@@ -175,6 +177,7 @@ def heartbeat(
             stale.append(status.assignment_id)
         else:
             draft.base.progress[row.assignment_id] = status.progress
+            _note_work(draft, row)
     return tuple(stale)
 
 
@@ -188,26 +191,35 @@ def assignment_ended(
     failure: FailureCause | None,
     now: Moment,
     rules: Rules,
+    last: Progress | None = None,
 ) -> None:
-    """Take a node's word on how an assignment ended. Passed over when the assignment is not live under this epoch."""
+    """Take a node's word on how an assignment ended, and where it stood then.
+
+    Passed over when the assignment is not live under this epoch.
+    """
     require_incarnation(draft, node_id, incarnation)
     row = draft.assignment(assignment_id)
     if row is None or row.epoch != epoch or row.node_id != node_id:
         return
+    if last is not None:
+        draft.base.progress[assignment_id] = last
     task = draft.task(row.task_id)
     assert task is not None, "an assignment has a task"
-    before, begun = task.fraction_done, _has_begun(draft, row)
+    _note_work(draft, row)
+    if outcome is Outcome.FAILED_RETRIABLE and not _has_begun(draft, row):
+        _let_rest(draft, row.node_id, task, now, rules)
     _end(draft, row, outcome, now)
     task = draft.task(row.task_id)
     assert task is not None, "an assignment has a task"
-    _judge(draft, row.node_id, begun, outcome, now, rules)
     if outcome in (Outcome.COMPLETED, Outcome.FAILED):
         draft.put(_ended(task, TaskState.FINISHED, now, failure))
     elif outcome is Outcome.UNSHARED and task.ended is None and not task.alone:
         # Whose fault it was shows when each is tried alone: until then it is nobody's.
         draft.put(replace(task, alone=True))
     elif outcome in (Outcome.FAILED_RETRIABLE, Outcome.UNSHARED) and task.ended is None:
-        further = task.fraction_done > before + FURTHER
+        reached = draft.base.furthest.get(task.task_id, 0.0)
+        further = reached > draft.base.failed_at.get(task.task_id, 0.0) + FURTHER
+        draft.base.failed_at[task.task_id] = reached
         task = replace(task, failures=1 if further else task.failures + 1, failure=failure)
         draft.put(task)
         if task.failures >= rules.max_failures:
@@ -219,12 +231,14 @@ def assignment_ended(
 def expire(draft: Draft, now: Moment) -> tuple[str, ...]:
     """Declare the nodes lost whose lease has run out, end what they had, and return their names.
 
-    Nodes that have rested take work again.
+    Nodes that have rested take work again, and all that rest where no other does.
     """
-    for node_id, rest in list(draft.base.rests.items()):
-        node = draft.node(node_id)
-        if node is not None and node.rests and rest.until_s <= now.monotonic_s:
-            draft.put(replace(node, rests=False))
+    resting = [node for node in draft.base.nodes.values() if node.rests]
+    others = bool(resting) and any(_takes_work(node) for node in draft.base.nodes.values())
+    for row in resting:
+        rest = draft.base.rests.get(row.node_id)
+        if rest is None or rest.until_s <= now.monotonic_s or not others:
+            draft.put(replace(row, rests=False))
     lost = []
     for node_id, end_s in list(draft.base.lease_end_s.items()):
         node = draft.node(node_id)
@@ -249,7 +263,7 @@ def assign(
     With a host it becomes a guest: in the host's executor, as long as that lasts, and without GPUs of its own.
     """
     task, node = draft.task(task_id), draft.node(node_id)
-    if task is None or node is None or node.state is not NodeState.READY or node.rests:
+    if task is None or node is None or not _takes_work(node):
         return None
     if task.ended is not None or task.assignment_id or task.held:
         return None
@@ -364,23 +378,32 @@ def _lose_assignments(draft: Draft, node_id: str, now: Moment) -> None:
         _end(draft, row, Outcome.LOST, now)
 
 
-def _judge(draft: Draft, node_id: str, begun: bool, outcome: Outcome, now: Moment, rules: Rules) -> None:
-    """Let a node rest on which an attempt failed before its first tick, if there is another: longer with each in a row.
+def _let_rest(draft: Draft, node_id: str, task: TaskRow, now: Moment, rules: Rules) -> None:
+    """Let a node rest on which an attempt failed before its first tick, longer with each in a row.
 
     Whatever is wrong with it (a full disk, models that are not there) shall not eat up the queue, and the task is tried
-    elsewhere first: a node rests longer than a task waits. A tick shows that the node can work.
+    elsewhere first. So none rests while no other that could hold the task takes work.
     """
     node = draft.node(node_id)
     assert node is not None, "an assignment has a node"
-    if begun or outcome in (Outcome.COMPLETED, Outcome.FAILED):
-        draft.put(_rested(draft, node))
-    elif outcome is Outcome.FAILED_RETRIABLE and any(
-        other.state is NodeState.READY and not other.rests and other.node_id != node_id
-        for other in draft.base.nodes.values()
-    ):
+    others = (other for other in draft.base.nodes.values() if other.node_id != node_id and _takes_work(other))
+    if any(other.spec.gpus >= task.gpus and task.gpu_kind in ("", other.spec.gpu_kind) for other in others):
         failures = draft.base.rests[node_id].failures + 1 if node_id in draft.base.rests else 1
-        draft.base.rests[node_id] = Rest(failures, now.monotonic_s + rules.delay_s(failures + 1))
+        until_s = now.monotonic_s + rules.delay_s(failures + 1)
+        draft.base.rests[node_id] = Rest(failures, now.wall_s, until_s)
         draft.put(replace(node, rests=True))
+
+
+def _takes_work(node: NodeRow) -> bool:
+    return node.state is NodeState.READY and not node.rests
+
+
+def _note_work(draft: Draft, row: AssignmentRow) -> None:
+    """Note a first tick: of an attempt begun since others failed on its node, it shows that the node can work."""
+    rest = draft.base.rests.get(row.node_id)
+    node = draft.node(row.node_id)
+    if rest is not None and node is not None and row.started_s > rest.failed_s and _has_begun(draft, row):
+        draft.put(_rested(draft, node))
 
 
 def _rested(draft: Draft, node: NodeRow) -> NodeRow:
@@ -409,6 +432,8 @@ def _end(draft: Draft, row: AssignmentRow, outcome: Outcome, now: Moment) -> Non
     draft.put(replace(row, outcome=outcome, ended_s=now.wall_s))
     task = draft.task(row.task_id)
     assert task is not None, "an assignment has a task"
+    reached = draft.base.furthest.get(row.task_id, task.fraction_done)
+    draft.base.furthest[row.task_id] = max(reached, 0.0 if progress is None else progress.fraction_done)
     # What this attempt never got to say is what its node had before: a checkpoint of its own, or nothing.
     before = task.fraction_done if row.node_id == task.ran_on else 0.0
     done = progress.fraction_done if progress is not None and _has_begun(draft, row) else before

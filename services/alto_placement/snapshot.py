@@ -336,7 +336,8 @@ def snapshot_of(
 
 def planner_node(node: NodeRow) -> planner.Node:
     """Return a node as the planner sees it."""
-    spec, state = node.spec, planner.NodeState.CORDONED if node.rests else _NODE_STATES[node.state]
+    rests = node.rests and node.state is NodeState.READY
+    spec, state = node.spec, planner.NodeState.CORDONED if rests else _NODE_STATES[node.state]
     return planner.Node(spec.node_id, spec.gpu_kind, spec.gpus, state, spec.memory_bytes_per_gpu)
 
 
@@ -391,7 +392,7 @@ def kinds_for(task: TaskRow, kinds_here: list[str]) -> list[str]:
 def _can_resume(task: TaskRow, state: ClusterState) -> bool:
     """Return whether the node that has the task's checkpoint takes work: another one begins anew."""
     node = state.nodes.get(task.ran_on)
-    return node is not None and node.state is NodeState.READY
+    return node is not None and node.state is NodeState.READY and not node.rests
 
 
 def _is_here(reservation: planner.Reservation, state: ClusterState) -> bool:

@@ -205,9 +205,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """After how many attempts in a row that failed on a node before their first tick, and until when it rests."""
+    """After how many attempts in a row that failed on a node before their first tick it rests, and until when.
+
+    `failed_s`, when the last of them failed, is wall time, `until_s` monotonic.
+    """
 
     failures: int
+    failed_s: float
     until_s: float
 
 
@@ -236,6 +240,9 @@ class ClusterState:
     lease_end_s: dict[str, float] = field(default_factory=dict)
     retry_at_s: dict[str, float] = field(default_factory=dict)
     rests: dict[str, Rest] = field(default_factory=dict)
+    # Task -> the most that was ever done of it, and what that was at its last failure.
+    furthest: dict[str, float] = field(default_factory=dict)
+    failed_at: dict[str, float] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
     # Node -> wall time of its latest heartbeat.
     last_seen_s: dict[str, float] = field(default_factory=dict)

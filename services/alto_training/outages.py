@@ -19,6 +19,9 @@ LONGEST_OUTAGE_S = 600.0
 # How a worker ends that could not reach the store.
 STORE_UNREACHABLE_STATUS = os.EX_UNAVAILABLE
 
+# What no waiting cures: a path outside the store, what may not be done there, mistakes of ours.
+_LASTING = (ValueError, PermissionError, NotImplementedError, TypeError)
+
 log = structlog.get_logger("alto.worker")
 
 
@@ -37,10 +40,10 @@ def read(store: ArtifactStore, path: str) -> Iterator[bytes]:
                 offset += len(chunk)
                 yield chunk
             return
-        except ValueError:  # a path outside the store
+        except _LASTING:
             raise
         except Exception as error:  # each file system of fsspec has errors of its own
-            if isinstance(error, FileNotFoundError) and store.has_root():
+            if isinstance(error, FileNotFoundError) and _is_here(store):
                 raise
             outage = outage or _Outage()
             outage.wait(path, error)
@@ -53,11 +56,18 @@ def write(store: ArtifactStore, path: str, content: BinaryIO) -> StoredFile:
         try:
             content.seek(0)
             return store.write(path, iter(lambda: content.read(CHUNK_BYTES), b""))
-        except ValueError:  # a path outside the store
+        except _LASTING:
             raise
         except Exception as error:
             outage = outage or _Outage()
             outage.wait(path, error)
+
+
+def _is_here(store: ArtifactStore) -> bool:
+    try:
+        return store.has_root()
+    except Exception:
+        return False
 
 
 class _Outage:

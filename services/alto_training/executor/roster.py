@@ -20,8 +20,9 @@ from alto_training.executor.trial_run import TrialRun
 
 
 class Roster:
-    """Moves trials between slots, queue and car park, and tells of it. Adapters outside of slots lie on the host.
+    """Moves trials between slots, queue and car park, and tells of it.
 
+    Adapters outside of slots lie on the host, those of trials that never had one nowhere.
     `revivable_trials` is how many stopped trials of a task keep their state.
     """
 

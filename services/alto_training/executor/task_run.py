@@ -281,7 +281,7 @@ class TaskRun:
         for trial_id, saved in state["runs"].items():
             run = self.prepare(trials[trial_id])
             name = f"trial{self._number(trial_id)}"
-            buffers = groups[f"{name}-state"] if saved["version"] else groups.get(f"{name}-state")
+            buffers = groups[f"{name}-state"] if saved["samples_trained"] else groups.get(f"{name}-state")
             run.load_state(saved, buffers, groups.get(f"{name}-best", {}).get("param"))
         for saved in state["finished"]:
             self.finished[saved["trial_id"]] = TrialFinished(**{**saved, "state": TrialState(saved["state"])})

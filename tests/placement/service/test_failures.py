@@ -1,10 +1,12 @@
 """Attempts that fail: how often a task is tried again, and what becomes of a node on which everything fails."""
 
+from dataclasses import replace
+
 from alto_placement import lifecycle, planner
 from alto_placement.durations import Measured
 from alto_placement.explanations import queue_words
 from alto_placement.forecasts import Forecasts
-from alto_placement.lifecycle import Rules
+from alto_placement.lifecycle import Reported, Rules
 from alto_placement.policy import Policy
 from alto_placement.snapshot import snapshot_of
 from alto_placement.state import (
@@ -15,6 +17,7 @@ from alto_placement.state import (
     NodeSpec,
     Outcome,
     Progress,
+    Rest,
     TaskRow,
     TaskState,
     WorkSize,
@@ -55,17 +58,21 @@ class Cluster:
         rows = [self.assign(one.task_id, one.parts[0].node_id) for one in planner.plan(snapshot).starting]
         return [row for row in rows if row is not None]
 
-    def assign(self, task_id, node_id):
+    def assign(self, task_id, node_id, gpu=0):
         self.names += 1
-        return self.commit(lifecycle.assign, task_id, node_id, (0,), f"a{self.names}", self.now)
+        return self.commit(lifecycle.assign, task_id, node_id, (gpu,), f"a{self.names}", self.now)
+
+    def hears(self, node_id, row, fraction):
+        reported = Reported(row.assignment_id, row.epoch, Progress(fraction, self.now_s, Measured(ticks=10)))
+        self.commit(lifecycle.heartbeat, node_id, "first", [reported], self.now, RULES)
 
     def trains(self, row, fraction):
         self.state.progress[row.assignment_id] = Progress(fraction, self.now_s, Measured(ticks=10))
 
-    def fails(self, row, why="it crashed"):
+    def fails(self, row, why="it crashed", last=None):
         cause = FailureCause("TRAINING_FAILED", why)
         said = row.node_id, "first", row.assignment_id, row.epoch, Outcome.FAILED_RETRIABLE, cause, self.now, RULES
-        self.commit(lifecycle.assignment_ended, *said)
+        self.commit(lifecycle.assignment_ended, *said, last)
 
     def task(self, task_id="t0"):
         return self.state.tasks[task_id]
@@ -131,17 +138,18 @@ def test_who_waits_for_a_node_that_rests_is_told_so():
     cluster = Cluster("n1", "n2", tasks=2)
     first = cluster.starts()
     cluster.fails(next(row for row in first if row.node_id == "n1"))
+    waiting = next(task for task in cluster.state.tasks.values() if not task.assignment_id)
     cluster.commit(lifecycle.cordon, "n2", True)
-    cluster.passes(3.0)
-    snapshot, left = snapshot_of(cluster.state, Forecasts(), Policy(), {}, cluster.now, 1)
+    snapshot, left = snapshot_of(cluster.state, Forecasts(), Policy(), {}, Moment(3.0, 1e9 + 3.0), 1)
     made = planner.plan(snapshot)
     view = PlanView(1, cluster.now, cluster.state, facts_of(made, snapshot, left))
-    waiting = next(task for task in cluster.state.tasks.values() if not task.assignment_id)
     assert queue_words(waiting, made.explanations.get(waiting.task_id), view) == (
         "NO_NODE_READY",
-        "No node that could hold it takes work now: n1 rests for a moment, because attempts failed there one after "
-        "another; n2 takes no more work.",
+        "No node that could hold it takes work now: n1 rests for a moment, because an attempt failed there at its "
+        "start; n2 takes no more work.",
     )
+    cluster.passes(0.5)
+    assert not cluster.state.nodes["n1"].rests, "no other node is left that takes work"
 
 
 def test_an_operator_or_a_restart_ends_a_rest():
@@ -151,3 +159,71 @@ def test_an_operator_or_a_restart_ends_a_rest():
     assert cluster.state.nodes[row.node_id].rests
     cluster.commit(lifecycle.cordon, row.node_id, False)
     assert not cluster.state.nodes[row.node_id].rests
+
+
+def test_no_node_rests_for_one_that_could_not_hold_the_task():
+    cluster = Cluster("n1", "n2")
+    cluster.commit(lifecycle.register, NodeSpec("n2", "cpu", 1), "second", cluster.now, RULES)
+    cluster.commit(lifecycle.enqueue, replace(cluster.task(), task_id="kind", gpu_kind="h100"))
+    cluster.fails(cluster.assign("kind", "n1"))
+    assert not cluster.state.nodes["n1"].rests
+
+
+def test_attempts_begun_before_do_not_speak_for_a_node_that_rests():
+    cluster = Cluster("n1", "n2", tasks=3)
+    cluster.commit(lifecycle.register, NodeSpec("n1", "h100", 2), "first", cluster.now, RULES)
+    old = cluster.assign("t0", "n1")
+    cluster.trains(old, 0.3)
+    cluster.passes(1.0)
+    cluster.fails(cluster.assign("t1", "n1", gpu=1))
+    cluster.fails(old)
+    assert cluster.state.nodes["n1"].rests
+    cluster.passes(10.0)
+    late = cluster.assign("t2", "n1")
+    cluster.hears("n1", late, 0.01)
+    assert "n1" not in cluster.state.rests, "its first tick does"
+
+
+def test_the_end_itself_tells_how_far_an_attempt_came():
+    cluster = Cluster("n1", "n2")
+    row = cluster.assign("t0", "n1")
+    cluster.fails(row, last=Progress(0.2, 0.0, Measured(ticks=1)))
+    assert not cluster.state.nodes["n1"].rests
+    assert cluster.task().fraction_done == 0.2
+
+
+def test_what_counts_is_the_furthest_that_a_task_ever_came():
+    cluster = Cluster("n1", "n2")
+    for node_id, fraction, failures in (("n1", 0.3, 1), ("n2", 0.1, 2), ("n1", 0.3, 3)):
+        row = cluster.assign("t0", node_id)
+        cluster.trains(row, fraction)
+        cluster.fails(row)
+        assert cluster.task().failures == failures
+        cluster.passes(100.0)
+    assert cluster.task().ended is TaskState.GIVEN_UP
+    preempted = Cluster("n1")
+    for fraction in (0.1, 0.5, 0.9):
+        row = preempted.assign("t0", "n1")
+        preempted.trains(row, fraction)
+        said = "n1", "first", row.assignment_id, row.epoch, Outcome.STOPPED, None, preempted.now, RULES
+        preempted.commit(lifecycle.assignment_ended, *said)
+        row = preempted.assign("t0", "n1")
+        preempted.trains(row, fraction)
+        preempted.fails(row)
+        assert (preempted.task().failures, preempted.task().ended) == (1, None)
+        preempted.passes(100.0)
+
+
+def test_a_node_may_fail_for_days():
+    cluster = Cluster("n1", "n2")
+    cluster.state.rests["n1"] = Rest(10_000, 0.0, 0.0)
+    cluster.fails(cluster.assign("t0", "n1"))
+    assert cluster.state.rests["n1"] == Rest(10_001, 1e9, 60.0)
+
+
+def test_a_rest_whose_end_was_forgotten_is_over():
+    cluster = Cluster("n1", "n2")
+    cluster.fails(cluster.assign("t0", "n1"))
+    cluster.state.rests.clear()
+    cluster.passes(0.1)
+    assert not cluster.state.nodes["n1"].rests
