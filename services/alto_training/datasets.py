@@ -111,7 +111,10 @@ def _write(path: Path, rows: Iterable[bytes]) -> None:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to fill, flush it to disk, and rename it to `path`; on an exception nothing is left of it."""
+    """Give a file to fill, flush it to disk, and rename it to `path`; on an exception nothing is left of it.
+
+    Raises OSError with the file's name.
+    """
     aside = path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
     try:
         with aside.open("wb") as file:
@@ -119,6 +122,9 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
