@@ -51,8 +51,8 @@ from multi_gpu_shapes import SHAPES
 
 OTHERS = ("fsdp_peft", "zero3_peft")
 ALL = "parity,whole,sharded:deepspeed,sharded:fsdp2,sharded:peer,hybrid:deepspeed,fsdp_peft,zero3_peft"
-_TEXT_TOLD = 30_000  # characters, of what failed ranks wrote
 PARITY_TICKS = (256, 160, 400)  # tokens; the strategies run with the first
+TEXT_TOLD = 30_000  # characters, of what failed ranks wrote
 Cell = tuple[int, int, int]
 Results = Iterator[dict[str, Any]]
 
@@ -244,7 +244,7 @@ def launch(asked: argparse.Namespace, stages: list[str], folder: Path, take: Cal
         if not failed or not stages:
             return
         text = log.read_text(errors="replace")
-        take({"failed": begun, "why": "out of memory" if "OutOfMemoryError" in text else text[-_TEXT_TOLD:]})
+        take({"failed": begun, "why": "out of memory" if "OutOfMemoryError" in text else text[-TEXT_TOLD:]})
         stages = [stage for stage in stages if stage != begun]
         if not stages or time.time() > asked.ends_at:
             return

@@ -243,26 +243,6 @@ class PlacementEngine:
         )
         self._log_end(link.node_id, assignment_id, epoch, outcome, failure, task_id)
 
-    def _log_end(
-        self,
-        node_id: str,
-        assignment_id: str,
-        epoch: int,
-        outcome: Outcome,
-        failure: FailureCause | None,
-        task_id: str | None,
-    ) -> None:
-        why = None if failure is None else failure.message
-        known = {"task_id": task_id, "node_id": node_id, "assignment_id": assignment_id, "epoch": epoch}
-        log.info("assignment ended", **known, outcome=outcome.value, why=why)
-        task = self.state.tasks.get(task_id or "")
-        if task is not None and task.ended is TaskState.GIVEN_UP:
-            log.warning("task given up", task_id=task_id, why=None if task.failure is None else task.failure.message)
-        rest = self.state.rests.get(node_id)
-        if rest is not None and self.state.nodes[node_id].rests:
-            rest_s = round(rest.until_s - self._clock().monotonic_s, 1)
-            log.warning("node rests: attempts fail there", node_id=node_id, failures=rest.failures, rest_s=rest_s)
-
     # --- the plan ---
 
     def view(self, ended: Sequence[TaskRow] = ()) -> PlanView:
@@ -301,6 +281,26 @@ class PlacementEngine:
                 self.state.apply(changes)
                 self._announce(changes)
             return answer
+
+    def _log_end(
+        self,
+        node_id: str,
+        assignment_id: str,
+        epoch: int,
+        outcome: Outcome,
+        failure: FailureCause | None,
+        task_id: str | None,
+    ) -> None:
+        why = None if failure is None else failure.message
+        known = {"task_id": task_id, "node_id": node_id, "assignment_id": assignment_id, "epoch": epoch}
+        log.info("assignment ended", **known, outcome=outcome.value, why=why)
+        task = self.state.tasks.get(task_id or "")
+        if task is not None and task.ended is TaskState.GIVEN_UP:
+            log.warning("task given up", task_id=task_id, why=None if task.failure is None else task.failure.message)
+        rest = self.state.rests.get(node_id)
+        if outcome is Outcome.FAILED_RETRIABLE and rest is not None and self.state.nodes[node_id].rests:
+            rest_s = round(rest.until_s - self._clock().monotonic_s, 1)
+            log.warning("node rests: attempts fail there", node_id=node_id, failures=rest.failures, rest_s=rest_s)
 
     def _announce(self, changes: Changes) -> None:
         for row in changes.assignments:

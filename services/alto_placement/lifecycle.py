@@ -32,6 +32,7 @@ from alto_placement.state import (
     TaskState,
 )
 
+# Beyond any limit that an operator may set; a number that goes on doubling is too large in the end.
 _MOST_DOUBLINGS = 30
 
 
@@ -138,7 +139,6 @@ def register(draft: Draft, spec: NodeSpec, incarnation: str, now: Moment, rules:
             raise _superseded(spec.node_id)
         _lose_assignments(draft, spec.node_id, now)
         superseded = (*superseded, known.incarnation)[-INCARNATIONS_REMEMBERED:]
-    if known.incarnation != incarnation:
         known = _rested(draft, known)
     node = replace(known, spec=spec, incarnation=incarnation, superseded=superseded, lost=False, last_seen_s=now.wall_s)
     draft.put(node)

@@ -89,8 +89,8 @@ class NodeSpec:
 class NodeRow:
     """A node. `incarnation` names the start of its process that counts, `superseded` the latest of those before it.
 
-    `last_seen_s` is wall time. A node that `rests` takes no work for a while, because attempts failed there one after
-    another; that is not kept.
+    `last_seen_s` is wall time. A node that `rests` takes no work for a while, because attempts failed there at their
+    start; that is not kept.
     """
 
     spec: NodeSpec

@@ -5,7 +5,6 @@ Stops are not heard meanwhile: a node ends a worker that does not stop in time.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -16,9 +15,6 @@ from alto_common.artifacts import CHUNK_BYTES, ArtifactStore, StoredFile
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
 LONGEST_OUTAGE_S = 600.0
-# How a worker ends that could not reach the store.
-STORE_UNREACHABLE_STATUS = os.EX_UNAVAILABLE
-
 # What no waiting cures: a path outside the store, what may not be done there, mistakes of ours.
 _LASTING = (ValueError, PermissionError, NotImplementedError, TypeError)
 

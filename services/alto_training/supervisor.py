@@ -25,9 +25,15 @@ from alto_training.journal import (
     read_acknowledged,
     read_journal,
 )
-from alto_training.outages import STORE_UNREACHABLE_STATUS
 from alto_training.reporter import Reporter, StaleEpochError, UnknownTaskError
-from alto_training.worker_order import LOG_FILE, MODEL_MISSING_STATUS, TAKEN_IN_FILE, WORK_FILE, WorkerOrder
+from alto_training.worker_order import (
+    LOG_FILE,
+    MODEL_MISSING_STATUS,
+    STORE_UNREACHABLE_STATUS,
+    TAKEN_IN_FILE,
+    WORK_FILE,
+    WorkerOrder,
+)
 
 FOLLOW_S = 0.25
 FOLLOWED_AT_ONCE = 2000

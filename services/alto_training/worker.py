@@ -22,9 +22,9 @@ from alto_training.executor import events
 from alto_training.executor.errors import CheckpointError
 from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 from alto_training.executor.settings import Backend as KernelBackend
-from alto_training.outages import STORE_UNREACHABLE_STATUS, StoreUnreachableError
+from alto_training.outages import StoreUnreachableError
 from alto_training.parent_process import die_with
-from alto_training.worker_order import MODEL_MISSING_STATUS, WorkerOrder
+from alto_training.worker_order import MODEL_MISSING_STATUS, STORE_UNREACHABLE_STATUS, WorkerOrder
 from alto_training.worker_task import TaskLockedError, WorkerTask, is_untrainable
 from alto_training.worker_tasks import WorkerTasks
 

@@ -1,4 +1,4 @@
-"""What a worker is told when it starts: one JSON file beside the assignment, written by its node."""
+"""What a worker is told when it starts: one JSON file beside the assignment, written by its node; how it may end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ WORK_FILE = "work.pb"
 LOG_FILE = "worker.log"
 # Made by the worker of a guest's host when it begins to take the guest in.
 TAKEN_IN_FILE = "taken_in"
-# How a worker ends whose host does not have the base model.
+# How a worker ends whose host does not have the base model, and one that could not reach the artifact store.
 MODEL_MISSING_STATUS = os.EX_OSFILE
+STORE_UNREACHABLE_STATUS = os.EX_UNAVAILABLE
 
 
 @dataclass(frozen=True)
