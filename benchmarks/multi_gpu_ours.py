@@ -90,7 +90,9 @@ class EnoughError(Exception):
     """As many rounds as were asked for are over: on every rank after the same event."""
 
 
-def load(shape: str, strategy: str, engine: str, world: World, dtype: torch.dtype, ranks_per_host: int) -> Any:
+def load(
+    shape: str, strategy: str, engine: str, world: World, dtype: torch.dtype, ranks_per_host: int, prefetch: int = 1
+) -> Any:
     """Return a backbone with random weights, whole or in shares.
 
     The engine `peer+13` is `peer` with room for 13 GiB of weights on each GPU, for which layers are kept whole.
@@ -111,7 +113,9 @@ def load(shape: str, strategy: str, engine: str, world: World, dtype: torch.dtyp
         name, _, room = engine.partition("+")
         cutter = make_engine(EngineName(name), groups[layout.group_of(world.rank).start], world.device)
         room_bytes = int(float(room or 0) * 2**30)
-        backbone = shard_model(model, shape, RandomWeights(_DEVIATION), cutter, world.device, room_bytes=room_bytes)
+        backbone = shard_model(
+            model, shape, RandomWeights(_DEVIATION), cutter, world.device, prefetch, room_bytes=room_bytes
+        )
     backbone.weights = CountedPasses(backbone.weights)
     return backbone
 

@@ -28,6 +28,7 @@ endfunction()
 target_sources(alto_kernels_module PRIVATE
   csrc/cuda/adamw.cu
   csrc/cuda/bindings.cpp
+  csrc/cuda/copy_lanes.cpp
   csrc/cuda/elementwise.cu
   csrc/cuda/elementwise_bindings.cpp
   csrc/cuda/grouped_bindings.cpp

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from alto_kernels.copies import copy_lanes_available
 
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.errors import UnsupportedBackboneError
@@ -56,11 +57,12 @@ def local_folder(base_model: str) -> Path:
 
 
 def best_engine(device: torch.device) -> EngineName:
-    """Return the fastest that there is: `peer` where all GPUs here reach each other's memory, else DeepSpeed or FSDP2.
+    """Return the fastest that there is, the same on every rank of a host.
 
-    The answer is the same on every rank of a host.
+    That is `peer` where `alto_kernels` is built for CUDA and all GPUs here reach each other's memory, else DeepSpeed or
+    FSDP2.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and copy_lanes_available():
         pairs = permutations(range(torch.cuda.device_count()), 2)
         if all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
             return EngineName.PEER
@@ -68,7 +70,7 @@ def best_engine(device: torch.device) -> EngineName:
 
 
 def make_engine(name: EngineName, group: dist.ProcessGroup, device: torch.device) -> ShardingEngine:
-    """Return who cuts and gathers. Raises `StrategyError` when DeepSpeed is not installed, or there is no CUDA."""
+    """Return who cuts and gathers. Raises `StrategyError` where what that takes is not here."""
     if name is EngineName.FSDP2:
         from alto_training.sharding.fsdp_units import FsdpEngine
 
@@ -78,6 +80,8 @@ def make_engine(name: EngineName, group: dist.ProcessGroup, device: torch.device
 
         if device.type != "cuda":
             raise StrategyError(f"engine peer is for GPUs, not {device.type}", "choose engine deepspeed or fsdp2")
+        if not copy_lanes_available():
+            raise StrategyError("alto_kernels is built without CUDA", "build it, or choose engine deepspeed or fsdp2")
         return PeerEngine(group, device)
     from alto_training.sharding.deepspeed_units import DeepSpeedEngine
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from alto_kernels.copies import Copies, CopyLanes
 from torch import nn
 
 from alto_training.sharding.units import ShardedUnit, tensor_bytes
@@ -46,54 +47,43 @@ def flat_layout(sizes: Sequence[int], ranks: int) -> FlatLayout:
 
 @dataclass(frozen=True)
 class GatherBuffer:
-    """Room for all shares of a unit: `whole`, and each rank's part of it."""
+    """Room for all shares of a unit: `whole`, and each rank's part of it; `target` is its number with the lanes."""
 
     whole: torch.Tensor
     parts: Sequence[torch.Tensor]
+    target: int | None = None
 
 
-class CopyLanes:
-    """Copies beside the computation, into buffers that units take turns in. On a CPU they are plain copies.
+class GatherBuffers:
+    """Buffers that units take turns in, filled by copies beside the computation. On a CPU they are plain copies.
 
     A rank's own share goes by a lane of its own: over NVLink the others' shares are what takes long.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams: list[Any] = []
-        if device.type == "cuda":
-            self._streams = [
-                torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
-                for _ in range(_LANES)
-            ]
+        self._lanes = CopyLanes(device, _LANES) if device.type == "cuda" else None
         self._idle: dict[tuple[int, torch.dtype], list[GatherBuffer]] = {}
 
-    def gather(self, shares: Sequence[torch.Tensor], mine: int) -> tuple[GatherBuffer, list[Any]]:
-        """Launch the copies of all shares, of which `mine` is this rank's; return the buffer, and the lanes' ends."""
+    def gather(self, shares: Sequence[torch.Tensor], copies: Copies) -> GatherBuffer:
+        """Launch the copies of all shares, which `plan_copies` gave; return the buffer that they go to.
+
+        Whoever used the buffer last has been launched on the current stream.
+        """
         size, ranks = shares[0].numel(), len(shares)
         waiting = self._idle.setdefault((size * ranks, shares[0].dtype), [])
         buffer = waiting.pop() if waiting else self._make_buffer(shares)
-        others = [(mine + turn) % ranks for turn in range(1, ranks)]
-        if not self._streams:
-            for rank in (*others, mine):
-                buffer.parts[rank].copy_(shares[rank])
-            return buffer, []
-        # Whoever used the buffer last has been launched on the current stream.
-        idle = torch.cuda.current_stream(self._device).record_event()
-        remote = len(self._streams) - 1
-        ends = []
-        for lane, stream in enumerate(self._streams):
-            stream.wait_event(idle)
-            with torch.cuda.stream(stream):
-                for rank in others[lane::remote] if lane < remote else (mine,):
-                    buffer.parts[rank].copy_(shares[rank], non_blocking=True)
-                ends.append(stream.record_event())
-        return buffer, ends
+        if self._lanes is None or buffer.target is None:
+            for part, share in zip(buffer.parts, shares, strict=True):
+                part.copy_(share)
+        else:
+            self._lanes.gather(buffer.target, copies, size * shares[0].element_size())
+        return buffer
 
-    def wait(self, ends: Sequence[Any]) -> None:
-        """Have what is launched from here on wait for a gather."""
-        for end in ends:
-            torch.cuda.current_stream(self._device).wait_event(end)
+    def wait(self, buffer: GatherBuffer) -> None:
+        """Have what is launched from here on wait for the copies into the buffer."""
+        if self._lanes is not None and buffer.target is not None:
+            self._lanes.wait(buffer.target)
 
     def give_back(self, buffer: GatherBuffer) -> None:
         """Let another unit have the buffer."""
@@ -102,7 +92,16 @@ class CopyLanes:
     def _make_buffer(self, shares: Sequence[torch.Tensor]) -> GatherBuffer:
         size = shares[0].numel()
         whole = torch.empty(size * len(shares), dtype=shares[0].dtype, device=self._device)
-        return GatherBuffer(whole, torch.split(whole, size))
+        parts = torch.split(whole, size)
+        return GatherBuffer(whole, parts, None if self._lanes is None else self._lanes.add_target(parts))
+
+
+def plan_copies(shares: Sequence[torch.Tensor], mine: int) -> Copies:
+    """Return what is copied by which lane: `mine` is this rank's share, those of the others come in turn after it."""
+    ranks = len(shares)
+    others = [(mine + turn) % ranks for turn in range(1, ranks)]
+    turns = [(rank, number % (_LANES - 1)) for number, rank in enumerate(others)]
+    return [(shares[rank].data_ptr(), rank, lane) for rank, lane in (*turns, (mine, _LANES - 1))]
 
 
 class PeerEngine:
@@ -115,7 +114,7 @@ class PeerEngine:
         self.ranks = dist.get_world_size(group)
         self._group = group
         self._device = device
-        self._lanes = CopyLanes(device)
+        self._buffers = GatherBuffers(device)
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         """See `ShardingEngine.shard`."""
@@ -131,7 +130,7 @@ class PeerEngine:
         mine.copy_(flatten(parameters, layout, ranks)[rank * layout.share : (rank + 1) * layout.share])
         torch.cuda.synchronize(self._device)
         dist.barrier(self._group)  # nobody reads before all have written
-        return PeerUnit(name, parameters, layout, shares, rank, self._lanes)
+        return PeerUnit(name, parameters, layout, shares, rank, self._buffers)
 
 
 def flatten(parameters: Sequence[nn.Parameter], layout: FlatLayout, ranks: int) -> torch.Tensor:
@@ -153,7 +152,7 @@ class PeerUnit:
         layout: FlatLayout,
         shares: Sequence[torch.Tensor],
         rank: int,
-        lanes: CopyLanes,
+        buffers: GatherBuffers,
     ) -> None:
         self.name = name
         self.gathered_bytes = tensor_bytes(list(shares))
@@ -162,23 +161,22 @@ class PeerUnit:
         self._shapes = [parameter.shape for parameter in parameters]
         self._layout = layout
         self._shares = shares
-        self._rank = rank
-        self._lanes = lanes
+        self._copies = plan_copies(shares, rank)
+        self._buffers = buffers
         self._nothing = shares[rank].new_empty(0)
-        # By the buffer's address: the lanes have few, and making views anew takes the host longer than all else here.
+        # By the buffer's address: there are few, and making views anew takes the host longer than all else here.
         self._views: dict[int, list[torch.Tensor]] = {}
         self._buffer: GatherBuffer | None = None
-        self._ends: list[Any] = []
         self.release()
 
     def start(self) -> None:
         """See `ShardedUnit.start`."""
-        self._buffer, self._ends = self._lanes.gather(self._shares, self._rank)
+        self._buffer = self._buffers.gather(self._shares, self._copies)
 
     def finish(self) -> None:
         """See `ShardedUnit.finish`."""
         assert self._buffer is not None
-        self._lanes.wait(self._ends)
+        self._buffers.wait(self._buffer)
         whole = self._buffer.whole
         if whole.data_ptr() not in self._views:
             self._views[whole.data_ptr()] = [
@@ -193,5 +191,5 @@ class PeerUnit:
         for parameter in self._parameters:
             parameter.data = self._nothing
         if self._buffer is not None:
-            self._lanes.give_back(self._buffer)
+            self._buffers.give_back(self._buffer)
         self._buffer = None

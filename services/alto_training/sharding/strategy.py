@@ -35,7 +35,7 @@ class Strategy(enum.StrEnum):
 
 
 class EngineName(enum.StrEnum):
-    """Who cuts and gathers a sharded backbone. `peer` needs CUDA, and ranks that share a host."""
+    """Who cuts and gathers a sharded backbone. `peer` needs CUDA and the build for it, and ranks that share a host."""
 
     DEEPSPEED = "deepspeed"
     FSDP2 = "fsdp2"

@@ -12,7 +12,7 @@ from alto_training.executor.fused_norm import fuse_norms
 from alto_training.executor.kernel_backend import KernelBackend
 from alto_training.executor.lora_linear import FrozenLinear
 from alto_training.executor.tick import Item, PackedSequence, Share, Tick
-from alto_training.sharding.peer_units import CopyLanes, GatherBuffer, PeerUnit, flat_layout, flatten
+from alto_training.sharding.peer_units import GatherBuffer, GatherBuffers, PeerUnit, flat_layout, flatten
 from alto_training.sharding.sharded_backbone import empty_model, shard_model
 from alto_training.sharding.units import ShardedUnit, layers_kept_whole, plan_units
 from alto_training.sharding.weight_files import RandomWeights, fill
@@ -28,7 +28,7 @@ GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_positions=64, n_layer=5, n_head=4)
 CONFIG = TrialConfig(lora_rank=4)
 
 
-class SpoilingLane(CopyLanes):
+class SpoiledBuffers(GatherBuffers):
     """Spoils what is given back, as another layer's weights would."""
 
     def give_back(self, buffer: GatherBuffer) -> None:
@@ -43,13 +43,13 @@ class OneHostEngine:
     ranks = 2
 
     def __init__(self) -> None:
-        self._lane = SpoilingLane(CPU)
+        self._buffers = SpoiledBuffers(CPU)
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         parameters = list(modules.parameters())
         layout = flat_layout([parameter.numel() for parameter in parameters], 2)
         shares = [share.clone() for share in flatten(parameters, layout, 2).split(layout.share)]
-        return PeerUnit(name, parameters, layout, shares, 0, self._lane)
+        return PeerUnit(name, parameters, layout, shares, 0, self._buffers)
 
 
 def make_share(backbone: Backbone) -> Share:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from alto_training.sharding.peer_units import CopyLanes, PeerUnit, flat_layout, flatten
+from alto_training.sharding.peer_units import GatherBuffers, PeerUnit, flat_layout, flatten
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,20 +17,20 @@ def test_parameters_do_not_overlap_and_all_fit(sizes: list[int], ranks: int) -> 
     assert all(offset % 64 == 0 for offset in (*layout.offsets, layout.share))
 
 
-def make_unit(ranks: int, rank: int, lane: CopyLanes, seed: int) -> tuple[PeerUnit, list[nn.Parameter], list]:
+def make_unit(ranks: int, rank: int, buffers: GatherBuffers, seed: int) -> tuple[PeerUnit, list[nn.Parameter], list]:
     torch.manual_seed(seed)
     whole = [torch.randn(7, 13), torch.randn(5), torch.randn(64, 3)]
     parameters = [nn.Parameter(tensor.clone(), requires_grad=False) for tensor in whole]
     layout = flat_layout([parameter.numel() for parameter in parameters], ranks)
     shares = list(flatten(parameters, layout, ranks).split(layout.share))
-    return PeerUnit("unit", parameters, layout, shares, rank, lane), parameters, whole
+    return PeerUnit("unit", parameters, layout, shares, rank, buffers), parameters, whole
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_what_is_gathered_is_what_was_cut_and_buffers_are_used_again(ranks: int) -> None:
-    lane = CopyLanes(torch.device("cpu"))
-    one, one_parameters, one_whole = make_unit(ranks, 0, lane, seed=1)
-    other, other_parameters, other_whole = make_unit(ranks, ranks - 1, lane, seed=2)
+    buffers = GatherBuffers(torch.device("cpu"))
+    one, one_parameters, one_whole = make_unit(ranks, 0, buffers, seed=1)
+    other, other_parameters, other_whole = make_unit(ranks, ranks - 1, buffers, seed=2)
     assert all(parameter.numel() == 0 for parameter in one_parameters)
     addresses = set()
     for _ in range(3):

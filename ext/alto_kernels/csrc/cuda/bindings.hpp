@@ -23,6 +23,7 @@ inline void check(cudaError_t status, const char* what) {
 
 void bind(pybind11::module_& module);
 // Called by bind.
+void bind_copy_lanes(pybind11::module_& module);
 void bind_elementwise(pybind11::module_& module);
 void bind_grouped(pybind11::module_& module);
 

@@ -1,0 +1,46 @@
+// Copies on streams of their own, beside the computation: all of a gather in one call of the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <vector>
+
+namespace alto::cuda {
+
+// What is copied to a part of a target, by which lane.
+struct Copy {
+    const void* from;
+    int part;
+    int lane;
+};
+
+// `lanes` streams of the current device, and targets: memory in parts that copies go to, by one gather at a time.
+class CopyLanes {
+  public:
+    explicit CopyLanes(int lanes);
+    ~CopyLanes();
+    CopyLanes(const CopyLanes&) = delete;
+    CopyLanes& operator=(const CopyLanes&) = delete;
+
+    // Returns the new target's number.
+    int add_target(std::vector<void*> parts);
+
+    // Launches copies of `bytes` each, which begin when all that `stream` has been given is done.
+    cudaError_t gather(int target, const std::vector<Copy>& copies, std::size_t bytes, cudaStream_t stream);
+
+    // Has what `stream` is given from here on wait for the target's last gather.
+    cudaError_t wait(int target, cudaStream_t stream) const;
+
+  private:
+    struct Target {
+        std::vector<void*> parts;
+        std::vector<cudaEvent_t> ends;  // of the last gather, one a lane
+    };
+
+    std::vector<cudaStream_t> lanes_;
+    std::vector<Target> targets_;
+    cudaEvent_t begin_ = nullptr;
+};
+
+}  // namespace alto::cuda
