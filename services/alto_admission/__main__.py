@@ -79,15 +79,17 @@ def _serve() -> int:
 
 async def _keys(options: argparse.Namespace) -> int:
     from alto_admission.api_keys import new_key
-    from alto_admission.server import clock_us, open_database
+    from alto_admission.server import DATABASE_CURE, clock_us, open_database
     from alto_admission.settings import AdmissionSettings
     from alto_admission.store.keys import KeyStore
 
     # Keys are between an operator and the database: the services' token plays no part.
-    database = open_database(AdmissionSettings.load(service_token="none"))
-    await database.migrate()
+    settings = AdmissionSettings.load(service_token="none")
+    database = open_database(settings)
     keys = KeyStore(database)
     try:
+        with settings.needed("database_url", DATABASE_CURE):
+            await database.migrate()
         if options.action == "create":
             expire_us = None if options.days is None else clock_us() + int(options.days * 86_400e6)
             secret, kept = new_key(options.tenant, options.scopes.split(","), clock_us(), expire_us)

@@ -52,7 +52,8 @@ def model_facts(name: str, sources: ModelSources) -> tuple[ResolvedModel, ModelF
         resolved = resolve(name, sources.models_root, sources.allowed_folders, sources.allow_hub)
         return resolved, inspect(resolved.location)
     except BaseModelError as error:
-        return UnusableModel(str(error), error.cure)
+        # Under the name that it was asked for by: found out about a folder, it is that folder's.
+        return UnusableModel(str(BaseModelError(name, error.problem, error.cure)), error.cure)
 
 
 def all_model_facts(sources: ModelSources) -> list[tuple[str, ModelFacts]]:

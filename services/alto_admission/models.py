@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 from alto.v1 import error_pb2
 from alto_common.base_models import BaseModelError, ModelFacts, resolve
 from alto_common.errors import DomainError
@@ -15,6 +16,8 @@ from alto_admission.heavy_work import ModelSources, UnusableModel, all_model_fac
 from alto_admission.worker import Worker
 
 BASE_MODEL_FIELD = "spec.base_model"
+
+log = structlog.get_logger("alto.admission.models")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Models:
         if known is None or known.name != name:
             found = await self._worker.call(model_facts, name, sources)
             if isinstance(found, UnusableModel):
+                log.warning("a base model cannot be used", location=resolved.location, problem=found.problem)
                 raise _unknown(name, found.problem, found.cure)
             known = self._known[key] = KnownModel(name, found[0].location, found[1])
         return known

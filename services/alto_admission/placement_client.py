@@ -13,7 +13,7 @@ from alto_common.rpc.channel import bearer_metadata, service_channel
 from alto_common.rpc.status import info_in
 from alto_common.violations import Violation
 
-from alto_admission.domain.search import DEFAULT_VALIDATION_FRACTION
+from alto_admission.domain.search import validation_fraction
 from alto_admission.domain.task import Task, Trial
 from alto_admission.domain.work_size import SearchSize, adapter_memory_bytes, least_memory_bytes
 from alto_admission.store.datasets import Dataset
@@ -101,13 +101,12 @@ def tuning_work(
 ) -> placement_pb2.TuningWork:
     """Return everything that a node needs to train a task, every default filled in."""
     spec = tuning_pb2.TuningTaskSpec.FromString(task.spec)
-    fraction = spec.validation_fraction if spec.HasField("validation_fraction") else DEFAULT_VALIDATION_FRACTION
     return placement_pb2.TuningWork(
         task_id=task.task_id,
         base_model=task.base_model,
         train=_artifact(train),
         validation=_artifact(validation) if validation else None,
-        validation_fraction=fraction,
+        validation_fraction=validation_fraction(spec),
         objective=tuning_wire.objective_to_wire(tuning_wire.objective_from_wire(spec.objective)),
         early_exit=tuning_wire.early_exit_to_wire(tuning_wire.early_exit_from_wire(spec.early_exit)),
         evaluation=tuning_wire.evaluation_to_wire(tuning_wire.evaluation_from_wire(spec.evaluation)),

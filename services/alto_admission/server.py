@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 from alto.v1 import admission_service_pb2_grpc, report_service_pb2_grpc
 from alto_common.artifacts import ArtifactStore
+from alto_common.configuration import make_writable
 from alto_common.database import Database
 from alto_common.errors import DomainError
 from alto_common.rpc.authentication import Scope, ServiceTokenAuthenticator
@@ -41,6 +42,11 @@ from alto_admission.worker import Worker
 MIGRATIONS = Path(__file__).parent / "migrations"
 HEALTH_S = 2.0
 LOCAL_TENANT = "local"
+DATABASE_CURE = (
+    "start the database, or give the URL of one, postgresql://... or sqlite+aiosqlite:///..., that can be written"
+)
+FOLDER_CURE = "name a folder that can be written"
+PORT_CURE = "give host:port of this machine, and a port that no other program has"
 
 log = structlog.get_logger("alto.admission")
 
@@ -51,7 +57,7 @@ def clock_us() -> int:
 
 
 class AdmissionServer:
-    """One admission process. `start`, then `stop`."""
+    """One admission process. `start`, then `stop`. Both constructing and starting it may raise SettingsError."""
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self.settings = settings
@@ -61,14 +67,22 @@ class AdmissionServer:
         self.hub = EventHub(self.tasks.last_sequences, settings.poll_s)
         datasets = DatasetStore(self.database)
         outbox = Outbox(self.database)
-        artifacts = ArtifactStore(settings.artifact_root)
+        with settings.needed("artifact_root", "give a folder, or a URL whose fsspec package is installed"):
+            artifacts = ArtifactStore(settings.artifact_root)
+        self._artifacts = artifacts
         # Apart, so that reading a large upload does not hold up a small request.
         self._model_worker = Worker("model")
         self._file_worker = Worker("file")
         sources = ModelSources(settings.models_root, settings.allowed_folders, settings.allow_hub)
         self._models = Models(self._model_worker, sources)
         self._uploads = Uploads(
-            datasets, artifacts, self._file_worker, settings.upload_folder, settings.dataset_limits, clock_us
+            datasets,
+            artifacts,
+            self._file_worker,
+            settings.upload_folder,
+            settings.dataset_limits,
+            settings.max_stored_dataset_bytes,
+            clock_us,
         )
         self._placement = PlacementClient(settings.placement_address, settings.service_token)
         tuning_tasks = TuningTasks(
@@ -114,15 +128,38 @@ class AdmissionServer:
 
     async def start(self) -> None:
         """Migrate the database, bind both ports, and begin the loops. Ready as soon as health says SERVING."""
-        await self.database.migrate()
-        if self.settings.local_key_file is not None:
-            await self._write_local_key(self.settings.local_key_file)
-        self._uploads.remove_abandoned()
-        await self.internal.start()
-        await self.public.start()
-        for loop in (self._dispatcher.run(), self._plan_watcher.run(), self.hub.poll(), self._watch_health()):
+        try:
+            await self._prepare()
+        except BaseException:
+            await self.stop()
+            raise
+        for loop in (
+            self._dispatcher.run(),
+            self._plan_watcher.run(),
+            self.hub.poll(),
+            self._watch_health(),
+            self._uploads.keep_clean(),
+        ):
             self._begin(loop)
         self._begin(self._warm())
+
+    async def _prepare(self) -> None:
+        """Have everything that the settings name, or say which of it cannot be had. Raises SettingsError."""
+        settings = self.settings
+        with settings.needed("database_url", DATABASE_CURE):
+            await self.database.migrate()
+        if settings.local_key_file is not None:
+            with settings.needed("local_key_file", "name a file that can be written and holds a key, or none yet"):
+                await self._write_local_key(settings.local_key_file)
+        with settings.needed("artifact_root", FOLDER_CURE):
+            if (root := self._artifacts.local_root) is not None:
+                make_writable(root)
+        with settings.needed("upload_folder", FOLDER_CURE):
+            make_writable(settings.upload_folder)
+        with settings.needed("internal_listen", PORT_CURE):
+            await self.internal.start()
+        with settings.needed("listen", PORT_CURE):
+            await self.public.start()
 
     async def stop(self) -> None:
         """End gracefully: NOT_SERVING, every watch ended with its last token, calls in flight finished, then all."""
@@ -175,8 +212,8 @@ class AdmissionServer:
                 await self.keys.add(kept)
             return
         secret, kept = new_key(LOCAL_TENANT, scopes, clock_us())
-        await self.keys.add(kept)
         file.parent.mkdir(parents=True, exist_ok=True)
+        await self.keys.add(kept)
         aside = file.with_name(f".{file.name}.{os.getpid()}")
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as stream:
@@ -185,8 +222,9 @@ class AdmissionServer:
 
 
 def open_database(settings: AdmissionSettings) -> Database:
-    """Return the database of the settings; the folder of a SQLite file is made."""
-    prefix, separator, path = settings.database_url.partition(":///")
-    if prefix.startswith("sqlite") and separator and path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Database(settings.database_url, MIGRATIONS)
+    """Return the database of the settings; the folder of a SQLite file is made. Raises SettingsError."""
+    with settings.needed("database_url", DATABASE_CURE):
+        prefix, separator, path = settings.database_url.partition(":///")
+        if prefix.startswith("sqlite") and separator and path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return Database(settings.database_url, MIGRATIONS)

@@ -219,12 +219,16 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
     async def ListDatasets(
         self, request: messages.ListDatasetsRequest, context: Context
     ) -> messages.ListDatasetsResponse:
-        """List the tenant's datasets, newest first."""
+        """List the tenant's datasets, newest first, with what they take of its quota."""
         binding = repr(("datasets", tenant())).encode()
         key = page_key(request.page_token, binding, (int, str))
         size = request.page_size or DATASETS_A_PAGE
         datasets = await self._datasets.page(tenant(), key, size + 1)
-        response = messages.ListDatasetsResponse(datasets=[dataset_to_wire(dataset) for dataset in datasets[:size]])
+        used_bytes, quota_bytes = await self._uploads.usage(tenant())
+        response = messages.ListDatasetsResponse(
+            datasets=[dataset_to_wire(dataset) for dataset in datasets[:size]],
+            usage=messages.DatasetUsage(used_bytes=used_bytes, quota_bytes=quota_bytes),
+        )
         if len(datasets) > size:
             last = datasets[size - 1]
             response.next_page_token = page_token(binding, (last.create_us, last.dataset_id))

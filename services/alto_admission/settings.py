@@ -19,8 +19,8 @@ class AdmissionSettings(ServiceSettings):
     Folders below `models_root` are base models by name; `model_folders` (separated by commas or the system's path
     separator) are further roots of which tenants may name folders by absolute path. `local_key_file`, when set, gets a
     key of the tenant "local" if it is not there yet. Spans are in seconds; `plan_grace_s` is how long an unfinished
-    task may be missing from placement's plan before it counts as forgotten. `max_unfinished_tasks` and `max_watches`
-    are a tenant's.
+    task may be missing from placement's plan before it counts as forgotten. `max_stored_dataset_bytes`,
+    `max_unfinished_tasks` and `max_watches` are a tenant's.
     """
 
     prefix: ClassVar[str] = "ALTO_ADMISSION_"
@@ -38,6 +38,7 @@ class AdmissionSettings(ServiceSettings):
 
     max_dataset_bytes: int = Field(default=1 << 30, ge=1)
     max_dataset_rows: int = Field(default=1_000_000, ge=1)
+    max_stored_dataset_bytes: int = Field(default=100 << 30, ge=1)
     max_trials: int = Field(default=1000, ge=1, le=5000)
     max_unfinished_tasks: int = Field(default=1000, ge=1)
 

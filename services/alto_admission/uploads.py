@@ -7,14 +7,14 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
 from alto.v1 import admission_service_pb2, dataset_pb2, error_pb2
 from alto_common.artifacts import CHUNK_BYTES, ArtifactStore
 from alto_common.dataset_rows import DatasetFacts, DatasetLimits, RowFormat
-from alto_common.errors import DomainError, invalid_fields, not_found, unavailable
+from alto_common.errors import DomainError, Reason, invalid_fields, not_found, unavailable
 from alto_common.violations import Violation
 
 from alto_admission.heavy_work import DamagedFile, check_file
@@ -23,6 +23,7 @@ from alto_admission.worker import Worker
 
 ENDINGS = (".jsonl", ".parquet")
 ABANDONED_S = 7 * 24 * 3600
+CLEAN_EVERY_S = 3600.0
 FORMATS: dict[RowFormat, dataset_pb2.DatasetFormat.ValueType] = {
     RowFormat.TEXT: dataset_pb2.DATASET_FORMAT_TEXT,
     RowFormat.PROMPT_COMPLETION: dataset_pb2.DATASET_FORMAT_PROMPT_COMPLETION,
@@ -55,6 +56,7 @@ class Uploads:
         worker: Worker,
         folder: Path,
         limits: DatasetLimits,
+        quota_bytes: int,
         clock_us: Callable[[], int],
     ) -> None:
         self._store = store
@@ -62,13 +64,15 @@ class Uploads:
         self._worker = worker
         self._folder = folder
         self._limits = limits
+        self._quota_bytes = quota_bytes
         self._clock_us = clock_us
         self._streams: dict[str, _Stream] = {}
 
     async def receive(self, tenant: str, header: Header, chunks: AsyncIterator[Chunk]) -> Dataset:
         """Return the dataset that the upload becomes. What came before a break is kept for the next call.
 
-        Raises REQUEST_ID_REUSED, DATASET_TOO_LARGE, OFFSET_MISMATCH, CONTENT_MISMATCH, DATASET_MALFORMED.
+        Raises REQUEST_ID_REUSED, DATASET_TOO_LARGE, QUOTA_EXCEEDED, OFFSET_MISMATCH, CONTENT_MISMATCH,
+        DATASET_MALFORMED.
         """
         self._check_header(header)
         upload = await self._begin(tenant, header)
@@ -105,26 +109,45 @@ class Uploads:
         path = await self._store.delete(dataset_id, tenant)
         await asyncio.to_thread(self._artifacts.delete, path.rpartition("/")[0])
 
-    def remove_abandoned(self) -> None:
-        """Delete bytes of uploads that nobody has carried on for a week."""
+    async def usage(self, tenant: str) -> tuple[int, int]:
+        """Return the bytes that a tenant's datasets and unfinished uploads take, and its quota of them."""
+        return await self._store.used_bytes(tenant), self._quota_bytes
+
+    async def keep_clean(self) -> None:
+        """Remove what was abandoned, now and every hour."""
+        while True:
+            try:
+                await self.remove_abandoned()
+            except Exception:
+                log.exception("abandoned uploads could not be removed; trying again")
+            await asyncio.sleep(CLEAN_EVERY_S)
+
+    async def remove_abandoned(self) -> None:
+        """Delete uploads that nobody has carried on for a week: their bytes, and what they take of a quota."""
+        await asyncio.to_thread(self._remove_abandoned_bytes)
+        for upload in await self._store.unfinished_uploads(self._clock_us() - ABANDONED_S * 1_000_000):
+            if not self._path(upload).exists():
+                await self._store.forget_upload(upload.tenant, upload.request_id)
+
+    def _remove_abandoned_bytes(self) -> None:
         for path in self._folder.glob("*.part"):
             if time.time() - path.stat().st_mtime > ABANDONED_S:
                 path.unlink(missing_ok=True)
 
     def _check_header(self, header: Header) -> None:
-        if not header.file_name.endswith(ENDINGS):
+        if not header.file_name.lower().endswith(ENDINGS):
             cure = f"give a file whose name ends in {' or '.join(ENDINGS)}"
             raise invalid_fields([Violation("header.file_name", header.file_name, cure)])
         if header.size_bytes > self._limits.max_bytes:
             cure = f"give at most {self._limits.max_bytes:,} bytes, or split the file"
             violation = Violation("header.size_bytes", header.size_bytes, cure)
-            raise invalid_fields([violation], error_pb2.ERROR_REASON_DATASET_TOO_LARGE)
+            raise _about_file(header, [violation], error_pb2.ERROR_REASON_DATASET_TOO_LARGE)
 
     async def _begin(self, tenant: str, header: Header) -> Upload:
         fingerprint = hashlib.sha256(header.SerializeToString(deterministic=True)).hexdigest()
         dataset_id = f"dataset-{secrets.token_hex(8)}"
-        fresh = Upload(tenant, header.request_id, fingerprint, dataset_id, False, self._clock_us())
-        upload = await self._store.begin_upload(fresh)
+        fresh = Upload(tenant, header.request_id, fingerprint, dataset_id, False, self._clock_us(), header.size_bytes)
+        upload = await self._store.begin_upload(fresh, self._quota_bytes)
         if upload.request_hash != fingerprint:
             raise DomainError(
                 error_pb2.ERROR_REASON_REQUEST_ID_REUSED,
@@ -155,7 +178,7 @@ class Uploads:
         return await self._keep(upload, header, path, checked)
 
     async def _keep(self, upload: Upload, header: Header, path: Path, facts: DatasetFacts) -> Dataset:
-        ending = next(ending for ending in ENDINGS if header.file_name.endswith(ending))
+        ending = next(ending for ending in ENDINGS if header.file_name.lower().endswith(ending))
         target = f"tenants/{upload.tenant}/datasets/{upload.dataset_id}/rows{ending}"
         await asyncio.to_thread(lambda: self._artifacts.write(target, _pieces(path)))
         dataset = Dataset(
@@ -216,6 +239,11 @@ def _damaged(found: DamagedFile, header: Header) -> DomainError:
             f"the bytes have SHA-256 {found.sha256}, but {header.sha256} was announced: upload again",
             metadata={"committed_bytes": "0"},
         )
-    if found.too_large:
-        return invalid_fields(found.violations, error_pb2.ERROR_REASON_DATASET_TOO_LARGE)
-    return invalid_fields(found.violations, error_pb2.ERROR_REASON_DATASET_MALFORMED)
+    too_large, malformed = error_pb2.ERROR_REASON_DATASET_TOO_LARGE, error_pb2.ERROR_REASON_DATASET_MALFORMED
+    return _about_file(header, found.violations, too_large if found.too_large else malformed)
+
+
+def _about_file(header: Header, violations: Sequence[Violation], reason: Reason) -> DomainError:
+    """Return the error of a file's content: a search has several, and its caller hears which one it is."""
+    sentence = f"{header.file_name}: {invalid_fields(violations).message}"
+    return DomainError(reason, sentence, violations=violations, metadata={"file_name": header.file_name})

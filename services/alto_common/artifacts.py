@@ -37,6 +37,11 @@ class ArtifactStore:
         self._base = str(base).rstrip("/")
         self._is_local = "file" in _protocols(self._fs)
 
+    @property
+    def local_root(self) -> Path | None:
+        """The root's path on this host when the store is a local folder, else None."""
+        return Path(self._base) if self._is_local else None
+
     def local_path(self, path: str) -> Path | None:
         """Return the file's or folder's path on this host when the store is a local folder, else None."""
         return Path(self._full(path)) if self._is_local else None

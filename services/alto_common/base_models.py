@@ -39,6 +39,7 @@ class BaseModelError(ValueError):
 
     def __init__(self, name: str, problem: str, cure: str) -> None:
         self.name = name
+        self.problem = problem
         self.cure = cure
         super().__init__(f"base model {name!r} {problem}: {cure}")
 
@@ -122,7 +123,9 @@ def resolve(
             return ResolvedModel(name, str(folder))
         if absolute and not inside:
             raise UnknownModelError(
-                name, "lies outside the folders for models", f"name a folder below {root}, or have its parent allowed"
+                name,
+                "lies outside the folders for models",
+                "name a folder below one of them, or have its parent allowed",
             )
         if not absolute and allow_hub:
             return ResolvedModel(name, name)
@@ -161,7 +164,9 @@ def load_tokenizer(location: str) -> Any:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # as for a configuration: no contract says what it may be
         cure = "put its tokenizer files beside config.json"
-        raise UnusableModelError(_name_of(location), f"has no usable tokenizer ({_first_line(error)})", cure) from error
+        raise UnusableModelError(
+            _name_of(location), f"has no usable tokenizer ({_first_line(error, location)})", cure
+        ) from error
 
 
 def text_vocabulary(location: str) -> int:
@@ -181,7 +186,9 @@ def weights_being_read(location: str) -> Iterator[None]:
         if "out of memory" in str(error) or "allocate memory" in str(error):
             raise
         cure = "put its weights, whole and of its config.json, into the folder again"
-        raise UnusableModelError(_name_of(location), f"cannot be loaded ({_first_line(error)})", cure) from error
+        raise UnusableModelError(
+            _name_of(location), f"cannot be loaded ({_first_line(error, location)})", cure
+        ) from error
 
 
 def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -303,7 +310,7 @@ def _config(location: str) -> Any:
             raise _unknown(location, "is not among the models here, and the hub cannot be reached") from error
         raise UnusableModelError(
             _name_of(location),
-            f"has no usable configuration ({_first_line(error)})",
+            f"has no usable configuration ({_first_line(error, location)})",
             "give a causal language model whose architecture the installed transformers knows; code that comes with a "
             "checkpoint is never run",
         ) from error
@@ -321,7 +328,7 @@ def _gather(location: str) -> ModelFacts:
     except Exception as error:
         raise UnusableModelError(
             _name_of(location),
-            f"cannot be built ({_first_line(error)})",
+            f"cannot be built ({_first_line(error, location)})",
             "give a causal language model that the installed transformers can build from its config.json",
         ) from error
     tokenizer = load_tokenizer(location)
@@ -350,8 +357,9 @@ def _name_of(location: str) -> str:
     return Path(location).name if Path(location).is_absolute() else location
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def _first_line(error: Exception, location: str) -> str:
+    text = str(error).replace(location, _name_of(location)).strip()
+    return (text.splitlines() or [type(error).__name__])[0][:160]
 
 
 def _write_aside(path: Path, text: str) -> None:

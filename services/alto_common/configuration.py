@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -13,6 +16,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 def home_folder() -> Path:
     """Return where ALTO keeps its state on this machine: ALTO_HOME, or ~/.alto."""
     return Path(os.environ.get("ALTO_HOME", Path.home() / ".alto"))
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is not there; raise OSError when nothing can be written to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 class SettingsError(ValueError):
@@ -29,7 +39,7 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     service_token: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-    log_format: str = "json"
+    log_format: Literal["json", "text"] = "json"
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__()
@@ -51,6 +61,14 @@ class ServiceSettings(BaseSettings):
             faults = [cls._fault(fault["loc"], fault["msg"]) for fault in error.errors(include_input=False)]
             raise SettingsError("; ".join(faults)) from None
 
+    @contextmanager
+    def needed(self, name: str, cure: str) -> Iterator[None]:
+        """Turn what fails inside into a SettingsError: what the setting `name` points at will not do, and the cure."""
+        try:
+            yield
+        except Exception as error:
+            raise SettingsError(f"{self._fault((name,), _problem(error))}: {cure}") from error
+
     @classmethod
     def _fault(cls, path: tuple[int | str, ...], message: str) -> str:
         if not path:  # of several settings together, or text that is no JSON: the message names them
@@ -58,3 +76,11 @@ class ServiceSettings(BaseSettings):
         name, *inner = path
         where = "".join(f"[{key!r}]" for key in inner)
         return f"{cls.prefix}{name}".upper() + f"{where}: {message}"
+
+
+def _problem(error: Exception) -> str:
+    """Return an error in one line: of a database its driver's, which does not name the URL."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    cause = getattr(error, "orig", None) or error
+    return next(iter(str(cause).splitlines()), type(cause).__name__)

@@ -145,6 +145,14 @@ def check_objective(found: RowFormat, objective: Objective, field: str = "datase
     return []
 
 
+def check_chat_template(found: RowFormat, has_chat_template: bool, field: str) -> list[Violation]:
+    """Return a violation when rows of this format need a chat template, and the base model has none."""
+    if found is RowFormat.MESSAGES and not has_chat_template:
+        cure = "this model has no chat template: give rows of {prompt, completion}, or choose a chat model"
+        return [Violation(field, str(found), cure)]
+    return []
+
+
 def detect(where: str, value: dict[str, Any]) -> RowFormat | list[Violation]:
     """Return the one format whose fields are all there."""
     for name in UNSUPPORTED_FIELDS:

@@ -7,10 +7,11 @@ tenants, so everything about them is bounded by `DatasetLimits` before it is hel
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from alto_common.dataset_formats import (
     Row,
     RowFormat,
     TextRow,
+    check_chat_template,
     check_objective,
     detect,
     row_format,
@@ -46,6 +48,7 @@ __all__ = [
     "Row",
     "RowFormat",
     "TextRow",
+    "check_chat_template",
     "check_objective",
     "read_rows",
     "row_format",
@@ -85,12 +88,17 @@ class DatasetFacts:
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be used; `violations` name the lines, at most `DatasetLimits.max_violations` of them."""
+    """A dataset that cannot be used; `violations` name the lines, at most `DatasetLimits.max_violations` of them.
 
-    def __init__(self, violations: list[Violation]) -> None:
+    `file_name` is what its owner calls the file, where that is known.
+    """
+
+    def __init__(self, violations: Sequence[Violation], file_name: str = "") -> None:
         """Keep the violations, in the order of the file."""
         self.violations = tuple(violations)
-        super().__init__("; ".join(str(violation) for violation in violations))
+        self.file_name = file_name
+        sentences = "; ".join(str(violation) for violation in violations)
+        super().__init__(f"{file_name}: {sentences}" if file_name else sentences)
 
 
 def read_rows(path: Path, limits: DatasetLimits | None = None) -> Iterator[tuple[int, Row]]:
@@ -125,9 +133,10 @@ def scan(path: Path, limits: DatasetLimits | None = None, file_name: str = "") -
         longest = max(longest, characters)
         digests.add(hashlib.blake2b(repr(outcome).encode(), digest_size=16).digest())
     if violations:
-        raise DatasetError(violations[: limits.max_violations])
+        raise DatasetError(violations[: limits.max_violations], reader.file_name)
     if reader.format is None:
-        raise DatasetError([Violation("dataset", "0 rows", f"it holds no rows: give at least one {FORMATS_IN_WORDS}")])
+        empty = Violation("dataset", "0 rows", f"it holds no rows: give at least one {FORMATS_IN_WORDS}")
+        raise DatasetError([empty], reader.file_name)
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return DatasetFacts(rows, reader.format, path.stat().st_size, sha256, rows - len(digests), longest)
@@ -183,6 +192,8 @@ class _Reader:
             line = 0
             while raw := stream.readline(most_bytes + 1):
                 line += 1
+                if line == 1:
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
                 cut = len(raw) > most_bytes
                 while cut and not raw.endswith(b"\n") and (more := stream.readline(1 << 20)):
                     raw = more
@@ -199,7 +210,7 @@ class _Reader:
         """Return the object that one line holds, or why it holds none, with the line's length in characters."""
         where = f"line[{line}]"
         try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip()
+            text = raw.decode().rstrip()
         except UnicodeDecodeError as error:
             cure = f"save the file as UTF-8 (byte {error.start + 1} of this line is not)"
             return [Violation(where, shown(raw[max(0, error.start - 8) : error.start + 8]), cure)], len(raw)
@@ -216,7 +227,7 @@ class _Reader:
         if not isinstance(value, dict):
             cure = "write one JSON object a line, neither an array around the rows nor a bare value"
             return [Violation(where, shown(text), cure)], len(text)
-        return value, len(text)
+        return _present(value), len(text)
 
     def _unpacks_too_far(self) -> Violation:
         cure = f"the rows unpack to over {self.limits.max_bytes:,} bytes: split the file"
@@ -251,7 +262,7 @@ class _Reader:
                         if isinstance(value, int):
                             yield line, [self._too_long(line, f"{value:,} bytes")], value
                             continue
-                        present = {name: item for name, item in value.items() if item is not None}
+                        present = _present(value)
                         characters = len(str(present))
                         if characters > self.limits.max_row_characters:
                             yield line, [self._too_long(line, f"{characters:,} characters")], characters
@@ -303,6 +314,11 @@ def _unpacked_bytes(array: Any) -> int:
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_map(kind):
         return int(array.offsets.nbytes) + _unpacked_bytes(array.flatten())
     return int(array.nbytes)
+
+
+def _present(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without the fields that it leaves empty: null in JSON, a column without a value in Parquet."""
+    return {name: item for name, item in value.items() if item is not None}
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

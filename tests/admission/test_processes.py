@@ -3,6 +3,9 @@
 import asyncio
 import os
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 from alto.v1 import error_pb2
@@ -91,3 +94,39 @@ def test_an_unknown_setting_is_refused(environment, monkeypatch):
     monkeypatch.setenv("ALTO_ADMISSION_LISTENS", "x")
     with pytest.raises(ValueError, match="ALTO_ADMISSION_LISTENS"):
         AdmissionSettings.load()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("DATABASE_URL", "postgresql://alto:PASSWORD@127.0.0.1:1/alto", "Connection refused: start the database"),
+        ("DATABASE_URL", "sqlite+aiosqlite:///{file}/a.db", "{file}: File exists: start the database"),
+        ("DATABASE_URL", "PASSWORD", "Could not parse SQLAlchemy URL"),
+        ("ARTIFACT_ROOT", "{file}/artifacts", "{file}/artifacts: Not a directory: name a folder that can be written"),
+        ("ARTIFACT_ROOT", "nowhere://bucket", "Protocol not known: nowhere: give a folder, or a URL"),
+        ("UPLOAD_FOLDER", "{file}", "{file}: File exists: name a folder that can be written"),
+        ("LOCAL_KEY_FILE", "{file}/key", "{file}: File exists: name a file that can be written"),
+        ("LISTEN", "{taken}", "cannot listen on '{taken}': give host:port"),
+        ("INTERNAL_LISTEN", "{taken}", "cannot listen on '{taken}': give host:port"),
+        ("LOG_FORMAT", "xml", "Input should be 'json' or 'text'"),
+    ],
+)
+def test_why_it_cannot_start_is_its_last_line_with_the_setting_and_the_cure(tmp_path, setting, value, said):
+    file = tmp_path / "file"
+    file.touch()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = {"SERVICE_TOKEN": "t", "LISTEN": "127.0.0.1:0", "INTERNAL_LISTEN": "127.0.0.1:0"}
+        settings[setting] = value.format(file=file, taken=address)
+        environment = os.environ | {f"ALTO_ADMISSION_{name}": value for name, value in settings.items()}
+        environment["ALTO_HOME"] = str(tmp_path / "home")
+        command = [sys.executable, "-m", "alto_admission"]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"alto-admission: ALTO_ADMISSION_{setting}: ")
+    assert said.format(file=file, taken=address) in last
+    assert "Traceback" not in ended.stderr
+    assert "PASSWORD" not in ended.stderr

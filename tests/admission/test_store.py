@@ -267,14 +267,30 @@ async def test_a_dataset_in_use_stays(tasks, database):
 
 async def test_an_upload_has_one_dataset(tasks, database):
     datasets = DatasetStore(database)
-    first = Upload("acme", "u1", "hash", "d7", False, NOW_US)
-    assert await datasets.begin_upload(first) == first
-    assert await datasets.begin_upload(replace(first, dataset_id="d8")) == first
+    first = Upload("acme", "u1", "hash", "d7", False, NOW_US, 9)
+    assert await datasets.begin_upload(first, 100) == first
+    assert await datasets.begin_upload(replace(first, dataset_id="d8"), 100) == first
     for _ in range(2):
         await datasets.finish_upload(a_dataset("d7"), "u1")
     assert (await datasets.upload("acme", "u1")).complete
     await datasets.delete("d7", "acme")
     assert await datasets.upload("acme", "u1") is None
+
+
+async def test_uploads_that_begin_at_once_stay_within_the_quota_together(tasks, database):
+    datasets = DatasetStore(database)
+    # Nine bytes are there already.
+    coming = [Upload("acme", f"u{number}", "hash", f"d{number}", False, NOW_US, 10) for number in range(10, 20)]
+    begun = await asyncio.gather(*(datasets.begin_upload(upload, 39) for upload in coming), return_exceptions=True)
+    refused = [one for one in begun if isinstance(one, DomainError)]
+    assert len(refused) == 7
+    assert {error.reason for error in refused} == {error_pb2.ERROR_REASON_QUOTA_EXCEEDED}
+    assert await datasets.used_bytes("acme") == 39
+    assert await datasets.begin_upload(replace(coming[0], tenant="other", dataset_id="d99"), 39)
+    (unfinished, *_) = await datasets.unfinished_uploads(NOW_US + 1)
+    assert not await datasets.unfinished_uploads(NOW_US)
+    await datasets.forget_upload(unfinished.tenant, unfinished.request_id)
+    assert await datasets.used_bytes("acme") + await datasets.used_bytes("other") == 39
 
 
 async def test_pages_of_datasets(tasks, database):

@@ -8,6 +8,7 @@ from alto_common.rpc.status import reason_in
 from google.protobuf import json_format
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from structlog.testing import capture_logs
 
 from .conftest import FACTS, MODEL, spec_of
 from .reporting import decided, numbered, trained, trial_state
@@ -60,6 +61,19 @@ async def test_validate_only_keeps_nothing(admission, placement):
     assert (task.task_id, task.trial_count, task.savings.samples_planned) == ("", 2, 36)
     assert not (await client.call("ListTuningTasks", messages.ListTuningTasksRequest())).tasks
     assert (await client.create(request_id="r")).task_id
+
+
+async def test_an_unusable_base_model_is_told_of_as_it_was_named_and_the_log_says_where_it_lies(admission, models_root):
+    (models_root / "alias").symlink_to(models_root / "tiny-llama")
+    (models_root / "tiny-llama" / "config.json").write_text("no JSON")
+    client = await admission.client()
+    with capture_logs() as logs:
+        error = await failure(client.create(base_model="alias"))
+    assert reason_in(error) == "UNKNOWN_BASE_MODEL"
+    assert error.details().startswith("base model 'alias' has no usable configuration (")
+    assert str(models_root.parent) not in str(rpc_status.from_call(error))
+    (told,) = (entry for entry in logs if entry["log_level"] == "warning")
+    assert told["location"] == str(models_root / "tiny-llama")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +186,16 @@ async def test_a_dataset_that_cannot_be_divided_needs_a_validation_dataset(admis
     one = await client.upload(b'{"text": "a"}')
     assert "spec.dataset_id" in violations(await failure(client.create(one.dataset_id)))
     assert await client.create(one.dataset_id, validation_dataset_id=one.dataset_id)
+
+
+async def test_conversations_need_a_base_model_with_a_chat_template(admission):
+    client = await admission.client()
+    talk = await client.upload(b'{"messages": [{"role": "assistant", "content": "a"}]}\n' * 3)
+    error = await failure(client.create(talk.dataset_id, validation_dataset_id=talk.dataset_id))
+    assert reason_in(error) == "INVALID_FIELD"
+    found = violations(error)
+    assert set(found) == {"spec.dataset_id", "spec.validation_dataset_id"}
+    assert all("has no chat template: give rows of {prompt, completion}" in text for text in found.values())
 
 
 async def test_a_quota_is_named(started):

@@ -3,12 +3,15 @@
 import asyncio
 import hashlib
 import json
+import os
+import time
 from contextlib import suppress
 
 import grpc
 import pytest
 from alto.v1 import admission_service_pb2 as messages
 from alto.v1 import dataset_pb2
+from alto_admission.server import clock_us
 from alto_common.rpc.status import reason_in
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -106,11 +109,13 @@ async def test_more_or_fewer_bytes_than_announced(admission, size):
 async def test_a_malformed_line_is_named(admission):
     client = await admission.client()
     content = b'{"text": "a"}\n{"text": 1}\n{"text": "b"\n'
-    error = await failure(client.upload(content))
+    error = await failure(client.upload(content, file_name="train.jsonl"))
     assert (error.code(), reason_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "DATASET_MALFORMED")
     found = detail(error, error_details_pb2.BadRequest).field_violations
     assert [one.field for one in found] == ["line[2].text", "line[3]"]
     assert "give a string" in found[0].description
+    assert error.details().startswith("train.jsonl: line[2].text = '1': give a string")
+    assert detail(error, error_details_pb2.ErrorInfo).metadata["file_name"] == "train.jsonl"
 
 
 async def test_a_damaged_parquet_file_is_told_of_under_the_name_it_was_sent_with(admission):
@@ -130,6 +135,42 @@ async def test_what_is_over_a_limit_is_refused(started, limits, field):
     error = await failure(client.upload())
     assert reason_in(error) == "DATASET_TOO_LARGE"
     assert detail(error, error_details_pb2.BadRequest).field_violations[0].field == field
+    assert "rows.jsonl: " in error.details()
+
+
+async def test_datasets_take_of_a_quota_until_they_are_deleted(started):
+    admission = await started(max_stored_dataset_bytes=len(ROWS) + 10)
+    client, other = await admission.client(), await admission.client("other")
+    dataset = await client.upload()
+    usage = (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage
+    assert (usage.used_bytes, usage.quota_bytes) == (len(ROWS), len(ROWS) + 10)
+    small = b'{"text": "a b c"}'
+    error = await failure(client.upload(small, request_id="small"))
+    assert (error.code(), reason_in(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+    assert detail(error, error_details_pb2.BadRequest).field_violations[0].field == "header.size_bytes"
+    assert "delete datasets" in error.details()
+    (quota,) = detail(error, error_details_pb2.QuotaFailure).violations
+    assert (quota.subject, quota.description) == ("tenant:acme", f"{len(ROWS) + 10:,} bytes of datasets")
+    await other.upload(small)
+    await client.call("DeleteDataset", messages.DeleteDatasetRequest(dataset_id=dataset.dataset_id))
+    await client.upload(small, request_id="small")
+
+
+async def test_an_abandoned_upload_is_removed_with_what_it_takes_of_the_quota(admission, tmp_path):
+    client = await admission.client()
+    uploads = admission.server._uploads
+    for request_id in ("abandoned", "carried-on"):
+        header = header_of(request_id=request_id)
+        error = await failure(send(client, header, ROWS[:200]))
+        assert reason_in(error) == "CONTENT_MISMATCH"
+    week_s = 7 * 24 * 3600
+    old, young = sorted((tmp_path / "uploads").iterdir(), key=lambda path: path.stat().st_mtime)
+    os.utime(old, (time.time() - week_s - 60,) * 2)
+    uploads._clock_us = lambda: clock_us() + (week_s + 60) * 1_000_000
+    await uploads.remove_abandoned()
+    assert list((tmp_path / "uploads").iterdir()) == [young]
+    usage = (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage
+    assert usage.used_bytes == len(ROWS)
 
 
 async def test_what_is_no_upload_is_refused(admission):
@@ -140,6 +181,7 @@ async def test_what_is_no_upload_is_refused(admission):
         assert reason_in(error) == "INVALID_FIELD"
     error = await failure(client.upload(file_name="rows.csv"))
     assert reason_in(error) == "INVALID_FIELD"
+    assert (await client.upload(file_name="ROWS.JSONL")).display_name == "ROWS.JSONL"
 
 
 async def test_a_dataset_is_deleted_once_no_task_needs_it(admission, placement, tmp_path):

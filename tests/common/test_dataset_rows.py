@@ -89,7 +89,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) ->
         ({}, "line[2]", "give a row as {text}"),
         ({"prompt": "a", "completion": "  \n"}, "line[2].completion", "not empty"),
         ({"prompt": 3, "completion": "b"}, "line[2].prompt", "a string, not a number"),
-        ({"prompt": "a", "completion": None}, "line[2].completion", "a string, not null"),
+        ({"prompt": "a", "completion": None}, "line[2].completion", "add the missing field"),
         ({"prompt": "a", "completion": "\ud800"}, "line[2].completion", "lone surrogate"),
         ({"text": "a"}, "line[2]", "line 1 has the prompt_completion format"),
         ({**GOOD, "text": "a"}, "line[2]", "one format only"),
@@ -126,6 +126,19 @@ def test_an_empty_missing_or_blank_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\n  \n")
     assert faults(path)[0][1] == "0 rows"
     assert "readable" in faults(tmp_path / "absent.jsonl")[0][2]
+
+
+def test_a_field_that_is_null_is_one_that_the_row_does_not_have(tmp_path: Path) -> None:
+    raw = {"instruction": "a", "input": None, "output": "b", "text": None}
+    assert list(read_rows(write(tmp_path, raw))) == [(1, AlpacaRow("a", "", "b"))]
+
+
+def test_a_byte_order_mark_alone_on_its_line_is_a_blank_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(GOOD).encode())
+    assert [line for line, _ in read_rows(path)] == [2]
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert faults(path)[0][:2] == ("dataset", "0 rows")
 
 
 def test_limits_on_bytes_rows_characters_and_reported_violations(tmp_path: Path) -> None:

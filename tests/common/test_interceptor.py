@@ -87,6 +87,15 @@ async def test_a_request_that_cannot_be_read_is_refused_once_the_caller_is_known
     assert "UTF-8" in error.details()
 
 
+async def test_a_request_that_is_too_large_hears_how_large_one_may_be(channel):
+    request = placement_service_pb2.DequeueTaskRequest(task_id="t" * 4 * 1024 * 1024)
+    error = await failure(stub_of(channel).DequeueTask(request, metadata=bearer_metadata("wrong")))
+    assert reason_in(error) == "CREDENTIAL_INVALID"
+    error = await failure(stub_of(channel).DequeueTask(request, metadata=bearer_metadata("right")))
+    assert (error.code(), reason_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert "request = '4,194,309 bytes': send at most 4,194,304 bytes in one message" in error.details()
+
+
 def test_a_large_request_is_refused_at_its_first_broken_rule():
     request = admission_service_pb2.ListTuningTasksRequest(states=[99] * 200_000)
     with pytest.raises(DomainError) as caught:

@@ -18,8 +18,9 @@ def list_datasets(server: str, api_key: str, json_output: bool) -> None:
     """List the datasets, newest first."""
     with connect(server, api_key) as client:
         found = list(client.datasets())
+        usage = client.dataset_usage()
     if json_output:
-        print_json({"datasets": [as_json(dataset) for dataset in found]})
+        print_json({"datasets": [as_json(dataset) for dataset in found], "usage": as_json(usage)})
         return
     rows = [
         [
@@ -33,6 +34,8 @@ def list_datasets(server: str, api_key: str, json_output: bool) -> None:
         for dataset in found
     ]
     print_table(["dataset", "name", "format", "rows", "size", "uploaded"], rows, empty="no datasets")
+    if usage.quota_bytes:
+        say(f"{bytes_text(usage.used_bytes)} of {bytes_text(usage.quota_bytes)} used")
 
 
 def upload(path: Path, name: str, server: str, api_key: str, json_output: bool) -> None:

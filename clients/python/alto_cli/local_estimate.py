@@ -10,7 +10,6 @@ from pathlib import Path
 from alto_client.task_file import load_task_file
 
 from alto_cli.extras import needs_extra
-from alto_cli.failures import CommandError
 from alto_cli.local_job import local_job, told_to_the_user
 from alto_cli.local_training import LocalMachine, prepare_libraries
 from alto_cli.output import print_facts, print_json, say
@@ -22,7 +21,7 @@ def estimate_file_locally(path: Path, machine: LocalMachine, json_output: bool) 
     task_file = load_task_file(path)
     with needs_extra("training", "an estimate for this machine"):
         machine = prepare_libraries(machine)
-        from alto_common.base_models import check_targets, inspect
+        from alto_common.base_models import inspect
         from alto_common.calibrations import default_calibrations_folder
         from alto_training.executor.budget import known_costs
         from alto_training.executor.estimate import estimate_job, measure_costs
@@ -30,9 +29,6 @@ def estimate_file_locally(path: Path, machine: LocalMachine, json_output: bool) 
     with told_to_the_user(), tempfile.TemporaryDirectory() as work:
         job = local_job(task_file, Path(work))
         facts = inspect(job.base_model)
-        unfit = [found for trial in job.trials for found in check_targets(facts, trial.config)]
-        if unfit:
-            raise CommandError("the search cannot be run", *dict.fromkeys(str(found) for found in unfit))
         if known_costs(settings, facts) is None:
             say(f"measuring what passes over {task_file.base_model} cost on this machine (about a minute, once)")
             measure_costs(job, settings, default_calibrations_folder(), time.perf_counter, process_age_s)

@@ -29,15 +29,20 @@ def locked(work: Path) -> Iterator[None]:
         yield
 
 
-def check_output(output: Path, work: Path, force: bool) -> None:
-    """Refuse, before anything is trained, an output folder that could not be written or holds another adapter."""
-    from alto_training.executor.peft_format import WEIGHTS_NAME
-
+def check_writable(output: Path) -> None:
+    """Refuse, before anything is trained, an output folder that could not be written."""
     there = next(folder for folder in (output, *output.parents) if folder.exists())
     if not there.is_dir():
         raise CommandError(f"output: {there} is a file", "name a folder with --output")
     if not os.access(there, os.W_OK):
         raise CommandError(f"output: {there} cannot be written", "name another folder with --output")
+
+
+def check_output(output: Path, work: Path, force: bool) -> None:
+    """Refuse, before anything is trained, an output folder that could not be written or holds another adapter."""
+    from alto_training.executor.peft_format import WEIGHTS_NAME
+
+    check_writable(output)
     weights = output / WEIGHTS_NAME
     if force or not weights.exists():
         return

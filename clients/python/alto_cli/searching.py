@@ -14,6 +14,7 @@ from alto_client.task_spec import task_spec
 from alto_cli import exit_codes
 from alto_cli.connection import connect
 from alto_cli.following import follow, show_result
+from alto_cli.local_folders import check_writable
 from alto_cli.newest import task_or_newest
 from alto_cli.output import print_facts, print_message, say
 from alto_cli.transfers import transfer
@@ -30,18 +31,14 @@ END_CODES = {
 def tune_file(path: Path, output: Path | None, server: str, api_key: str, json_output: bool) -> None:
     """Go the whole way: upload, submit, watch, download, and exit with what the task's end means."""
     task_file = load_task_file(path)
+    folder = output.resolve() if output else task_file.output
+    check_writable(folder)
     with connect(server, api_key) as client:
         task = client.create_task(uploaded_spec(client, task_file))
         if not json_output:
             say(f"submitted {task.task_id}: {plural(task.trial_count, 'trial')} over {task_file.base_model}")
         story = _follow(client, task.task_id, "", json_output)
-        folder = output.resolve() if output else task_file.output
-        downloaded = ""
-        if story.task.best_trial_id:
-            with transfer("downloading the best adapter") as progress:
-                downloaded = str(
-                    client.download_adapter(task.task_id, folder, replace=True, on_progress=progress).folder
-                )
+        downloaded = _download_best(client, task.task_id, folder) if story.task.best_trial_id else ""
         _finish(story, downloaded, json_output)
 
 
@@ -99,6 +96,16 @@ def uploaded_spec(client: AltoClient, task_file: TaskFile) -> tuning_pb2.TuningT
         with transfer(f"uploading {task_file.validation.name}") as progress:
             validation_id = client.upload_dataset(task_file.validation, on_progress=progress).dataset_id
     return task_spec(task_file, dataset.dataset_id, validation_id)
+
+
+def _download_best(client: AltoClient, task_id: str, folder: Path) -> str:
+    """Fetch the best adapter and return its folder; where that fails, say how to fetch it later."""
+    try:
+        with transfer("downloading the best adapter") as progress:
+            return str(client.download_adapter(task_id, folder, replace=True, on_progress=progress).folder)
+    except (AltoError, OSError):
+        say(f"the adapter stays with ALTO; fetch it: alto download {task_id} --output FOLDER")
+        raise
 
 
 def _follow(client: AltoClient, task_id: str, resume_token: str, json_output: bool) -> Story:

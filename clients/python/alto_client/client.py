@@ -158,6 +158,10 @@ class AltoClient:
         """Yield the datasets, newest first."""
         return self._pages(self._stub.ListDatasets, messages.ListDatasetsRequest(), lambda page: page.datasets)
 
+    def dataset_usage(self) -> messages.DatasetUsage:
+        """Return what the datasets take of the quota."""
+        return self._connection.call(self._stub.ListDatasets, messages.ListDatasetsRequest(page_size=1)).usage
+
     def delete_dataset(self, dataset_id: str) -> None:
         """Delete a dataset that no unfinished task uses."""
         self._connection.call(self._stub.DeleteDataset, messages.DeleteDatasetRequest(dataset_id=dataset_id))

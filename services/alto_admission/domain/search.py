@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from alto.v1 import error_pb2, tuning_pb2
 from alto_common import tuning_wire
 from alto_common.base_models import ModelFacts, check_targets
-from alto_common.dataset_rows import RowFormat, check_objective
+from alto_common.dataset_rows import RowFormat, check_chat_template, check_objective
 from alto_common.errors import invalid_fields
 from alto_common.stopping_policies import policy_names
 from alto_common.tuning import MAX_COUNT, EarlyExit, Evaluation, Objective, Trial, TrialConfig
@@ -56,18 +56,19 @@ def plan_search(
     """
     objective = tuning_wire.objective_from_wire(spec.objective)
     early_exit = tuning_wire.early_exit_from_wire(spec.early_exit)
-    violations = [
-        *check_objective(train.row_format, objective, "spec.dataset_id"),
-        *(check_objective(validation.row_format, objective, "spec.validation_dataset_id") if validation else ()),
-        *_policy_violations(early_exit),
-    ]
+    violations = _policy_violations(early_exit)
+    for field, shape in (("spec.dataset_id", train), ("spec.validation_dataset_id", validation)):
+        if shape is not None:
+            violations += check_objective(shape.row_format, objective, field)
+            violations += check_chat_template(shape.row_format, facts.has_chat_template, field)
     if train.rows < 2 and validation is None:
         cure = "give a dataset of at least two rows, or a validation dataset: one row cannot be divided"
         violations.append(Violation("spec.dataset_id", f"{train.rows} row", cure))
     if violations:
         raise invalid_fields(violations)
-    fraction = spec.validation_fraction if spec.HasField("validation_fraction") else DEFAULT_VALIDATION_FRACTION
-    train_rows, validation_rows = split_rows(train.rows, validation.rows if validation else None, fraction)
+    train_rows, validation_rows = split_rows(
+        train.rows, validation.rows if validation else None, validation_fraction(spec)
+    )
     endless = _endless(spec.search_space, trials, train_rows)
     if endless:
         raise invalid_fields(endless[:MAX_VIOLATIONS])
@@ -84,6 +85,11 @@ def plan_search(
     )
 
 
+def validation_fraction(spec: tuning_pb2.TuningTaskSpec) -> float:
+    """Return the share of the rows that is set aside for validation when no dataset is named for it."""
+    return spec.validation_fraction if spec.HasField("validation_fraction") else DEFAULT_VALIDATION_FRACTION
+
+
 def _policy_violations(early_exit: EarlyExit) -> list[Violation]:
     names = policy_names()
     if early_exit.policy in names:
@@ -92,16 +98,17 @@ def _policy_violations(early_exit: EarlyExit) -> list[Violation]:
 
 
 def _endless(space: tuning_pb2.SearchSpace, trials: Sequence[Trial], train_rows: int) -> list[Violation]:
-    """Return the trials of more steps or samples than can be counted, let alone trained."""
-    found = []
+    """Return what makes trials of more steps or samples than can be counted, let alone trained, each fault once."""
+    found: dict[tuple[str, float], Violation] = {}
     for position, trial in enumerate(trials):
         config = trial.config
         field = "epochs" if config.max_steps is None else "max_steps"
         steps = config.max_steps or train_rows * config.epochs / config.effective_batch_size
         if steps > MAX_COUNT or steps * config.effective_batch_size > MAX_SAMPLES:
             cure = f"give fewer: this makes {steps:.3g} steps of {config.effective_batch_size:,} samples"
-            found.append(Violation(field_path(space, position, field), getattr(config, field), cure))
-    return found
+            path, value = field_path(space, position, field), getattr(config, field)
+            found.setdefault((path, value), Violation(path, value, cure))
+    return list(found.values())
 
 
 def _unfit(space: tuning_pb2.SearchSpace, facts: ModelFacts, trials: Sequence[Trial]) -> list[Violation]:

@@ -9,7 +9,9 @@ import sqlalchemy as sa
 from alto.v1 import dataset_pb2, error_pb2
 from alto_common.database import Database
 from alto_common.errors import DomainError, not_found
+from alto_common.violations import Violation
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alto_admission.domain.task_states import TERMINAL
 from alto_admission.store.schema import datasets, tasks, uploads
@@ -33,7 +35,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Upload:
-    """An upload under its request_id; its dataset has its id from the start, so that a repeated end changes nothing."""
+    """An upload under its request_id; its dataset has its id from the start, so that a repeated end changes nothing.
+
+    `size_bytes` is what was announced.
+    """
 
     tenant: str
     request_id: str
@@ -41,6 +46,7 @@ class Upload:
     dataset_id: str
     complete: bool
     create_us: int
+    size_bytes: int
 
 
 class DatasetStore:
@@ -102,17 +108,36 @@ class DatasetStore:
             row = (await connection.execute(query)).first()
         return None if row is None else Upload(**row._mapping)
 
-    async def begin_upload(self, upload: Upload) -> Upload:
-        """Keep a new upload, or return the one that has its request_id already."""
-        try:
-            async with self._database.transaction() as connection:
-                await connection.execute(uploads.insert().values(**asdict(upload)))
-        except IntegrityError:
-            known = await self.upload(upload.tenant, upload.request_id)
-            if known is None:
-                raise
-            return known
+    async def used_bytes(self, tenant: str) -> int:
+        """Return the bytes of a tenant's datasets, and of those that it is uploading."""
+        async with self._database.snapshot() as connection:
+            return await _used_bytes(connection, tenant)
+
+    async def begin_upload(self, upload: Upload, most_bytes: int) -> Upload:
+        """Keep a new upload, or return the one that has its request_id already.
+
+        Raises QUOTA_EXCEEDED when it would take the tenant beyond `most_bytes`, however many uploads begin at once.
+        """
+        known_query = sa.select(uploads).where(
+            uploads.c.tenant == upload.tenant, uploads.c.request_id == upload.request_id
+        )
+        async with self._database.transaction() as connection:
+            if not self._database.is_sqlite:  # its transactions follow one another anyway
+                await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(upload.tenant))))
+            known = (await connection.execute(known_query)).first()
+            if known is not None:
+                return Upload(**known._mapping)
+            used_bytes = await _used_bytes(connection, upload.tenant)
+            if used_bytes + upload.size_bytes > most_bytes:
+                raise _quota_exceeded(upload, used_bytes, most_bytes)
+            await connection.execute(uploads.insert().values(**asdict(upload)))
         return upload
+
+    async def unfinished_uploads(self, before_us: int) -> list[Upload]:
+        """Return the uploads that were begun before a time and are not complete."""
+        query = sa.select(uploads).where(uploads.c.complete.is_(False), uploads.c.create_us < before_us)
+        async with self._database.snapshot() as connection:
+            return [Upload(**row._mapping) for row in await connection.execute(query)]
 
     async def forget_upload(self, tenant: str, request_id: str) -> None:
         """Forget an upload that can become no dataset, so that its request_id may be used again."""
@@ -129,3 +154,22 @@ class DatasetStore:
                 await connection.execute(datasets.insert().values(**asdict(dataset)))
         except IntegrityError:
             await self.get(dataset.dataset_id, dataset.tenant)
+
+
+async def _used_bytes(connection: AsyncConnection, tenant: str) -> int:
+    kept = sa.select(sa.func.coalesce(sa.func.sum(datasets.c.size_bytes), 0)).where(datasets.c.tenant == tenant)
+    coming = sa.select(sa.func.coalesce(sa.func.sum(uploads.c.size_bytes), 0)).where(
+        uploads.c.tenant == tenant, uploads.c.complete.is_(False)
+    )
+    return int((await connection.execute(sa.select(kept.scalar_subquery() + coming.scalar_subquery()))).scalar_one())
+
+
+def _quota_exceeded(upload: Upload, used_bytes: int, most_bytes: int) -> DomainError:
+    used = f"{used_bytes:,} of {most_bytes:,} bytes for datasets are used"
+    violation = Violation("header.size_bytes", upload.size_bytes, "delete datasets that no task needs any more")
+    return DomainError(
+        error_pb2.ERROR_REASON_QUOTA_EXCEEDED,
+        f"{used}, unfinished uploads of the last week included: {violation}",
+        violations=[violation],
+        quota=(f"tenant:{upload.tenant}", f"{most_bytes:,} bytes of datasets"),
+    )

@@ -160,6 +160,7 @@ uploads = sa.Table(
     _column("dataset_id", sa.String),
     _column("complete", sa.Boolean),
     _column("create_us", sa.BigInteger),
+    _column("size_bytes", sa.BigInteger),
 )
 
 api_keys = sa.Table(

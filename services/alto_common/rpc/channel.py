@@ -6,7 +6,7 @@ import json
 
 import grpc
 
-from alto_common.rpc.server import MAX_MESSAGE_BYTES
+from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES
 
 # Only UNAVAILABLE is tried again: every call that changes something is idempotent by an id.
 SERVICE_CONFIG = json.dumps(
@@ -27,7 +27,6 @@ SERVICE_CONFIG = json.dumps(
 )
 CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 15_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),

@@ -28,6 +28,7 @@ from alto_common.rpc.status import status_of
 from alto_common.rpc.texts import subscript, texts_with_nul
 from alto_common.violations import Violation
 
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 # A violation takes a tenth of a millisecond to put together, and every caller waits for it.
 ALL_NAMED_BYTES = 4096
 
@@ -68,6 +69,9 @@ def field_path(path: Any) -> str:
 
 def read(content: bytes, deserialize: Callable[[bytes], Message]) -> Message:
     """Return the message in `content`, validated; raise INVALID_FIELD."""
+    if len(content) > MAX_MESSAGE_BYTES:
+        cure = f"send at most {MAX_MESSAGE_BYTES:,} bytes in one message: ask for less at a time, or in smaller pieces"
+        raise invalid_fields([Violation("request", f"{len(content):,} bytes", cure)])
     try:
         message = deserialize(content)
     except DecodeError as error:

@@ -12,11 +12,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from alto_common.rpc.authentication import Authenticator, Scope
-from alto_common.rpc.interceptor import CallInterceptor
+from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES, CallInterceptor
 
-MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 SERVER_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # What gRPC itself refuses carries no ErrorInfo, so a request that is not much too large gets as far as a handler.
+    ("grpc.max_receive_message_length", 4 * MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_time_ms", 30_000),
@@ -52,7 +52,11 @@ class Server:
     async def start(self) -> None:
         """Bind the port and serve, NOT_SERVING until `set_serving`. Raises RuntimeError when the port is taken."""
         await self.set_serving(False)
-        self.port = self.grpc.add_insecure_port(self.listen)
+        try:
+            self.port = self.grpc.add_insecure_port(self.listen)
+        except RuntimeError as error:
+            await self.grpc.stop(None)
+            raise RuntimeError(f"cannot listen on {self.listen!r}") from error
         await self.grpc.start()
 
     async def set_serving(self, serving: bool) -> None:

@@ -161,7 +161,9 @@ class MemoryAdmission(AdmissionServiceServicer):
 
     def ListDatasets(self, request, context):
         self.note(request, context)
-        return messages.ListDatasetsResponse(datasets=self.datasets.values())
+        used_bytes = sum(dataset.size_bytes for dataset in self.datasets.values())
+        usage = messages.DatasetUsage(used_bytes=used_bytes, quota_bytes=1 << 30)
+        return messages.ListDatasetsResponse(datasets=self.datasets.values(), usage=usage)
 
     def DownloadAdapter(self, request, context):
         self.note(request, context)

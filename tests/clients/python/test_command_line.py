@@ -69,6 +69,22 @@ def test_tune_goes_the_whole_way_in_plain_lines(run, admission, task_file):
     assert (task_file.parent / "best" / "adapter_config.json").exists()
 
 
+def test_an_output_that_cannot_be_a_folder_is_said_before_anything_is_sent(run, admission, task_file):
+    result = run("tune", str(task_file), "--output", str(task_file))
+    assert result.exit_code == 2
+    assert "task.yaml is a file" in result.stderr
+    assert not admission.requests
+
+
+def test_an_adapter_that_could_not_be_fetched_can_be_fetched_later(run, admission, task_file):
+    admission.adapter_files = {"adapter_config.json": b"{}"}
+    admission.snapshot.task.best_trial_id = "trial-002"
+    admission.corrupt_downloads = 9
+    result = run("tune", str(task_file))
+    assert result.exit_code == 1
+    assert "alto download task-1 --output FOLDER" in result.stderr
+
+
 def test_watch_in_json_is_lines_of_json_and_nothing_else(run, admission):
     result = run("watch", "task-1", "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -102,7 +118,9 @@ def test_the_other_commands_answer(run, admission, task_file):
     assert "cancelling" in run("cancel", "task-1").stderr
     assert "prior, never measured" in run("estimate", str(task_file)).stdout
     assert json.loads(run("estimate", str(task_file), "--json").stdout)["samples_planned"] == 800
-    assert "dataset-1" in run("dataset", "list").stdout
+    listed = run("dataset", "list")
+    assert "dataset-1" in listed.stdout
+    assert listed.stderr == "14 B of 1.0 GiB used\n"
 
 
 def test_a_bad_task_file_is_told_line_by_line_before_anything_is_sent(run, admission, task_file):

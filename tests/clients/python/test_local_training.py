@@ -97,10 +97,45 @@ def test_what_cannot_be_trained_is_said_before_training(task_file):
     result = train(task_file)
     assert result.exit_code == 2
     assert "'papr': give one of" in result.stderr
-    task_file.write_text(text.replace("lora_rank: 4", "lora_rank: 4, target_modules: [nothing_proj]"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("target_modules: [nothing_proj]", "spec.search_space.base.target_modules = 'nothing_proj': this model has"),
+        ("lora_rank: 200", "spec.search_space.base.lora_rank = 200: give at most 16"),
+        ("layers: [7]", "spec.search_space.base.layers = [7]: this model has layers 0 to 0"),
+        ("max_length: 64000", "spec.search_space.base.max_length = 64000: give at most 64 tokens"),
+        ("epochs: 1e300", "spec.search_space.base.epochs = 1e+300: give fewer"),
+    ],
+)
+def test_what_admission_would_refuse_is_refused_in_its_words_before_any_weight_is_read(task_file, fields, said):
+    text = task_file.read_text().replace("max_steps: 4, ", "") if "epochs" in fields else task_file.read_text()
+    kept = text.replace("max_length: 32, ", "").replace("lora_rank: 4", "")
+    task_file.write_text(kept.replace("batch_size: 2, ", f"batch_size: 2, {fields}"))
+    for command in (["train-local"], ["estimate", "--local", "--device", "cpu"]):
+        result = CliRunner().invoke(app, [command[0], str(task_file), *command[1:]])
+        assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output
+        assert result.stderr.startswith("error: the search cannot be run\n")
+        assert result.stderr.count(said) == 1, result.stderr
+        assert "measuring" not in result.stderr
+    assert not (task_file.parent / "out.work" / "rows").exists()
+
+
+def test_a_length_that_nobody_gave_is_no_longer_than_the_models_context(task_file):
+    task_file.write_text(task_file.read_text().replace("max_length: 32, ", ""))
+    assert train(task_file).exit_code == 0
+
+
+def test_a_file_with_a_bad_line_is_named(task_file):
+    (task_file.parent / "held-out.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    text = task_file.read_text().replace("validation_fraction: 0.25", "validation: held-out.jsonl")
+    task_file.write_text(text)
     result = train(task_file)
-    assert result.exit_code == 1
-    assert "nothing_proj" in result.stdout + result.stderr
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        f"error: {task_file.parent / 'held-out.jsonl'} cannot be used\n  line[2].completion"
+    )
 
 
 def test_a_model_in_four_bits_and_a_number_format_that_there_is_not(task_file):
@@ -155,21 +190,6 @@ def test_dataset_check_with_a_model_shows_three_rows_with_their_loss_mask(task_f
     assert sum(count for _, _, count in told["histogram"]) == 24
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("lora_rank: 4", "lora_rank: 4, target_modules: [nothing_proj]", "nothing_proj"),
-        ("lora_rank: 4", "lora_rank: 4, max_length: 64000", "max_length"),
-    ],
-)
-def test_an_estimate_for_a_search_that_cannot_run_is_refused_before_measuring(task_file, old, new, said):
-    task_file.write_text(task_file.read_text().replace(old, new))
-    result = CliRunner().invoke(app, ["estimate", str(task_file), "--local", "--device", "cpu"])
-    assert result.exit_code == 2
-    assert result.stderr.count(said) == 1, "both trials have it"
-    assert "measuring" not in result.stderr
-
-
 def test_a_device_that_is_not_there_is_said_with_those_that_are(task_file):
     result = CliRunner().invoke(app, ["estimate", str(task_file), "--local", "--device", "tpu"])
     assert result.exit_code == 2
@@ -193,7 +213,7 @@ def test_rows_that_this_model_cannot_learn_are_named_without_a_traceback(task_fi
     (task_file.parent / "rows.jsonl").write_text('{"text": "a b"}\n')
     result = train(task_file)
     assert (result.exit_code, type(result.exception)) == (2, SystemExit)
-    assert "1 row: give at least two" in result.stderr
+    assert "spec.dataset_id = '1 row': give a dataset of at least two rows" in result.stderr
 
 
 def test_a_base_model_that_there_is_not_is_named_once(task_file, model, tmp_path, monkeypatch):

@@ -153,6 +153,17 @@ def test_why_a_service_cannot_be_started_is_said_once(home, monkeypatch, options
     assert up.stderr.count("ALTO_NODE_SLOTS: Input should be a valid integer") == 1
 
 
+@pytest.mark.parametrize("options", [[], ["--detach"]])
+def test_a_home_that_cannot_be_a_folder_is_named_with_the_variable_that_moves_it(tmp_path, monkeypatch, options):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ALTO_HOME", str(tmp_path / "file" / "home"))
+    up = alto("up", *options)
+    assert up.returncode == 2
+    assert up.stderr == (
+        f"error: {tmp_path / 'file' / 'home'}: Not a directory\n  name another folder for ALTO's state with ALTO_HOME\n"
+    )
+
+
 def test_a_busy_port_is_named_with_the_flag_that_moves_it(home):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -35,9 +35,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNKNOWN_BASE_MODEL: _ErrorReason.ValueType  # 4
     """No such base model. INVALID_ARGUMENT."""
     ERROR_REASON_DATASET_MALFORMED: _ErrorReason.ValueType  # 5
-    """A line of a dataset cannot be read; BadRequest names the lines. INVALID_ARGUMENT."""
+    """A line of a dataset cannot be read; BadRequest names the lines, metadata "file_name" the file. INVALID_ARGUMENT."""
     ERROR_REASON_DATASET_TOO_LARGE: _ErrorReason.ValueType  # 6
-    """A dataset is over the limit of bytes or rows. INVALID_ARGUMENT."""
+    """A dataset is over the limit of bytes or rows; metadata "file_name" has the file. INVALID_ARGUMENT."""
     ERROR_REASON_SEARCH_SPACE_INVALID: _ErrorReason.ValueType  # 7
     """The search space has no configuration, or more than the limit. INVALID_ARGUMENT."""
     ERROR_REASON_CONFIGURATION_UNFIT: _ErrorReason.ValueType  # 8
@@ -91,9 +91,9 @@ ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 3
 ERROR_REASON_UNKNOWN_BASE_MODEL: ErrorReason.ValueType  # 4
 """No such base model. INVALID_ARGUMENT."""
 ERROR_REASON_DATASET_MALFORMED: ErrorReason.ValueType  # 5
-"""A line of a dataset cannot be read; BadRequest names the lines. INVALID_ARGUMENT."""
+"""A line of a dataset cannot be read; BadRequest names the lines, metadata "file_name" the file. INVALID_ARGUMENT."""
 ERROR_REASON_DATASET_TOO_LARGE: ErrorReason.ValueType  # 6
-"""A dataset is over the limit of bytes or rows. INVALID_ARGUMENT."""
+"""A dataset is over the limit of bytes or rows; metadata "file_name" has the file. INVALID_ARGUMENT."""
 ERROR_REASON_SEARCH_SPACE_INVALID: ErrorReason.ValueType  # 7
 """The search space has no configuration, or more than the limit. INVALID_ARGUMENT."""
 ERROR_REASON_CONFIGURATION_UNFIT: ErrorReason.ValueType  # 8

@@ -60,10 +60,15 @@ class Layout:
         return self.home / "state" / "local.key"
 
     def prepare(self) -> None:
-        """Make the folders, readable by their owner alone."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        for name in ("state", "artifacts", "work", "logs"):
-            (self.home / name).mkdir(mode=0o700, exist_ok=True)
+        """Make the folders, readable by their owner alone. Raises `CommandError` where that cannot be done."""
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            for name in ("state", "artifacts", "work", "logs"):
+                (self.home / name).mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise CommandError(
+                f"{error.filename}: {error.strerror}", "name another folder for ALTO's state with ALTO_HOME"
+            ) from None
 
     def check_ports(self) -> None:
         """Raise `CommandError` naming the ports that something else listens on."""
