@@ -199,10 +199,12 @@ class PlacementEngine:
         if self._links.get(link.node_id) is link:
             del self._links[link.node_id]
 
-    async def heartbeat(self, link: NodeLink, reported: Sequence[Reported]) -> None:
+    async def heartbeat(self, link: NodeLink, reported: Sequence[Reported], leaving: bool = False) -> None:
         """Renew the node's leases, learn from its progress, and tell it what it does not confirm."""
         stale = await self._commit(
-            lambda draft, now: lifecycle.heartbeat(draft, link.node_id, link.incarnation, reported, now, self._rules)
+            lambda draft, now: lifecycle.heartbeat(
+                draft, link.node_id, link.incarnation, reported, now, self._rules, leaving
+            )
         )
         if self._learning.heard(self.state, self._facts, link.node_id, reported):
             self._changed.set()
@@ -294,9 +296,6 @@ class PlacementEngine:
         why = None if failure is None else failure.message
         known = {"task_id": task_id, "node_id": node_id, "assignment_id": assignment_id, "epoch": epoch}
         log.info("assignment ended", **known, outcome=outcome.value, why=why)
-        task = self.state.tasks.get(task_id or "")
-        if task is not None and task.ended is TaskState.GIVEN_UP:
-            log.warning("task given up", task_id=task_id, why=None if task.failure is None else task.failure.message)
         rest = self.state.rests.get(node_id)
         if outcome is Outcome.FAILED_RETRIABLE and rest is not None and self.state.nodes[node_id].rests:
             rest_s = round(rest.until_s - self._clock().monotonic_s, 1)
@@ -306,6 +305,13 @@ class PlacementEngine:
         for row in changes.assignments:
             if row.outcome is Outcome.LOST:
                 log.warning("assignment lost", task_id=row.task_id, node_id=row.node_id, epoch=row.epoch)
+        for node in changes.nodes:
+            if node.leaving:
+                log.info("node has left" if node.lost else "node is leaving", node_id=node.node_id)
+        for task in changes.tasks:
+            if task.ended is TaskState.GIVEN_UP and not task.dequeued:
+                why = None if task.failure is None else task.failure.message
+                log.warning("task given up", task_id=task.task_id, why=why)
         self._revision += 1
         self._changed.set()
         # What a node must be told depends on its assignments and their tasks.
@@ -337,8 +343,10 @@ class PlacementEngine:
                 for node_id in self.state.lease_end_s:
                     self.state.lease_end_s[node_id] += stalled_s
             try:
-                for node_id in await self._commit(lifecycle.expire):
+                for node_id in await self._commit(lambda draft, at: lifecycle.expire(draft, at, self._rules)):
                     log.warning("node lost", node_id=node_id, lease_s=self._rules.lease_s)
+                for node_id in await self._commit(lambda draft, at: lifecycle.forget_lost(draft, at, self._rules)):
+                    log.info("node forgotten: lost for too long", node_id=node_id)
                 self._forget_ended(now)
             except Exception:
                 log.exception("leases could not be looked after; trying again")
@@ -412,8 +420,9 @@ class PlacementEngine:
         return await asyncio.to_thread(planner.plan, snapshot, budget_s=budget_s, memory=self._memory)
 
     def _forget_ended(self, now: Moment) -> None:
-        for task_id, task in list(self.state.tasks.items()):
+        state = self.state
+        for task_id, task in list(state.tasks.items()):
             if task.ended_s is not None and task.ended_s < now.wall_s - ENDED_KEPT_S:
-                del self.state.tasks[task_id]
-                for kept in (self.state.retry_at_s, self.state.furthest, self.state.failed_at):
+                del state.tasks[task_id]
+                for kept in (state.retry_at_s, state.furthest, state.failed_at, state.lost_with):
                     kept.pop(task_id, None)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from alto_placement.planner import Explanation, WaitReason
 from alto_placement.state import NodeRow, NodeState, TaskRow
 from alto_placement.watches import PlanView
+
+MOST_NAMED = 4
 
 _SENTENCES = {
     WaitReason.STARTS_NOW: "It is about to start.",
@@ -15,9 +19,14 @@ _SENTENCES = {
     WaitReason.TURN_OF_OTHERS: "What is free is for tasks ahead of it.",
     WaitReason.RESERVED: "What is free is reserved.",
 }
+# Why a task waits for places of others, which a node that rests might have saved it.
+_FOR_OTHERS = (WaitReason.GPUS_BUSY, WaitReason.FRAGMENTED, WaitReason.TURN_OF_OTHERS, WaitReason.RESERVED)
 _STATES = {
+    NodeState.RESTING: "rests for a moment, because an attempt failed there at its start",
     NodeState.CORDONED: "takes no more work",
     NodeState.DRAINING: "is being drained",
+    NodeState.LEAVING: "is being stopped",
+    NodeState.LEFT: "has been stopped",
     NodeState.LOST: "has not been heard of lately",
 }
 
@@ -36,6 +45,9 @@ def queue_words(task: TaskRow, explanation: Explanation | None, view: PlanView) 
         sentence = _joining_words(task, explanation.shares_with[0], view)
     if reason is WaitReason.HELD_BACK and task.failure is not None:
         sentence = f"Attempt {task.attempts} failed ({task.failure.message}); it is tried again in a moment."
+    if reason in _FOR_OTHERS:
+        resting = (node for node in view.resting if _could_hold(node, task))
+        sentence += "".join(f" {node.node_id} {_STATES[node.state]}." for node in islice(resting, MOST_NAMED))
     if explanation.ahead and reason is not WaitReason.STARTS_NOW:
         sentence += f" {explanation.ahead} {'task is' if explanation.ahead == 1 else 'tasks are'} ahead of it."
     return reason.value.upper(), sentence
@@ -65,23 +77,18 @@ def _quota_words(task: TaskRow, view: PlanView) -> str:
     return f"{sentence}."
 
 
-def _state_words(node: NodeRow) -> str:
-    if node.rests and node.state is NodeState.READY:
-        return "rests for a moment, because an attempt failed there at its start"
-    return _STATES.get(node.state, "")
+def _could_hold(node: NodeRow, task: TaskRow) -> bool:
+    """Whether a node that had nothing to do could take the task."""
+    spec = node.spec
+    if spec.gpus < task.gpus or task.gpu_kind not in ("", spec.gpu_kind):
+        return False
+    return not spec.memory_bytes_per_gpu or spec.memory_bytes_per_gpu >= task.size.least_memory_bytes / task.gpus
 
 
 def _without_node(task: TaskRow, view: PlanView) -> tuple[str, str]:
     """Say why no node can take the task now: those that could are away, or there is none."""
     kind = f" of the kind {task.gpu_kind!r}" if task.gpu_kind else ""
-    least_bytes = task.size.least_memory_bytes / task.gpus
-    fitting = [
-        node
-        for node in view.state.nodes.values()
-        if node.spec.gpus >= task.gpus
-        and (not task.gpu_kind or node.spec.gpu_kind == task.gpu_kind)
-        and (not node.spec.memory_bytes_per_gpu or node.spec.memory_bytes_per_gpu >= least_bytes)
-    ]
+    fitting = [node for node in view.state.nodes.values() if _could_hold(node, task)]
     if not fitting:
         most = max(
             (n.spec.gpus for n in view.state.nodes.values() if task.gpu_kind in ("", n.spec.gpu_kind)), default=0
@@ -91,6 +98,7 @@ def _without_node(task: TaskRow, view: PlanView) -> tuple[str, str]:
             WaitReason.NEVER_FITS.value.upper(),
             f"It asks for {asked} on one node; the most that a node has is {most}.",
         )
-    why = "; ".join(f"{node.node_id} {words}" for node in fitting[:4] if (words := _state_words(node)))
-    more = f"; and {len(fitting) - 4} more" if len(fitting) > 4 else ""
+    named = fitting[:MOST_NAMED]
+    why = "; ".join(f"{node.node_id} {words}" for node in named if (words := _STATES.get(node.state)))
+    more = f"; and {len(fitting) - MOST_NAMED} more" if len(fitting) > MOST_NAMED else ""
     return WaitReason.NO_NODE_READY.value.upper(), f"No node that could hold it takes work now: {why}{more}."

@@ -8,11 +8,11 @@ The rules that everything else rests on:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from alto.v1 import error_pb2
-from alto_common.errors import DomainError, invalid_fields, not_found
+from alto_common.errors import DomainError, invalid_fields, not_found, reason_name
 from alto_common.violations import Violation
 
 from alto_placement.planner.model import MAX_GPUS_PER_NODE
@@ -40,13 +40,14 @@ _MOST_DOUBLINGS = 30
 class Rules:
     """What the operator chose: the lease, and how often a failing task is tried again (delay doubles, to a limit).
 
-    A node on which attempts fail at their start rests by the same rule.
+    A node on which attempts fail at their start rests by the same rule. A lost one is forgotten after `keep_lost_s`.
     """
 
     lease_s: float = 15.0
     max_failures: int = 3
     retry_delay_s: float = 2.0
     max_retry_delay_s: float = 60.0
+    keep_lost_s: float = 86400.0
 
     def delay_s(self, failures: int) -> float:
         """Return how long to wait after so many failures in a row."""
@@ -65,6 +66,10 @@ class Reported:
 INCARNATIONS_REMEMBERED = 16
 # Of a task: what must have been done beyond all that was done at its last failure to have come further.
 FURTHER = 0.01
+
+_LOST = FailureCause(
+    reason_name(error_pb2.ERROR_REASON_EXECUTION_FAILED), "its node was lost while it trained the task"
+)
 
 # A stop asked for by the task's owner replaces one asked for by the operator, never the other way round.
 _STOP_RANK = {
@@ -137,9 +142,13 @@ def register(draft: Draft, spec: NodeSpec, incarnation: str, now: Moment, rules:
     if known.incarnation != incarnation:
         if incarnation in superseded:
             raise _superseded(spec.node_id)
-        _lose_assignments(draft, spec.node_id, now)
+        # The process has died, not only been cut off: what was lost with it stays counted.
+        _forget_losses(draft, spec.node_id)
+        _lose_assignments(draft, spec.node_id, now, rules)
         superseded = (*superseded, known.incarnation)[-INCARNATIONS_REMEMBERED:]
-        known = _rested(draft, known)
+        known = replace(_rested(draft, known), leaving=False)
+    elif known.lost:
+        _take_back_losses(draft, spec.node_id)
     node = replace(known, spec=spec, incarnation=incarnation, superseded=superseded, lost=False, last_seen_s=now.wall_s)
     draft.put(node)
     _renew(draft, spec.node_id, now, rules)
@@ -163,13 +172,27 @@ def require_incarnation(draft: Draft, node_id: str, incarnation: str) -> NodeRow
 
 
 def heartbeat(
-    draft: Draft, node_id: str, incarnation: str, reported: Sequence[Reported], now: Moment, rules: Rules
+    draft: Draft,
+    node_id: str,
+    incarnation: str,
+    reported: Sequence[Reported],
+    now: Moment,
+    rules: Rules,
+    leaving: bool = False,
 ) -> tuple[str, ...]:
-    """Renew the node's leases and note its progress. Returns the assignments it lists that are not its own any more."""
+    """Renew the node's leases and note its progress. Returns the assignments it lists that are not its own any more.
+
+    A node that is leaving is drained by that, and what it does not list ends at once: it never begins it.
+    """
     node = require_incarnation(draft, node_id, incarnation)
+    has_left = leaving and not reported
     if node.lost:
-        draft.put(replace(node, lost=False, last_seen_s=now.wall_s))
+        _take_back_losses(draft, node_id)
+    if (node.leaving, node.lost) != (leaving, has_left):
+        draft.put(replace(node, leaving=leaving, lost=has_left, last_seen_s=now.wall_s))
     _renew(draft, node_id, now, rules)
+    if leaving:
+        _leave(draft, node_id, {status.assignment_id for status in reported}, now)
     stale = []
     for status in reported:
         row = draft.assignment(status.assignment_id)
@@ -207,7 +230,7 @@ def assignment_ended(
     assert task is not None, "an assignment has a task"
     _note_work(draft, row)
     if outcome is Outcome.FAILED_RETRIABLE and not _has_begun(draft, row):
-        _let_rest(draft, row.node_id, task, now, rules)
+        _let_rest(draft, row.node_id, task, failure, now, rules)
     _end(draft, row, outcome, now)
     task = draft.task(row.task_id)
     assert task is not None, "an assignment has a task"
@@ -217,18 +240,12 @@ def assignment_ended(
         # Whose fault it was shows when each is tried alone: until then it is nobody's.
         draft.put(replace(task, alone=True))
     elif outcome in (Outcome.FAILED_RETRIABLE, Outcome.UNSHARED) and task.ended is None:
-        reached = draft.base.furthest.get(task.task_id, 0.0)
-        further = reached > draft.base.failed_at.get(task.task_id, 0.0) + FURTHER
-        draft.base.failed_at[task.task_id] = reached
-        task = replace(task, failures=1 if further else task.failures + 1, failure=failure)
-        draft.put(task)
-        if task.failures >= rules.max_failures:
-            draft.put(_ended(task, TaskState.GIVEN_UP, now, _given_up(task, failure)))
-        else:
+        task = _count_failure(draft, task, failure, now, rules)
+        if task.ended is None:
             draft.base.retry_at_s[task.task_id] = now.monotonic_s + rules.delay_s(task.failures)
 
 
-def expire(draft: Draft, now: Moment) -> tuple[str, ...]:
+def expire(draft: Draft, now: Moment, rules: Rules) -> tuple[str, ...]:
     """Declare the nodes lost whose lease has run out, end what they had, and return their names.
 
     Nodes that have rested take work again, and all that rest where no other does.
@@ -243,10 +260,22 @@ def expire(draft: Draft, now: Moment) -> tuple[str, ...]:
     for node_id, end_s in list(draft.base.lease_end_s.items()):
         node = draft.node(node_id)
         if node is not None and not node.lost and end_s <= now.monotonic_s:
-            draft.put(replace(node, lost=True))
-            _lose_assignments(draft, node_id, now)
+            last_seen_s = draft.base.last_seen_s.get(node_id, node.last_seen_s)
+            draft.put(replace(node, lost=True, leaving=False, last_seen_s=last_seen_s))
+            for task_id in _lose_assignments(draft, node_id, now, rules):
+                draft.base.lost_with[task_id] = node_id
             lost.append(node_id)
     return tuple(lost)
+
+
+def forget_lost(draft: Draft, now: Moment, rules: Rules) -> tuple[str, ...]:
+    """Forget the nodes that were lost, or left, long ago, with all that was said of them, and return their names."""
+    long_ago_s = now.wall_s - rules.keep_lost_s
+    lost = [node for node in draft.base.nodes.values() if node.lost and node.last_seen_s < long_ago_s]
+    for node in lost:
+        _forget_losses(draft, node.node_id)
+        draft.forget(node.node_id)
+    return tuple(node.node_id for node in lost)
 
 
 def assign(
@@ -373,12 +402,63 @@ def _ask_to_stop(draft: Draft, row: AssignmentRow, reason: StopReason) -> None:
         draft.put(replace(row, stop=reason))
 
 
-def _lose_assignments(draft: Draft, node_id: str, now: Moment) -> None:
+def _lose_assignments(draft: Draft, node_id: str, now: Moment, rules: Rules) -> list[str]:
+    """End what a lost node had, and return the tasks against which that counts.
+
+    A task may be what its node died of. It is not where the node had not begun it, or was about to let go of it.
+    """
+    counted = []
     for row in draft.on_node(node_id):
         _end(draft, row, Outcome.LOST, now)
+        task = draft.task(row.task_id)
+        assert task is not None, "an assignment has a task"
+        if task.ended is None and row.stop is None and row.assignment_id in draft.base.progress:
+            _count_failure(draft, task, _LOST, now, rules)
+            counted.append(task.task_id)
+    return counted
 
 
-def _let_rest(draft: Draft, node_id: str, task: TaskRow, now: Moment, rules: Rules) -> None:
+def _count_failure(draft: Draft, task: TaskRow, failure: FailureCause | None, now: Moment, rules: Rules) -> TaskRow:
+    """Count a failure in a row, the first again when the task has come further; give up a task with too many."""
+    reached = draft.base.furthest.get(task.task_id, 0.0)
+    further = reached > draft.base.failed_at.get(task.task_id, 0.0) + FURTHER
+    draft.base.failed_at[task.task_id] = reached
+    task = replace(task, failures=1 if further else task.failures + 1, failure=failure)
+    if task.failures >= rules.max_failures:
+        task = _ended(task, TaskState.GIVEN_UP, now, _given_up(task, failure))
+    draft.put(task)
+    return task
+
+
+def _take_back_losses(draft: Draft, node_id: str) -> None:
+    """Count nothing against the tasks of a node that lives: it was cut off, whatever it trained."""
+    for task_id in _forget_losses(draft, node_id):
+        task = draft.task(task_id)
+        if task is not None and task.ended is None:
+            draft.put(replace(task, failures=max(0, task.failures - 1)))
+
+
+def _forget_losses(draft: Draft, node_id: str) -> list[str]:
+    """Forget which tasks a node was lost with, and return them."""
+    lost_with = draft.base.lost_with
+    task_ids = [task_id for task_id, lost_node_id in lost_with.items() if lost_node_id == node_id]
+    for task_id in task_ids:
+        del lost_with[task_id]
+    return task_ids
+
+
+def _leave(draft: Draft, node_id: str, listed: Collection[str], now: Moment) -> None:
+    """Ask what a leaving node lists to stop, and end what it does not."""
+    for row in draft.on_node(node_id):
+        _ask_to_stop(draft, row, StopReason.DRAINED)
+    for row in draft.on_node(node_id):
+        if row.assignment_id not in listed:
+            _end(draft, row, Outcome.STOPPED, now)
+
+
+def _let_rest(
+    draft: Draft, node_id: str, task: TaskRow, failure: FailureCause | None, now: Moment, rules: Rules
+) -> None:
     """Let a node rest on which an attempt failed before its first tick, longer with each in a row.
 
     Whatever is wrong with it (a full disk, models that are not there) shall not eat up the queue, and the task is tried
@@ -390,12 +470,12 @@ def _let_rest(draft: Draft, node_id: str, task: TaskRow, now: Moment, rules: Rul
     if any(other.spec.gpus >= task.gpus and task.gpu_kind in ("", other.spec.gpu_kind) for other in others):
         failures = draft.base.rests[node_id].failures + 1 if node_id in draft.base.rests else 1
         until_s = now.monotonic_s + rules.delay_s(failures + 1)
-        draft.base.rests[node_id] = Rest(failures, now.wall_s, until_s)
+        draft.base.rests[node_id] = Rest(failures, now.wall_s, until_s, failure.message if failure else "")
         draft.put(replace(node, rests=True))
 
 
 def _takes_work(node: NodeRow) -> bool:
-    return node.state is NodeState.READY and not node.rests
+    return node.state is NodeState.READY
 
 
 def _note_work(draft: Draft, row: AssignmentRow) -> None:
@@ -437,8 +517,9 @@ def _end(draft: Draft, row: AssignmentRow, outcome: Outcome, now: Moment) -> Non
     # What this attempt never got to say is what its node had before: a checkpoint of its own, or nothing.
     before = task.fraction_done if row.node_id == task.ran_on else 0.0
     done = progress.fraction_done if progress is not None and _has_begun(draft, row) else before
-    drained = outcome is Outcome.STOPPED and row.stop is StopReason.DRAINED
-    lost_place = drained or outcome in (Outcome.LOST, Outcome.UNSHARED)
+    # Without having been asked a node stops what it trains when its lease is about to run out.
+    by_node = outcome is Outcome.STOPPED and row.stop in (None, StopReason.DRAINED)
+    lost_place = by_node or outcome in (Outcome.LOST, Outcome.UNSHARED)
     # A guest had no place of its own to lose, and gains none by having been one.
     keeps_turn = task.keeps_turn if row.host_assignment_id else lost_place
     task = replace(task, assignment_id="", fraction_done=done, ran_on=row.node_id, keeps_turn=keeps_turn)

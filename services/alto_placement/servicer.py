@@ -158,7 +158,7 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
         if request.HasField("heartbeat"):
             heard_s = self._engine.now().monotonic_s
             reported = [reported_from_wire(status, heard_s) for status in request.heartbeat.assignments]
-            await self._engine.heartbeat(link, reported)
+            await self._engine.heartbeat(link, reported, request.heartbeat.leaving)
             return
         ended = request.assignment_ended
         outcome = OUTCOMES.get(ended.outcome)
@@ -171,15 +171,15 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
 
     async def ListNodes(self, request: wire.ListNodesRequest, context: Any) -> wire.ListNodesResponse:
         """List the nodes."""
-        state = self._engine.state
-        return wire.ListNodesResponse(nodes=[node_to_wire(node, state) for node in state.nodes.values()])
+        view = self._engine.view()
+        return wire.ListNodesResponse(nodes=[node_to_wire(node, view) for node in view.state.nodes.values()])
 
     async def CordonNode(self, request: wire.CordonNodeRequest, context: Any) -> wire.CordonNodeResponse:
         """Stop a node from taking more work, or let it again."""
         node = await self._engine.cordon(request.node_id, request.cordoned)
-        return wire.CordonNodeResponse(node=node_to_wire(node, self._engine.state))
+        return wire.CordonNodeResponse(node=node_to_wire(node, self._engine.view()))
 
     async def DrainNode(self, request: wire.DrainNodeRequest, context: Any) -> wire.DrainNodeResponse:
         """Empty a node."""
         node = await self._engine.drain(request.node_id)
-        return wire.DrainNodeResponse(node=node_to_wire(node, self._engine.state))
+        return wire.DrainNodeResponse(node=node_to_wire(node, self._engine.view()))

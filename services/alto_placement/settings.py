@@ -15,15 +15,17 @@ from alto_placement.sharing import SharingRule
 class PlacementSettings(ServiceSettings):
     """What the operator may choose. Durations are in seconds.
 
-    A node sends a heartbeat every `heartbeat_s` and is lost after `lease_s` without one. A task that failed in a way
-    that another attempt may not is tried again after `retry_delay_s`, doubled each time, and given up after
-    `max_failures` in a row that came no further. A node on which attempts fail before their first tick rests by the
-    same rule, as long as another takes work. `plan_budget_s` is what the planner may spend on a plan beyond its fast
-    lists; a plan is made at every event, at most once in `debounce_s`, and every `refresh_s` while something runs.
-    Before a plan's orders are given it is thought over for a thousandth of its length, at most `decision_budget_s`.
-    `objective`, `tenants` (by name) and `reservations` are the operator's policy, as JSON; see `policy`. `sharing` says
-    whose small tasks over one base model may be trained in one executor: "off", those of one "tenant", or "all". What
-    was learned of durations is kept every `keep_learned_s`.
+    A node sends a heartbeat every `heartbeat_s` and is lost after `lease_s` without one; in the last third of that it
+    has what it trains write a checkpoint and stop. A task that failed in a way that another attempt may not is tried
+    again after `retry_delay_s`, doubled each time, and given up after `max_failures` in a row that came no further;
+    attempts that were lost with their node count, unless it was only cut off. A node on which attempts fail before
+    their first tick rests by the same rule, as long as another takes work. One that has not been heard of for
+    `keep_lost_s` is forgotten, with its cordon and with what ended on it. `plan_budget_s` is what the planner may spend
+    on a plan beyond its fast lists; a plan is made at every event, at most once in `debounce_s`, and every `refresh_s`
+    while something runs. Before a plan's orders are given it is thought over for a thousandth of its length, at most
+    `decision_budget_s`. `objective`, `tenants` (by name) and `reservations` are the operator's policy, as JSON; see
+    `policy`. `sharing` says whose small tasks over one base model may be trained in one executor: "off", those of one
+    "tenant", or "all". What was learned of durations is kept every `keep_learned_s`.
     """
 
     prefix: ClassVar[str] = "ALTO_PLACEMENT_"
@@ -35,6 +37,7 @@ class PlacementSettings(ServiceSettings):
     max_failures: int = Field(default=3, ge=1)
     retry_delay_s: float = Field(default=2.0, ge=0)
     max_retry_delay_s: float = Field(default=60.0, ge=0)
+    keep_lost_s: float = Field(default=86400.0, gt=0)
     plan_budget_s: float = Field(default=0.05, ge=0)
     decision_budget_s: float = Field(default=1.0, ge=0)
     debounce_s: float = Field(default=0.02, ge=0)
@@ -63,4 +66,5 @@ class PlacementSettings(ServiceSettings):
             max_failures=self.max_failures,
             retry_delay_s=self.retry_delay_s,
             max_retry_delay_s=self.max_retry_delay_s,
+            keep_lost_s=self.keep_lost_s,
         )

@@ -32,8 +32,11 @@ CLOCKS_APART_S = 0.05
 
 _NODE_STATES = {
     NodeState.READY: planner.NodeState.READY,
+    NodeState.RESTING: planner.NodeState.CORDONED,
     NodeState.CORDONED: planner.NodeState.CORDONED,
     NodeState.DRAINING: planner.NodeState.DRAINING,
+    NodeState.LEAVING: planner.NodeState.DRAINING,
+    NodeState.LEFT: planner.NodeState.LOST,
     NodeState.LOST: planner.NodeState.LOST,
 }
 
@@ -142,7 +145,7 @@ class ClusterPicture:
         return snapshot, _Ends(runs)
 
     def _moved_nodes(self, state: ClusterState) -> Iterable[str]:
-        """Take in nodes that changed; return the tasks that must be shown anew for it."""
+        """Take in nodes that changed or are gone; return the tasks that must be shown anew for it."""
         moved: dict[str, None] = {}
         for node_id, node in state.nodes.items():
             before = self._nodes.get(node_id)
@@ -154,6 +157,8 @@ class ClusterPicture:
             else:
                 moved.update(self._resting_on.get(("node", node_id), {}))
             self._nodes[node_id] = node, shown
+        if len(self._nodes) > len(state.nodes):
+            self._nodes = {node_id: self._nodes[node_id] for node_id in state.nodes}
         kinds = kinds_of(state)
         if kinds != self._kinds:
             self._kinds = kinds
@@ -336,9 +341,8 @@ def snapshot_of(
 
 def planner_node(node: NodeRow) -> planner.Node:
     """Return a node as the planner sees it."""
-    rests = node.rests and node.state is NodeState.READY
-    spec, state = node.spec, planner.NodeState.CORDONED if rests else _NODE_STATES[node.state]
-    return planner.Node(spec.node_id, spec.gpu_kind, spec.gpus, state, spec.memory_bytes_per_gpu)
+    spec = node.spec
+    return planner.Node(spec.node_id, spec.gpu_kind, spec.gpus, _NODE_STATES[node.state], spec.memory_bytes_per_gpu)
 
 
 def waiting_task(
@@ -392,7 +396,7 @@ def kinds_for(task: TaskRow, kinds_here: list[str]) -> list[str]:
 def _can_resume(task: TaskRow, state: ClusterState) -> bool:
     """Return whether the node that has the task's checkpoint takes work: another one begins anew."""
     node = state.nodes.get(task.ran_on)
-    return node is not None and node.state is NodeState.READY and not node.rests
+    return node is not None and node.state is NodeState.READY
 
 
 def _is_here(reservation: planner.Reservation, state: ClusterState) -> bool:

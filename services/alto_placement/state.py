@@ -28,8 +28,11 @@ class NodeState(enum.StrEnum):
     """Whether a node takes work."""
 
     READY = "ready"
+    RESTING = "resting"
     CORDONED = "cordoned"
     DRAINING = "draining"
+    LEAVING = "leaving"
+    LEFT = "left"
     LOST = "lost"
 
 
@@ -89,7 +92,8 @@ class NodeSpec:
 class NodeRow:
     """A node. `incarnation` names the start of its process that counts, `superseded` the latest of those before it.
 
-    `last_seen_s` is wall time. A node that `rests` takes no work for a while, because attempts failed there at their
+    `last_seen_s` is wall time. One that is `leaving` said that its process is ending; with that it is `lost` in order
+    when nothing is left on it. A node that `rests` takes no work for a while, because attempts failed there at their
     start; that is not kept.
     """
 
@@ -97,6 +101,7 @@ class NodeRow:
     incarnation: str
     cordoned: bool = False
     draining: bool = False
+    leaving: bool = False
     lost: bool = False
     last_seen_s: float = 0.0
     superseded: tuple[str, ...] = ()
@@ -111,10 +116,14 @@ class NodeRow:
     def state(self) -> NodeState:
         """Whether it takes work."""
         if self.lost:
-            return NodeState.LOST
+            return NodeState.LEFT if self.leaving else NodeState.LOST
+        if self.leaving:
+            return NodeState.LEAVING
         if self.draining:
             return NodeState.DRAINING
-        return NodeState.CORDONED if self.cordoned else NodeState.READY
+        if self.cordoned:
+            return NodeState.CORDONED
+        return NodeState.RESTING if self.rests else NodeState.READY
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +148,12 @@ class TaskRow:
     """A task. `work` is what its node is told, serialised; placement does not look inside.
 
     `epoch` is that of its latest assignment (0 before the first) and only grows. `attempts` counts assignments,
-    `failures` those in a row that failed, in a way that another attempt may not, without having come further.
+    `failures` those in a row that failed, in a way that another attempt may not, or were lost with their node, without
+    having come further.
     `assignment_id` is the live assignment, if any. `fraction_done` is that of its latest checkpoint, which lies on
-    `ran_on`. `keeps_turn` says that it lost its place through no doing of its own, nor for another task: its node died
-    or was drained. `alone` says that it shares no executor any more, because one that it shared broke down. `ended` is
-    set once: FINISHED or GIVEN_UP.
+    `ran_on`. `keeps_turn` says that it lost its place through no doing of its own, nor for another task: its node died,
+    was drained or was cut off. `alone` says that it shares no executor any more, because one that it shared broke down.
+    `ended` is set once: FINISHED or GIVEN_UP.
     """
 
     task_id: str
@@ -207,26 +217,28 @@ class Progress:
 class Rest:
     """After how many attempts in a row that failed on a node before their first tick it rests, and until when.
 
-    `failed_s`, when the last of them failed, is wall time, `until_s` monotonic.
+    `failed_s`, when the last of them failed, is wall time, `until_s` monotonic; `why` is what that one said.
     """
 
     failures: int
     failed_s: float
     until_s: float
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """The rows that an operation made or changed, to be kept in one transaction."""
+    """The rows that an operation made or changed, and the nodes that it forgot, to be kept in one transaction."""
 
     nodes: tuple[NodeRow, ...] = ()
     tasks: tuple[TaskRow, ...] = ()
     assignments: tuple[AssignmentRow, ...] = ()
     new_task_ids: frozenset[str] = frozenset()
     new_assignment_ids: frozenset[str] = frozenset()
+    forgotten_node_ids: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.nodes or self.tasks or self.assignments)
+        return bool(self.nodes or self.tasks or self.assignments or self.forgotten_node_ids)
 
 
 @dataclass
@@ -243,6 +255,8 @@ class ClusterState:
     # Task -> the most that was ever done of it, and what that was at its last failure.
     furthest: dict[str, float] = field(default_factory=dict)
     failed_at: dict[str, float] = field(default_factory=dict)
+    # Task -> the node with which it was lost, as long as that node may turn out to have lived.
+    lost_with: dict[str, str] = field(default_factory=dict)
     progress: dict[str, Progress] = field(default_factory=dict)
     # Node -> wall time of its latest heartbeat.
     last_seen_s: dict[str, float] = field(default_factory=dict)
@@ -255,6 +269,9 @@ class ClusterState:
         """Take over what an operation changed, once it is kept."""
         self.nodes.update((row.node_id, row) for row in changes.nodes)
         self.tasks.update((row.task_id, row) for row in changes.tasks)
+        for node_id in changes.forgotten_node_ids:
+            for kept in (self.nodes, self.lease_end_s, self.last_seen_s, self.rests):
+                kept.pop(node_id, None)
         for row in changes.assignments:
             if row.outcome is None:
                 self.assignments[row.assignment_id] = row
@@ -297,6 +314,7 @@ class Draft:
         self._nodes: dict[str, NodeRow] = {}
         self._tasks: dict[str, TaskRow] = {}
         self._assignments: dict[str, AssignmentRow] = {}
+        self._forgotten: list[str] = []
 
     def node(self, node_id: str) -> NodeRow | None:
         """Return a node as it is in the draft."""
@@ -325,6 +343,10 @@ class Draft:
         else:
             self._assignments[row.assignment_id] = row
 
+    def forget(self, node_id: str) -> None:
+        """Forget a node that has no live assignments, as the last thing that is done about it."""
+        self._forgotten.append(node_id)
+
     def changes(self) -> Changes:
         """Return the rows that differ from the base."""
         return Changes(
@@ -334,6 +356,7 @@ class Draft:
             # Not a difference of the keys: that would go through all tasks that there are.
             new_task_ids=frozenset(key for key in self._tasks if key not in self.base.tasks),
             new_assignment_ids=frozenset(key for key in self._assignments if key not in self.base.assignments),
+            forgotten_node_ids=tuple(self._forgotten),
         )
 
 

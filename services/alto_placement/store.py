@@ -47,6 +47,7 @@ nodes = sa.Table(
     sa.Column("version", sa.Text, nullable=False),
     sa.Column("cordoned", sa.Boolean, nullable=False),
     sa.Column("draining", sa.Boolean, nullable=False),
+    sa.Column("leaving", sa.Boolean, nullable=False),
     sa.Column("lost", sa.Boolean, nullable=False),
     sa.Column("last_seen_s", sa.Double, nullable=False),
     sa.Column("superseded", sa.JSON, nullable=False),
@@ -146,7 +147,10 @@ class PlacementStore:
         return _task(dict(row)) if row is not None else None
 
     async def save(self, changes: Changes) -> None:
-        """Keep what one operation changed, whole or not at all. Raises StoreConflictError."""
+        """Keep what one operation changed, whole or not at all. Raises StoreConflictError.
+
+        With a node that is forgotten go its assignments that have ended: they name it.
+        """
         try:
             async with self.database.transaction() as connection:
                 for node in changes.nodes:
@@ -156,6 +160,10 @@ class PlacementStore:
                 # Ends first: the place of a task's new assignment is then free.
                 for row in sorted(changes.assignments, key=lambda row: row.outcome is None):
                     await self._save_assignment(connection, row, new=row.assignment_id in changes.new_assignment_ids)
+                for node_id in changes.forgotten_node_ids:
+                    over = sa.and_(assignments.c.node_id == node_id, assignments.c.outcome.is_not(None))
+                    await connection.execute(assignments.delete().where(over))
+                    await connection.execute(nodes.delete().where(nodes.c.node_id == node_id))
         except IntegrityError as error:
             raise StoreConflictError(f"the database refused a change: {error.orig}") from error
 
@@ -174,7 +182,7 @@ class PlacementStore:
                     await connection.execute(learned.insert().values(name=name, content=content))
 
     async def assignments_of(self, task_id: str) -> list[AssignmentRow]:
-        """Return every assignment that a task ever had, by epoch."""
+        """Return every assignment that a task ever had on nodes that are known, by epoch."""
         query = sa.select(assignments).where(assignments.c.task_id == task_id).order_by(assignments.c.epoch)
         async with self.database.snapshot() as connection:
             rows = (await connection.execute(query)).mappings().all()
@@ -186,6 +194,7 @@ class PlacementStore:
             "incarnation": node.incarnation,
             "cordoned": node.cordoned,
             "draining": node.draining,
+            "leaving": node.leaving,
             "lost": node.lost,
             "last_seen_s": node.last_seen_s,
             "superseded": list(node.superseded),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from alto_placement.planner import Duration, Explanation, Placement, Plan, Snapshot, Tenant, WaitingTask
-from alto_placement.state import AssignmentRow, ClusterState, Moment, TaskRow
+from alto_placement.state import AssignmentRow, ClusterState, Moment, NodeRow, NodeState, TaskRow
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ class PlanView:
     def guests(self) -> dict[str, list[AssignmentRow]]:
         """The guests of each assignment that has any."""
         return self.state.guests()
+
+    @cached_property
+    def resting(self) -> tuple[NodeRow, ...]:
+        """The nodes that rest."""
+        return tuple(node for node in self.state.nodes.values() if node.state is NodeState.RESTING)
 
 
 @dataclass(eq=False)

@@ -13,7 +13,6 @@ from alto_placement.lifecycle import Reported
 from alto_placement.links import LeaseRenewal, Order, StartOrder, StopOrder
 from alto_placement.state import (
     AssignmentRow,
-    ClusterState,
     FailureCause,
     NodeRow,
     NodeSpec,
@@ -29,8 +28,11 @@ from alto_placement.watches import PlanView
 
 NODE_STATES = {
     NodeState.READY: placement_pb2.NODE_STATE_READY,
+    NodeState.RESTING: placement_pb2.NODE_STATE_RESTING,
     NodeState.CORDONED: placement_pb2.NODE_STATE_CORDONED,
     NodeState.DRAINING: placement_pb2.NODE_STATE_DRAINING,
+    NodeState.LEAVING: placement_pb2.NODE_STATE_LEAVING,
+    NodeState.LEFT: placement_pb2.NODE_STATE_LEFT,
     NodeState.LOST: placement_pb2.NODE_STATE_LOST,
 }
 TASK_STATES = {
@@ -182,10 +184,10 @@ def failure_to_wire(cause: FailureCause | None) -> tuning_pb2.Failure | None:
     return tuning_pb2.Failure(reason=cause.reason, message=cause.message) if cause is not None else None
 
 
-def node_to_wire(node: NodeRow, state: ClusterState) -> placement_pb2.Node:
+def node_to_wire(node: NodeRow, view: PlanView) -> placement_pb2.Node:
     """Return the message of a node."""
-    spec = node.spec
-    return placement_pb2.Node(
+    spec, state = node.spec, view.state
+    message = placement_pb2.Node(
         node_id=spec.node_id,
         gpu_kind=spec.gpu_kind,
         gpus=spec.gpus,
@@ -196,6 +198,11 @@ def node_to_wire(node: NodeRow, state: ClusterState) -> placement_pb2.Node:
         gpus_in_use=spec.gpus - len(state.free_gpus(spec.node_id)),
         last_seen_time=timestamp(state.last_seen_s.get(spec.node_id, node.last_seen_s)),
     )
+    rest = state.rests.get(spec.node_id)
+    if rest is not None and node.state is NodeState.RESTING:
+        message.rest.failures, message.rest.message = rest.failures, rest.why
+        message.rest.until_time.CopyFrom(timestamp(view.moment.wall_s + rest.until_s - view.moment.monotonic_s))
+    return message
 
 
 def order_to_wire(order: Order, lease_s: float) -> placement_service_pb2.NodeSessionResponse:
@@ -312,7 +319,7 @@ def plan_to_wire(view: PlanView) -> placement_pb2.Plan:
         revision=view.revision,
         time=timestamp(view.moment.wall_s),
         tasks=[task_to_wire(task, view) for task in (*tasks, *view.ended)],
-        nodes=[node_to_wire(node, view.state) for node in view.state.nodes.values()],
+        nodes=[node_to_wire(node, view) for node in view.state.nodes.values()],
         makespan=duration(view.facts.makespan_s),
         makespan_lower_bound=duration(view.facts.lower_bound_s),
     )

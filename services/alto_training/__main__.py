@@ -25,7 +25,7 @@ def main() -> None:
 
 async def _serve(settings: NodeSettings) -> int:
     server = NodeServer(settings)
-    serving = asyncio.create_task(run_until_signal(server.start, server.stop, "alto-node"))
+    serving = asyncio.create_task(run_until_signal(server.start, server.stop, "alto-node", lambda: server.facts))
     superseded = asyncio.create_task(server.superseded.wait())
     await asyncio.wait({serving, superseded}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():

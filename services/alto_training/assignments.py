@@ -1,7 +1,8 @@
 """What a node holds, as a pure state machine: assignments, what placement has been told of them, and the lease.
 
 The rules: an assignment is taken up once, and only under a higher epoch than any of the same task before; it is listed
-in every heartbeat until placement has heard how it ended; without a renewed lease everything must stop.
+in every heartbeat until placement has heard how it ended; without a renewed lease everything must stop, at a checkpoint
+as long as there is time for one; a node that is leaving takes up nothing more.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ import enum
 from collections import deque
 from dataclasses import dataclass, field
 
+# Of a lease that nothing renews: what is left of it for checkpoints. Before that a silence may still pass, such as that
+# of a connection which died unnoticed, or of a placement that is started again.
+SHARE_FOR_CHECKPOINTS = 1 / 3
+
 
 class StopReason(enum.StrEnum):
-    """Why an assignment must stop. LEASE_LOST is the node's own, the others are placement's word."""
+    """Why an assignment must stop. LEASE_ENDS and LEASE_LOST are the node's own, the others are placement's word."""
 
     CANCELLED = "cancelled"
     PAUSED = "paused"
     DRAINED = "drained"
     PREEMPTED = "preempted"
     SUPERSEDED = "superseded"
+    LEASE_ENDS = "lease_ends"
     LEASE_LOST = "lease_lost"
 
     @property
@@ -88,20 +94,28 @@ class Turn:
 
     notices: tuple[EndedNotice, ...]
     listed: tuple[Held, ...]
+    leaving: bool
 
 
 @dataclass(frozen=True)
 class _InFlight:
     sent_s: float
     told: frozenset[str]
+    was_last_word: bool
 
 
 class Assignments:
-    """Everything that the node holds. Times are of its own monotonic clock."""
+    """Everything that the node holds. Times are of its own monotonic clock.
+
+    `leaving` is set, for good, when the node's process is to end, `has_left` when placement knows that nothing is left.
+    """
 
     def __init__(self) -> None:
         self.held: dict[str, Held] = {}
+        self.leaving = False
+        self.has_left = False
         self.lease_end_s: float | None = None
+        self._checkpoints_from_s = 0.0
         self._highest_epoch: dict[str, int] = {}
         self._in_flight: deque[_InFlight] = deque()
 
@@ -116,10 +130,11 @@ class Assignments:
     ) -> Held | None:
         """Take up an assignment; None when it is known, or older than one of the same task that was taken up before.
 
+        None, too, for a node that is leaving: its heartbeats, which do not list the offer, give it back.
         Without a lease nothing is taken up either: the offer may have waited in the stream for longer than it counts.
         Placement repeats what still does.
         """
-        if self.lease_end_s is None or now_s >= self.lease_end_s:
+        if self.leaving or self.lease_end_s is None or now_s >= self.lease_end_s:
             return None
         if assignment_id in self.held or epoch <= self._highest_epoch.get(task_id, 0):
             return None
@@ -153,8 +168,9 @@ class Assignments:
         """Return what to send now; the first message of a session is the heartbeat alone."""
         over = [] if first else [held for held in self.held.values() if held.ending is not None]
         notices = tuple(EndedNotice(h.assignment_id, h.epoch, h.ending) for h in over if h.ending is not None)
-        self._in_flight.append(_InFlight(now_s, frozenset(notice.assignment_id for notice in notices)))
-        return Turn(notices, tuple(self.held.values()))
+        told = frozenset(notice.assignment_id for notice in notices)
+        self._in_flight.append(_InFlight(now_s, told, self.leaving and not self.held))
+        return Turn(notices, tuple(self.held.values()), self.leaving)
 
     def renewed(self, lease_s: float) -> frozenset[str]:
         """Note that placement has answered the oldest unanswered heartbeat: the lease counts from when that was sent.
@@ -165,9 +181,17 @@ class Assignments:
             return frozenset()
         answered = self._in_flight.popleft()
         self.lease_end_s = max(self.lease_end_s or 0.0, answered.sent_s + lease_s)
+        self._checkpoints_from_s = self.lease_end_s - SHARE_FOR_CHECKPOINTS * lease_s
         for assignment_id in answered.told:
             self.drop(assignment_id)
+        self.has_left = self.has_left or answered.was_last_word
         return answered.told
+
+    def near_lease_end(self, now_s: float) -> list[Held]:
+        """Return the running assignments that should stop at a checkpoint: there is just time for it."""
+        if self.lease_end_s is None or not self._checkpoints_from_s <= now_s < self.lease_end_s:
+            return []
+        return [held for held in self.held.values() if held.ending is None]
 
     def without_lease(self, now_s: float) -> list[Held]:
         """Return the running assignments that must stop now because the lease has run out."""

@@ -19,6 +19,7 @@ from alto_common.errors import reason_name
 from alto_common.rpc.channel import bearer_metadata
 
 from alto_training.assignments import Assignments, Ending, EndKind, Held, StopReason
+from alto_training.contact import Contact
 from alto_training.devices import Devices
 from alto_training.folders import STRATEGIES_FILE, AssignmentFolders
 from alto_training.reporter import Reporter
@@ -57,8 +58,8 @@ class TrainingNode:
         self._settings = settings
         self._devices = devices
         self._reports = report_service_pb2_grpc.ReportServiceStub(reports)
+        self._admission = Contact("admission")
         self._runs: dict[str, asyncio.Task[None]] = {}
-        self._is_closing = False
 
     def obey(self, message: placement_service_pb2.NodeSessionResponse) -> None:
         """Carry out one message of placement."""
@@ -77,31 +78,37 @@ class TrainingNode:
                     supervisor.stop_trials(tuple(message.trials_stop.trial_ids))
 
     async def keep_lease(self) -> None:
-        """Stop everything whenever the lease has run out: somebody else may train it from then on."""
+        """Stop everything before the lease has run out, and end it then: somebody else may train it from then on."""
         while True:
-            for held in self.assignments.without_lease(self.clock()):
-                supervisor = self.supervisors.get(held.assignment_id)
-                if supervisor is not None and not supervisor.is_ending:
-                    log.warning("the lease has run out: stopping", task_id=held.task_id, epoch=held.epoch)
-                    supervisor.stop(StopReason.LEASE_LOST)
+            now_s = self.clock()
+            for held in self.assignments.near_lease_end(now_s):
+                self._give_up(
+                    held, StopReason.LEASE_ENDS, "placement is silent: a checkpoint before the lease runs out"
+                )
+            for held in self.assignments.without_lease(now_s):
+                self._give_up(held, StopReason.LEASE_LOST, "the lease has run out: ending the worker")
             await asyncio.sleep(LEASE_CHECK_S)
 
-    def stop_all(self, reason: StopReason) -> None:
-        """Stop everything, and take up no more."""
-        self._is_closing = True
+    def _give_up(self, held: Held, reason: StopReason, why: str) -> None:
+        supervisor = self.supervisors.get(held.assignment_id)
+        if supervisor is not None and not supervisor.worker_gone.is_set() and supervisor.stop(reason):
+            log.warning(why, task_id=held.task_id, epoch=held.epoch)
+
+    def leave(self, reason: StopReason) -> None:
+        """Stop everything, take up no more, and tell placement."""
+        self.assignments.leaving = True
         for supervisor in self.supervisors.values():
             supervisor.stop(reason)
+        self.changed.set()
 
     async def close(self) -> None:
         """End every worker at once and wait until they are gone."""
-        self.stop_all(StopReason.SUPERSEDED)
+        self.leave(StopReason.SUPERSEDED)
         for run in list(self._runs.values()):
             with suppress(asyncio.CancelledError):
                 await run
 
     def _begin(self, assignment: placement_pb2.Assignment) -> None:
-        if self._is_closing:
-            return
         held = self.assignments.offer(
             assignment.assignment_id,
             assignment.work.task_id,
@@ -182,7 +189,8 @@ class TrainingNode:
         self.changed.set()
 
     def _reporter(self, folder: Path, task_id: str, epoch: int) -> Reporter:
-        return Reporter(self._reports, bearer_metadata(self._settings.service_token), folder, task_id, epoch)
+        metadata = bearer_metadata(self._settings.service_token)
+        return Reporter(self._reports, self._admission, metadata, folder, task_id, epoch)
 
     def _environment(self, held: Held) -> dict[str, str]:
         environment = dict(os.environ)

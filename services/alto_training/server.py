@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -29,21 +30,28 @@ from alto_training.settings import NodeSettings
 HEALTH_INTERVAL_S = 0.5
 GRACE_S = 2.0
 DRAIN_POLL_S = 0.1
+# How long to wait for placement to hear that nothing is left.
+LAST_WORD_S = 5.0
 
 log = structlog.get_logger("alto.node")
 
 
 class NodeServer:
-    """The service as one thing to start and stop. `superseded` is set when another process has taken this node's id."""
+    """The service as one thing to start and stop. `superseded` is set when another process has taken this node's id.
+
+    `facts` are, once it has started, what an operator wants to read of it.
+    """
 
     def __init__(self, settings: NodeSettings) -> None:
         self.superseded = asyncio.Event()
+        self.facts: dict[str, object] = {}
         self.server = Server(settings.listen, ServiceTokenAuthenticator(settings.service_token), SCOPES, [SERVICE])
         self._settings = settings
         self._loops: list[asyncio.Task[None]] = []
         self._channels: list[grpc.aio.Channel] = []
         self._lock: TextIO | None = None
         self._node: TrainingNode | None = None
+        self._session: PlacementSession | None = None
 
     async def start(self) -> None:
         """Serve, then look for placement. Raises RuntimeError when another node uses the same work folder."""
@@ -54,11 +62,18 @@ class NodeServer:
         self._channels = [service_channel(settings.placement_address), service_channel(settings.report_address)]
         node = self._node = TrainingNode(settings, devices, self._channels[1])
         described = _described(settings, devices)
+        self.facts = {
+            "node_id": settings.node_id,
+            "gpu_kind": devices.kind,
+            "places": devices.places,
+            "gpus": list(devices.indices),
+        }
         servicer = TrainingNodeServicer(node, described)
         training_node_service_pb2_grpc.add_TrainingNodeServiceServicer_to_server(servicer, self.server.grpc)
         await self.server.start()
         incarnation = secrets.token_hex(8)
         session = PlacementSession(node, described, incarnation, self._channels[0], settings.service_token)
+        self._session = session
         self._loops = [
             asyncio.create_task(self._stay_in_touch(session)),
             asyncio.create_task(node.keep_lease()),
@@ -68,12 +83,12 @@ class NodeServer:
     async def stop(self) -> None:
         """Have the workers write their checkpoints, tell placement, and end."""
         await self.server.set_serving(False)
-        if self._node is not None:
-            self._node.stop_all(StopReason.DRAINED)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.shutdown_grace_s):
-                    await self._everything_told(self._node)
-            await self._node.close()
+        node, session = self._node, self._session
+        if node is not None and session is not None:
+            node.leave(StopReason.DRAINED)
+            await _until(lambda: not node.assignments.held, self._settings.shutdown_grace_s)
+            await node.close()
+            await _until(lambda: node.assignments.has_left or not session.is_connected, LAST_WORD_S)
         for loop in self._loops:
             loop.cancel()
             with suppress(asyncio.CancelledError):
@@ -84,17 +99,13 @@ class NodeServer:
         if self._lock is not None:
             self._lock.close()
 
-    async def _everything_told(self, node: TrainingNode) -> None:
-        while node.assignments.held:
-            await asyncio.sleep(DRAIN_POLL_S)
-
     async def _stay_in_touch(self, session: PlacementSession) -> None:
         try:
             await session.run()
         except SupersededError as error:
             log.error("this node must stop", error=str(error))
             if self._node is not None:
-                self._node.stop_all(StopReason.SUPERSEDED)
+                self._node.leave(StopReason.SUPERSEDED)
             self.superseded.set()
 
     async def _look_after_health(self, session: PlacementSession) -> None:
@@ -102,6 +113,14 @@ class NodeServer:
         while True:
             await self.server.set_serving(session.is_connected)
             await asyncio.sleep(HEALTH_INTERVAL_S)
+
+
+async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until a condition holds, at most for so long."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await asyncio.sleep(DRAIN_POLL_S)
 
 
 def _described(settings: NodeSettings, devices: Devices) -> placement_pb2.Node:

@@ -14,8 +14,8 @@ from alto_common.rpc.channel import bearer_metadata
 from alto_common.rpc.status import reason_in
 
 from alto_training.assignments import EndedNotice, EndKind, Held, Turn
+from alto_training.contact import Contact, in_words
 from alto_training.node import TrainingNode
-from alto_training.reporter import in_words
 
 MIN_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 2.0
@@ -57,6 +57,7 @@ class PlacementSession:
         self._placement = placement_service_pb2_grpc.PlacementServiceStub(channel)
         self._metadata = bearer_metadata(service_token)
         self._heartbeat_s = 1.0
+        self._contact = Contact("placement")
 
     async def run(self) -> None:
         """Stay in touch until cancelled. Raises SupersededError."""
@@ -70,7 +71,7 @@ class PlacementSession:
                     raise SupersededError(in_words(error)) from error
                 if self.is_connected:
                     backoff_s = MIN_BACKOFF_S
-                log.warning("placement does not answer; trying again", error=in_words(error), wait_s=backoff_s)
+                self._contact.failed(error)
             except Exception:
                 # A message that this node cannot make sense of must not cost it everything else that it trains.
                 log.exception("the session with placement broke; trying again")
@@ -101,6 +102,7 @@ class PlacementSession:
                 if message is grpc.aio.EOF:
                     return
                 self.is_connected = True
+                self._contact.answered()
                 self._node.obey(cast("placement_service_pb2.NodeSessionResponse", message))
         except TimeoutError:
             log.warning("placement has not answered for too long; connecting again")
@@ -120,7 +122,9 @@ class PlacementSession:
                     await self._node.changed.wait()
 
     def _messages(self, turn: Turn) -> list[placement_service_pb2.NodeSessionRequest]:
-        heartbeat = placement_service_pb2.NodeHeartbeat(assignments=[_status(held) for held in turn.listed])
+        heartbeat = placement_service_pb2.NodeHeartbeat(
+            assignments=[_status(held) for held in turn.listed], leaving=turn.leaving
+        )
         wire = placement_service_pb2.NodeSessionRequest
         node_id, incarnation = self._described.node_id, self._incarnation
         held = {one.assignment_id: one for one in turn.listed}

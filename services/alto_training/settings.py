@@ -12,6 +12,9 @@ from alto_common.base_models import default_models_root
 from alto_common.configuration import ServiceSettings, home_folder
 from pydantic import Field
 
+# It is not for workers.
+SERVICE_TOKEN_VARIABLE = "ALTO_NODE_SERVICE_TOKEN"
+
 
 class NodeSettings(ServiceSettings):
     """What the operator may choose. Durations are in seconds.
@@ -22,7 +25,8 @@ class NodeSettings(ServiceSettings):
     `tokens_per_tick` and `threads` left out are chosen by the executor (`threads` of a place: the CPUs shared out
     evenly). `model_folders` (separated by commas or the system's path separator) are further roots of which tasks may
     name folders by absolute path. A worker that is asked to stop has `stop_grace_s` to write its checkpoint before it
-    is ended. What nobody touched for `keep_s` in the work folder is deleted when the node starts.
+    is ended, and the node as long to tell admission the last of it, unless the task is finished: that waits for ever.
+    What nobody touched for `keep_s` in the work folder is deleted when the node starts.
     """
 
     prefix: ClassVar[str] = "ALTO_NODE_"

@@ -25,7 +25,8 @@ from alto_training.journal import (
     read_acknowledged,
     read_journal,
 )
-from alto_training.reporter import Reporter, StaleEpochError, UnknownTaskError
+from alto_training.reporter import RefusedError, Reporter, StaleEpochError, UnknownTaskError
+from alto_training.settings import SERVICE_TOKEN_VARIABLE
 from alto_training.worker_order import (
     LOG_FILE,
     MODEL_MISSING_STATUS,
@@ -39,8 +40,6 @@ FOLLOW_S = 0.25
 FOLLOWED_AT_ONCE = 2000
 LOG_TAIL_BYTES = 2000
 FINAL_STATES = (tuning_pb2.TASK_STATE_SUCCEEDED, tuning_pb2.TASK_STATE_FAILED)
-# What a credential of the node must not be in.
-SECRET_VARIABLE = "ALTO_NODE_SERVICE_TOKEN"
 
 log = structlog.get_logger("alto.node")
 
@@ -81,26 +80,27 @@ class Supervisor:
         self._must_end = asyncio.Event()
         self._stopped_trials = set(order.stopped_trial_ids)
 
-    def stop(self, reason: StopReason) -> None:
-        """Ask for the end: at the next checkpoint, or at once when another may be training the task already."""
+    def stop(self, reason: StopReason) -> bool:
+        """Ask for the end: at the next checkpoint, or at once when another may be training the task already.
+
+        Returns whether that changes anything.
+        """
         if self._stop in (StopReason.SUPERSEDED, reason):
-            return
+            return False
         if self._stop is StopReason.LEASE_LOST and reason is not StopReason.SUPERSEDED:
-            return
+            return False
+        if self._stop is not None and reason is StopReason.LEASE_ENDS:
+            return False
         self._stop = reason
         self._stop_asked.set()
         if reason.is_immediate and self._host is None:
             self._must_end.set()
+        return True
 
     @property
     def is_cancelled(self) -> bool:
         """Whether the task was cancelled: it will not be trained again."""
         return self._stop is StopReason.CANCELLED
-
-    @property
-    def is_ending(self) -> bool:
-        """Whether its worker is gone, or is being ended without a checkpoint."""
-        return self._must_end.is_set()
 
     @property
     def worker_process_id(self) -> int:
@@ -158,7 +158,8 @@ class Supervisor:
                 return None
             last = await asyncio.to_thread(self._conclude, crash)
             self.reporter.complete()
-            await self._reported_or_superseded(reporting)
+            # Of a task that is to go on, or was cancelled, nothing is lost with what admission cannot be told.
+            await self._reported_or_superseded(reporting, None if last in FINAL_STATES else self._stop_grace_s)
             # What the last words say of progress goes to placement with the end.
             await asyncio.to_thread(self._read_on)
             return None if self._is_superseded() else await asyncio.to_thread(self._ending, last, crash)
@@ -170,11 +171,15 @@ class Supervisor:
         except UnknownTaskError:
             message = "admission does not know the task"
             return Ending(EndKind.FAILED, reason_name(error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND), message)
+        except RefusedError as error:
+            log.error("admission refuses a report", task_id=self.held.task_id, epoch=self.held.epoch, error=str(error))
+            message = f"admission refused a report of node {self._order.node_id}; that node's log says more"
+            return Ending(EndKind.FAILED_RETRIABLE, reason_name(error_pb2.ERROR_REASON_INTERNAL), message)
         finally:
             self.worker_gone.set()
             for task in (reporting, following):
                 task.cancel()
-                with suppress(asyncio.CancelledError, StaleEpochError, UnknownTaskError):
+                with suppress(asyncio.CancelledError, StaleEpochError, UnknownTaskError, RefusedError):
                     await task
 
     def _prepare(self) -> bool:
@@ -195,7 +200,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={name: value for name, value in self._environment.items() if name != SECRET_VARIABLE},
+                env={name: value for name, value in self._environment.items() if name != SERVICE_TOKEN_VARIABLE},
                 # A Ctrl-C at the terminal is the node's to handle.
                 start_new_session=True,
             )
@@ -222,9 +227,11 @@ class Supervisor:
             self.worker_gone.set()
         if reporting.done():
             reporting.result()
-        if process.returncode == 0:
-            return None
         told = log.bind(task_id=self.held.task_id, epoch=self.held.epoch)
+        if process.returncode == 0:
+            if self._stop is not None:
+                told.info("worker ended as asked", reason=self._stop.value)
+            return None
         if ended_here:
             reason = self._why_ended()
             told.warning("worker ended by its node", reason=reason)
@@ -289,6 +296,7 @@ class Supervisor:
             StopReason.PAUSED: tuning_pb2.TASK_STATE_PAUSED,
             StopReason.DRAINED: tuning_pb2.TASK_STATE_QUEUED,
             StopReason.PREEMPTED: tuning_pb2.TASK_STATE_QUEUED,
+            StopReason.LEASE_ENDS: tuning_pb2.TASK_STATE_QUEUED,
         }
         if crash is None or last is not None or self._stop not in states:
             return last
@@ -328,12 +336,15 @@ class Supervisor:
             self._stop_asked.clear()
             await self._stop_asked.wait()
 
-    async def _reported_or_superseded(self, reporting: asyncio.Task[None]) -> None:
+    async def _reported_or_superseded(self, reporting: asyncio.Task[None], timeout_s: float | None) -> None:
         superseded = asyncio.create_task(self._superseded())
-        await asyncio.wait({reporting, superseded}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({reporting, superseded}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         superseded.cancel()
         if reporting.done():
             reporting.result()
+        elif not done:
+            told = {"events": self.events_written, "acknowledged": self.reporter.acknowledged}
+            log.warning("giving a place back with events unreported", task_id=self.held.task_id, **told)
 
     async def _follow(self) -> None:
         """Keep up with the journal, whether or not admission can be reached."""

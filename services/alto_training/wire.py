@@ -31,6 +31,8 @@ VERDICTS = {
     events.Verdict.REVIVE: tuning_pb2.VERDICT_KEEP,
 }
 USER_RULE = "user"
+# Characters of an explanation.
+LONGEST_TEXT = 8000
 
 
 def job_from_wire(work: placement_pb2.TuningWork, base_model: str, train: str, validation: str) -> TuningJob:
@@ -50,7 +52,17 @@ def job_from_wire(work: placement_pb2.TuningWork, base_model: str, train: str, v
 
 def failure(reason: Reason, message: str) -> tuning_pb2.Failure:
     """Return the message of a failure."""
-    return tuning_pb2.Failure(reason=reason_name(reason), message=message)
+    return tuning_pb2.Failure(reason=reason_name(reason), message=carried(message))
+
+
+def carried(text: str) -> str:
+    """Return a text as messages can carry and databases keep it, the middle left out when it is very long.
+
+    What libraries and data put into their errors may hold NUL characters, and halves of surrogate pairs.
+    """
+    if len(text) > LONGEST_TEXT:
+        text = f"{text[: LONGEST_TEXT // 2]} ... {text[-LONGEST_TEXT // 2 :]}"
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
 
 
 def task_state_changed(
@@ -166,7 +178,7 @@ class EventTranslator:
             verdict=VERDICTS[event.verdict],
             policy=USER_RULE if event.rule == USER_RULE else self.job.early_exit.policy,
             rule=event.rule,
-            reason=event.reason,
+            reason=carried(event.reason),
             evidence=dict(event.evidence),
             threshold=event.threshold,
             step=event.step,

@@ -14,7 +14,7 @@ import structlog
 from alto.v1 import error_pb2, event_pb2, placement_pb2, tuning_pb2
 from alto_common.artifacts import ArtifactStore
 from alto_common.base_models import BaseModelError, UnknownModelError, resolve
-from alto_common.errors import DomainError, reason_name
+from alto_common.errors import DomainError, Reason
 from alto_common.tuning import TuningJob
 
 from alto_training.adapters import publish
@@ -148,21 +148,21 @@ class WorkerTask:
 
     def failed(self, error: Exception) -> event_pb2.TaskEvent:
         """Return the event that the task cannot be trained (see `is_untrainable`)."""
+        reason: Reason = error_pb2.ERROR_REASON_EXECUTION_FAILED
         if isinstance(error, DomainError):
-            cause = tuning_pb2.Failure(reason=reason_name(error.reason), message=error.message)
+            reason = error.reason
         elif isinstance(error, BaseModelError):
-            cause = failure(error_pb2.ERROR_REASON_UNKNOWN_BASE_MODEL, str(error))
-        else:
-            cause = failure(error_pb2.ERROR_REASON_EXECUTION_FAILED, str(error))
-        return self.not_trained(tuning_pb2.TASK_STATE_FAILED, cause.message, cause.reason)
+            reason = error_pb2.ERROR_REASON_UNKNOWN_BASE_MODEL
+        return self.not_trained(tuning_pb2.TASK_STATE_FAILED, str(error), reason)
 
     def not_trained(
-        self, state: tuning_pb2.TaskState.ValueType, message: str, reason: str | None = None
+        self,
+        state: tuning_pb2.TaskState.ValueType,
+        message: str,
+        reason: Reason = error_pb2.ERROR_REASON_EXECUTION_FAILED,
     ) -> event_pb2.TaskEvent:
         """Return the event that the task failed, or waits again because it cannot share this worker."""
-        reason = reason or reason_name(error_pb2.ERROR_REASON_EXECUTION_FAILED)
-        cause = tuning_pb2.Failure(reason=reason, message=without_host_paths(message))
-        return task_state_changed(self.task_id, state, cause)
+        return task_state_changed(self.task_id, state, failure(reason, without_host_paths(message)))
 
 
 def is_untrainable(error: Exception) -> bool:

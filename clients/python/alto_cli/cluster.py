@@ -108,6 +108,9 @@ def show_nodes(json_output: bool) -> None:
     ]
     columns = ["node", "state", "kind", "in use", "memory each", "address", "version", "seen"]
     print_table(columns, rows, empty="no node has joined yet")
+    for node in nodes:
+        if node.HasField("rest"):
+            say(f"{node.node_id} rests and takes work again {_in(node.rest.until_time)}, {_failures(node.rest)}")
 
 
 def drain(node_id: str, undo: bool, json_output: bool) -> None:
@@ -127,6 +130,11 @@ def _tell_node(node: placement_pb2.Node, json_output: bool) -> None:
         print_message(node)
     else:
         say(f"{node.node_id} is {enum_word(placement_pb2.NodeState.DESCRIPTOR, node.state).lower()}")
+
+
+def _failures(rest: placement_pb2.NodeRest) -> str:
+    count = "an attempt" if rest.failures == 1 else f"{rest.failures} attempts in a row"
+    return f"because {count} failed there before the first step: {rest.message}"
 
 
 def _state(task: placement_pb2.PlannedTask) -> str:

@@ -72,15 +72,18 @@ class Server:
 
 
 async def run_until_signal(
-    start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]], name: str
+    start: Callable[[], Awaitable[None]],
+    stop: Callable[[], Awaitable[None]],
+    name: str,
+    facts: Callable[[], Mapping[str, object]] = dict,
 ) -> None:
-    """Start a service, wait for SIGTERM or SIGINT, and stop it."""
+    """Start a service, log what serves and its `facts`, wait for SIGTERM or SIGINT, and stop it."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     await start()
-    log.info("serving", service=name)
+    log.info("serving", service=name, **facts())
     await stopping.wait()
     log.info("stopping", service=name)
     await stop()

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent import futures
 from importlib.metadata import version
 
@@ -283,7 +284,10 @@ class MemoryPlacement(PlacementServiceServicer):
 
     def ListNodes(self, request, context):
         node = placement_pb2.Node(node_id="n1", gpu_kind="cpu", gpus=1, state=placement_pb2.NODE_STATE_READY)
-        return placement_service_pb2.ListNodesResponse(nodes=[node])
+        rest = placement_pb2.NodeRest(failures=2, message="its disk is full")
+        rest.until_time.FromSeconds(int(time.time()) + 600)
+        resting = placement_pb2.Node(node_id="n2", state=placement_pb2.NODE_STATE_RESTING, rest=rest)
+        return placement_service_pb2.ListNodesResponse(nodes=[node, resting])
 
     def DrainNode(self, request, context):
         node = placement_pb2.Node(node_id=request.node_id, state=placement_pb2.NODE_STATE_DRAINING)
@@ -307,7 +311,11 @@ def test_the_operators_commands(placement):
     assert "Every place that could hold it" in runner.invoke(app, ["plan"]).stdout
     watched = runner.invoke(app, ["plan", "--watch", "--json"]).stdout.splitlines()
     assert [json.loads(line)["revision"] for line in watched] == [1, 2]
-    assert "n1" in runner.invoke(app, ["nodes"]).stdout
+    nodes = runner.invoke(app, ["nodes"])
+    assert "n1" in nodes.stdout
+    assert "resting" in nodes.stdout
+    assert "n2 rests and takes work again in " in nodes.stderr
+    assert "because 2 attempts in a row failed there before the first step: its disk is full" in nodes.stderr
     assert "draining" in runner.invoke(app, ["drain", "n1"]).stderr
     assert "cordoned" in runner.invoke(app, ["cordon", "n1"]).stderr
     assert "ready" in runner.invoke(app, ["uncordon", "n1"]).stderr

@@ -99,6 +99,14 @@ class Worker:
 
 
 @dataclass
+class Heartbeat:
+    """What a node runs: names, epochs and what is done; and whether its process is to end."""
+
+    listed: list
+    leaving: bool
+
+
+@dataclass
 class Stream:
     """One session: the node's messages up, placement's down."""
 
@@ -149,7 +157,11 @@ class Node:
         turn = self.book.next_turn(self.cluster.now, first)
         for notice in turn.notices:
             self.stream.up.append(notice)
-        self.stream.up.append([(held.assignment_id, held.epoch) for held in turn.listed])
+        listed = []
+        for held in turn.listed:
+            worker = self.workers.get(held.assignment_id)
+            listed.append((held.assignment_id, held.epoch, worker.done / WORK if worker else 1.0))
+        self.stream.up.append(Heartbeat(listed, turn.leaving))
 
     def read(self):
         """Carry out one message of placement."""
@@ -245,9 +257,28 @@ class Node:
                 self.workers.pop(worker.assignment_id)
                 self.book.end(worker.assignment_id, worker.final)
 
+    def leave(self):
+        """Be told to end: everything stops at a checkpoint; the process ends when placement knows of it."""
+        if self.frozen:
+            return
+        if self.book.has_left:
+            self.cluster.break_stream(self)
+            self.start()
+            return
+        self.book.leaving = True
+        for worker in list(self.workers.values()):
+            if worker.alive:
+                self.finish(worker, "queued", Ending(EndKind.STOPPED))
+        self.heartbeat()
+
     def look_at_lease(self):
         if self.frozen:
             return
+        for held in self.book.near_lease_end(self.cluster.now):
+            worker = self.workers.get(held.assignment_id)
+            # Every other one takes too long.
+            if worker is not None and worker.alive and worker.number % 2 == 0:
+                self.finish(worker, "queued", Ending(EndKind.STOPPED))
         for held in self.book.without_lease(self.cluster.now):
             worker = self.workers.get(held.assignment_id)
             if worker is not None and worker.alive:
@@ -317,8 +348,8 @@ class Cluster:
             self.break_stream(node)
             return
         try:
-            if isinstance(message, list):
-                self.heartbeat(link, message)
+            if isinstance(message, Heartbeat):
+                self.heartbeat(link, message.listed, message.leaving)
             else:
                 self.ended(link, message)
         except DomainError:
@@ -326,12 +357,12 @@ class Cluster:
             node.kill_workers()
             self.break_stream(node)
 
-    def heartbeat(self, link, listed):
-        reported = [Reported(name, epoch, Progress(0.5, self.now)) for name, epoch in listed]
+    def heartbeat(self, link, listed, leaving):
+        reported = [Reported(name, epoch, Progress(done, self.now)) for name, epoch, done in listed]
         stale = self.commit(
-            lambda draft, at: lifecycle.heartbeat(draft, link.node_id, link.incarnation, reported, at, RULES)
+            lambda draft, at: lifecycle.heartbeat(draft, link.node_id, link.incarnation, reported, at, RULES, leaving)
         )
-        link.listed = frozenset(name for name, _ in listed)
+        link.listed = frozenset(name for name, _, _ in listed)
         link.told.clear()
         link.tell(LeaseRenewal())
         for name in stale:
@@ -389,7 +420,7 @@ class Cluster:
         self.now += seconds
         for node in self.nodes:
             node.look_at_lease()
-        self.commit(lambda draft, at: lifecycle.expire(draft, at))
+        self.commit(lambda draft, at: lifecycle.expire(draft, at, RULES))
 
     def act(self, action, number):
         node = self.nodes[number % len(self.nodes)]
@@ -414,6 +445,8 @@ class Cluster:
             case "kill node":
                 self.break_stream(node)
                 node.start()
+            case "leave":
+                node.leave()
             case "freeze":
                 node.frozen = True
             case "thaw":
@@ -474,6 +507,8 @@ class Cluster:
         """Everything works again: let go, uncordon, and carry on until all has ended."""
         for number, node in enumerate(self.nodes):
             self.act("thaw", number)
+            if node.book.leaving:
+                self.act("kill node", number)
             self.act("connect", number)
             self.act("uncordon", number)
             assert self.nodes[number] is node
@@ -516,6 +551,7 @@ ACTIONS = {
     "crash worker": 2,
     "report": 40,
     "kill node": 2,
+    "leave": 2,
     "freeze": 2,
     "thaw": 6,
     "late registration": 1,
@@ -535,6 +571,7 @@ ROUGH_ACTIONS = WEIGHTED_ACTIONS + 15 * [
     "freeze",
     "thaw",
     "kill node",
+    "leave",
     "break",
     "connect",
     "connect",

@@ -164,7 +164,21 @@ class Stream:
         node_id = self.pick(self.engine.state.lease_end_s)
         if node_id is not None:
             self.engine.state.lease_end_s[node_id] = self.moment.monotonic_s
-            await self.engine._commit(lifecycle.expire)
+            await self.engine._commit(lambda draft, at: lifecycle.expire(draft, at, self.engine._rules))
+
+    async def leave(self):
+        """A node's process ends in order, some with what they have still on them."""
+        link = self.pick(self.links.values())
+        if link is not None:
+            rows = [row for row in self.engine.state.on_node(link.node_id) if self.draw.random() < 0.3]
+            with suppress(DomainError):
+                await self.engine.heartbeat(link, [self.reported(row) for row in rows], leaving=True)
+
+    async def forget(self):
+        """All nodes that are lost have been so for long."""
+        rules = replace(self.engine._rules, keep_lost_s=-1e9)
+        for node_id in await self.engine._commit(lambda draft, at: lifecycle.forget_lost(draft, at, rules)):
+            self.links.pop(node_id, None)
 
     async def wait(self):
         self.pass_time(self.draw.choice((1 / 64, 0.5, 4.0, 60.0, 900.0)))
@@ -192,6 +206,8 @@ class Stream:
             self.heartbeat: 14,
             self.end: 6,
             self.lose: 1,
+            self.leave: 1,
+            self.forget: 1,
             self.wait: 10,
             self.step_clock: 1,
             self.restart: 0.5,

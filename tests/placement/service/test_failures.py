@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from alto.v1 import placement_pb2
 from alto_placement import lifecycle, planner
 from alto_placement.durations import Measured
 from alto_placement.explanations import queue_words
@@ -23,6 +24,7 @@ from alto_placement.state import (
     WorkSize,
 )
 from alto_placement.watches import PlanView, facts_of
+from alto_placement.wire import node_to_wire
 
 RULES = Rules(lease_s=1e9, max_failures=3, retry_delay_s=2.0, max_retry_delay_s=60.0)
 
@@ -50,7 +52,7 @@ class Cluster:
 
     def passes(self, seconds):
         self.now_s += seconds
-        self.commit(lifecycle.expire, self.now)
+        self.commit(lifecycle.expire, self.now, RULES)
 
     def starts(self):
         """Carry out the plan; return the assignments that begin."""
@@ -68,6 +70,24 @@ class Cluster:
 
     def trains(self, row, fraction):
         self.state.progress[row.assignment_id] = Progress(fraction, self.now_s, Measured(ticks=10))
+
+    def dies(self, node_id):
+        """A node's process dies, and starts again."""
+        self.names += 1
+        self.commit(lifecycle.register, self.state.nodes[node_id].spec, f"start-{self.names}", self.now, RULES)
+
+    def is_cut_off(self, node_id):
+        """A node is not heard of for longer than its lease."""
+        self.state.lease_end_s[node_id] = self.now_s
+        self.passes(0.0)
+
+    def leaves(self, node_id):
+        """A node that has nothing ends in order."""
+        incarnation = self.state.nodes[node_id].incarnation
+        self.commit(lifecycle.heartbeat, node_id, incarnation, [], self.now, RULES, True)
+
+    def is_back(self, node_id):
+        self.commit(lifecycle.heartbeat, node_id, self.state.nodes[node_id].incarnation, [], self.now, RULES)
 
     def fails(self, row, why="it crashed", last=None):
         cause = FailureCause("TRAINING_FAILED", why)
@@ -152,6 +172,31 @@ def test_who_waits_for_a_node_that_rests_is_told_so():
     assert not cluster.state.nodes["n1"].rests, "no other node is left that takes work"
 
 
+def test_who_waits_for_others_is_told_of_a_node_that_rests():
+    cluster = Cluster("n1", "n2", tasks=2)
+    cluster.commit(lifecycle.register, NodeSpec("other", "a100", 1), "first", cluster.now, RULES)
+    for task_id, kind in (("runs", "a100"), ("waits", "a100"), ("here", "h100")):
+        cluster.commit(lifecycle.enqueue, replace(cluster.task(), task_id=task_id, gpu_kind=kind))
+    cluster.assign("runs", "other")
+    cluster.assign("t1", "n2")
+    cluster.fails(cluster.assign("t0", "n1"), "its disk is full")
+    snapshot, left = snapshot_of(cluster.state, Forecasts(), Policy(), {}, cluster.now, 1)
+    made = planner.plan(snapshot)
+    view = PlanView(1, cluster.now, cluster.state, facts_of(made, snapshot, left))
+    words = {}
+    for task_id in ("waits", "here"):
+        reason, words[task_id] = queue_words(cluster.task(task_id), made.explanations.get(task_id), view)
+        assert reason == "GPUS_BUSY"
+    busy = "Every place that could hold it is in use."
+    assert words["here"].startswith(f"{busy} n1 rests for a moment, because an attempt failed there at its start.")
+    assert "rests" not in words["waits"]
+    message = node_to_wire(cluster.state.nodes["n1"], view)
+    assert (message.state, message.rest.failures) == (placement_pb2.NODE_STATE_RESTING, 1)
+    assert message.rest.message == "its disk is full"
+    assert message.rest.until_time.ToSeconds() == 1e9 + RULES.delay_s(2)
+    assert not node_to_wire(cluster.state.nodes["n2"], view).HasField("rest")
+
+
 def test_an_operator_or_a_restart_ends_a_rest():
     cluster = Cluster("n1", "n2")
     (row,) = cluster.starts()
@@ -216,9 +261,9 @@ def test_what_counts_is_the_furthest_that_a_task_ever_came():
 
 def test_a_node_may_fail_for_days():
     cluster = Cluster("n1", "n2")
-    cluster.state.rests["n1"] = Rest(10_000, 0.0, 0.0)
+    cluster.state.rests["n1"] = Rest(10_000, 0.0, 0.0, "")
     cluster.fails(cluster.assign("t0", "n1"))
-    assert cluster.state.rests["n1"] == Rest(10_001, 1e9, 60.0)
+    assert cluster.state.rests["n1"] == Rest(10_001, 1e9, 60.0, "it crashed")
 
 
 def test_a_rest_whose_end_was_forgotten_is_over():
@@ -227,3 +272,75 @@ def test_a_rest_whose_end_was_forgotten_is_over():
     cluster.state.rests.clear()
     cluster.passes(0.1)
     assert not cluster.state.nodes["n1"].rests
+
+
+def test_a_task_that_takes_its_nodes_down_is_given_up():
+    cluster = Cluster("n1", "n2", "n3")
+    for failures in (1, 2, 3):
+        (row,) = cluster.starts()
+        cluster.trains(row, 0.001 * failures)
+        cluster.dies(row.node_id)
+        assert cluster.task().failures == failures
+    assert cluster.task().ended is TaskState.GIVEN_UP
+    assert cluster.task().failure.message == (
+        f"given up after 3 attempts in a row that came no further, the last on {row.node_id}: "
+        "its node was lost while it trained the task"
+    )
+
+
+def test_nodes_that_die_do_not_end_a_task_that_comes_further():
+    cluster = Cluster("n1")
+    for number, fraction in enumerate((0.1, 0.1, 0.3, 0.3, 0.5, 0.5, 0.7)):
+        (row,) = cluster.starts()
+        cluster.trains(row, fraction)
+        cluster.dies("n1")
+        assert cluster.task().failures == 1 + number % 2
+    assert cluster.task().ended is None
+
+
+def test_nodes_that_were_only_cut_off_do_not_count_against_their_tasks():
+    cluster = Cluster("n1")
+    for _ in range(5):
+        (row,) = cluster.starts()
+        cluster.trains(row, 0.1)
+        cluster.is_cut_off("n1")
+        assert cluster.task().failures == 1
+        cluster.is_back("n1")
+        assert (cluster.task().failures, cluster.task().ended) == (0, None)
+    (row,) = cluster.starts()
+    cluster.trains(row, 0.1)
+    cluster.is_cut_off("n1")
+    cluster.dies("n1")
+    cluster.is_cut_off("n1")
+    cluster.is_back("n1")
+    assert cluster.task().failures == 1, "that it died stays counted"
+
+
+def test_what_a_lost_node_had_not_begun_or_was_to_let_go_of_is_not_counted():
+    cluster = Cluster("n1")
+    cluster.starts()
+    cluster.dies("n1")
+    (row,) = cluster.starts()
+    cluster.trains(row, 0.1)
+    cluster.commit(lifecycle.drain, "n1")
+    cluster.dies("n1")
+    assert (cluster.task().failures, cluster.task().attempts) == (0, 2)
+
+
+def test_nodes_that_were_lost_or_left_long_ago_are_forgotten():
+    cluster = Cluster("lost", "left", "here")
+    row = cluster.assign("t0", "lost")
+    cluster.trains(row, 0.1)
+    cluster.is_cut_off("lost")
+    cluster.leaves("left")
+    cluster.passes(RULES.keep_lost_s)
+    assert cluster.commit(lifecycle.forget_lost, cluster.now, RULES) == ()
+    cluster.passes(1.0)
+    assert cluster.commit(lifecycle.forget_lost, cluster.now, RULES) == ("lost", "left")
+    assert list(cluster.state.nodes) == list(cluster.state.lease_end_s) == list(cluster.state.last_seen_s) == ["here"]
+    assert cluster.state.lost_with == {}
+    (row,) = cluster.starts()
+    assert (row.task_id, row.node_id) == ("t0", "here")
+    # It comes back as any that joins.
+    cluster.commit(lifecycle.register, NodeSpec("lost", "h100", 1), "first", cluster.now, RULES)
+    assert cluster.state.nodes["lost"].state == "ready"

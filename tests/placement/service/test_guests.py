@@ -220,7 +220,7 @@ def test_a_guest_is_lost_with_its_node(how):
     cluster.assign("guest", (), "host")
     if how == "lost":
         cluster.now = Moment(1000.0, 1e9 + 1000)
-        cluster.commit(lifecycle.expire, cluster.now)
+        cluster.commit(lifecycle.expire, cluster.now, RULES)
     elif how == "restarted":
         cluster.commit(lifecycle.register, NodeSpec("node", "h100", 1, 0), "second", cluster.now, RULES)
     else:

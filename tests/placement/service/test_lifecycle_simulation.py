@@ -54,11 +54,6 @@ def test_an_epoch_that_does_not_grow_is_noticed(monkeypatch):
     assert is_noticed()
 
 
-def test_a_lease_that_nodes_do_not_heed_is_noticed(monkeypatch):
-    monkeypatch.setattr(Assignments, "without_lease", lambda self, now_s: [])
-    assert is_noticed()
-
-
 FROZEN_AND_BACK = [
     *[(action, 0) for action in ("connect", "hear", "read", "place", "heartbeat", "hear", "read", "read")],
     *[("work", 0), ("report", 0), ("work", 0), ("freeze", 0)],
@@ -88,7 +83,7 @@ def test_admission_without_fencing_is_noticed(monkeypatch):
 
 
 def test_a_restarted_node_that_keeps_its_assignments_is_noticed(monkeypatch):
-    monkeypatch.setattr(lifecycle, "_lose_assignments", lambda draft, node_id, now: None)
+    monkeypatch.setattr(lifecycle, "_lose_assignments", lambda draft, node_id, now, rules: [])
     assert is_noticed()
 
 
@@ -127,6 +122,60 @@ def play(steps, tasks=1):
 def meeting(number):
     """A node connects and gets its lease."""
     return [("connect", number), ("hear", number), ("read", number)]
+
+
+# A node trains and is cut off; the other one is heard of all the time, and is given the task when the lease is over.
+CUT_OFF = [
+    *meeting(0),
+    ("place", 0),
+    ("read", 0),
+    ("break", 0),
+    *[*meeting(1), ("pass time", 3)] * 3,
+    *meeting(1),
+    ("place", 0),
+    *[("read", 1)] * 3,
+]
+
+
+def test_a_lease_that_nodes_do_not_heed_is_noticed(monkeypatch):
+    assert live_epochs(play(CUT_OFF)) == [2]
+    monkeypatch.setattr(Assignments, "near_lease_end", lambda self, now_s: [])
+    assert live_epochs(play(CUT_OFF)) == [2]
+    monkeypatch.setattr(Assignments, "without_lease", lambda self, now_s: [])
+    with pytest.raises(AssertionError, match="trained twice at once"):
+        play(CUT_OFF)
+
+
+# Placement gives a node a task while the node is told to end: what it does not list is another's at once.
+LEFT_BEFORE_IT_BEGAN = [
+    *meeting(0),
+    ("place", 0),
+    *meeting(1),
+    ("leave", 0),
+    ("hear", 0),
+    ("place", 0),
+    *[("read", 1)] * 3,
+]
+
+
+def test_what_a_leaving_node_has_not_begun_goes_to_another_at_once():
+    cluster = play(LEFT_BEFORE_IT_BEGAN)
+    assert [cluster.state.nodes[f"node-{i}"].state for i in (0, 1)] == ["left", "ready"]
+    assert (live_epochs(cluster), len(cluster.nodes[1].workers)) == ([2], 1)
+
+
+def test_a_leaving_node_that_took_up_more_is_noticed(monkeypatch):
+    real = Assignments.offer
+
+    def offer(self, *assignment):
+        leaving, self.leaving = self.leaving, False
+        held = real(self, *assignment)
+        self.leaving = leaving
+        return held
+
+    monkeypatch.setattr(Assignments, "offer", offer)
+    with pytest.raises(AssertionError, match="trained twice at once"):
+        play([*LEFT_BEFORE_IT_BEGAN, *[("read", 0)] * 3])
 
 
 # A node restarts and trains; then its first start's registration comes again.

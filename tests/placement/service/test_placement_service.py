@@ -94,7 +94,7 @@ class TestNode:
         while True:
             yield await self.up.get()
 
-    def heartbeat(self, *listed):
+    def heartbeat(self, *listed, leaving=False):
         statuses = [
             wire.AssignmentStatus(assignment_id=a.assignment_id, task_id=a.work.task_id, epoch=a.epoch) for a in listed
         ]
@@ -102,7 +102,7 @@ class TestNode:
             wire.NodeSessionRequest(
                 node_id=self.node_id,
                 incarnation=self.incarnation,
-                heartbeat=wire.NodeHeartbeat(assignments=statuses),
+                heartbeat=wire.NodeHeartbeat(assignments=statuses, leaving=leaving),
             )
         )
 
@@ -274,6 +274,25 @@ async def test_a_task_that_keeps_failing_is_given_up_with_the_reason(stub):
     await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
 
 
+async def test_a_task_with_which_its_node_dies_again_and_again_is_given_up(stub):
+    await enqueue(stub)
+    for start in (1, 2, 3, 4):
+        node = await TestNode(stub, incarnation=f"start-{start}").connect()
+        if start < 4:
+            assignment = await node.hears("assignment")
+            # One answer may still be that to the first heartbeat: with the second this one has been heard.
+            for _ in range(2):
+                node.heartbeat(assignment)
+                await node.hears("lease_renewed")
+    plan = await watched(stub, lambda plan: state_of(plan) == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
+    assert (plan.tasks[0].failure.reason, plan.tasks[0].attempts) == ("EXECUTION_FAILED", 3)
+    assert plan.tasks[0].failure.message == (
+        "given up after 3 attempts in a row that came no further, the last on node-a: "
+        "its node was lost while it trained the task"
+    )
+    node.call.cancel()
+
+
 async def test_pausing_stops_holds_and_lets_go(stub):
     node = await TestNode(stub).connect()
     await enqueue(stub)
@@ -314,6 +333,31 @@ async def test_a_drained_node_gives_back_what_it_has_and_takes_no_more(stub):
     assert plan.nodes[0].state == placement_pb2.NODE_STATE_DRAINING
     other = await TestNode(stub, "node-b").connect()
     assert (await other.hears("assignment")).epoch == assignment.epoch + 1
+
+
+async def test_a_node_that_is_leaving_gives_back_what_it_has_and_what_it_has_not_begun(stub):
+    node = await TestNode(stub, gpus=2).connect()
+    await enqueue(stub)
+    begun = await node.hears("assignment")
+    node.heartbeat(begun)
+    await enqueue(stub, "given")
+    await node.hears("assignment")
+    node.heartbeat(begun, leaving=True)
+    assert (await node.hears("assignment_stop")).reason == placement_pb2.STOP_REASON_DRAINED
+    plan = await watched(stub, lambda plan: plan.nodes[0].state == placement_pb2.NODE_STATE_LEAVING)
+    assert state_of(plan) == placement_pb2.PLACEMENT_STATE_STOPPING
+    await watched(stub, lambda plan: "node-a is being stopped" in queue_of(plan, "given").explanation)
+    other = await TestNode(stub, "node-b").connect()
+    assert (await other.hears("assignment")).work.task_id == "given"
+    node.ended(begun, placement_pb2.ASSIGNMENT_OUTCOME_STOPPED)
+    node.heartbeat(leaving=True)
+    plan = await watched(stub, lambda plan: plan.nodes[0].state == placement_pb2.NODE_STATE_LEFT)
+    assert plan.nodes[0].gpus_in_use == 0
+    # The same process may have been cut off meanwhile; another one takes work again.
+    node = await TestNode(stub, incarnation="start-2").connect()
+    assert (await node.hears("assignment")).work.task_id == "task"
+    node.call.cancel()
+    other.call.cancel()
 
 
 async def test_cancelling_reaches_the_node_and_a_waiting_task_ends_at_once(stub):
@@ -551,6 +595,27 @@ async def test_a_lost_kind_of_gpu_is_told_by_its_node(stub):
     plan = await watched(stub, lambda plan: queue_of(plan, "task").reason == "NO_NODE_READY")
     assert "node-a has not been heard of lately" in queue_of(plan, "task").explanation
     node.call.cancel()
+
+
+async def test_a_node_that_left_long_ago_is_forgotten(settings):
+    soon = settings.model_copy(update={"keep_lost_s": 0.3})
+    placement = PlacementServer(soon)
+    await placement.start()
+    async with service_channel(f"127.0.0.1:{placement.server.port}") as channel:
+        stub = placement_service_pb2_grpc.PlacementServiceStub(channel)
+        node = await TestNode(stub).connect()
+        await enqueue(stub)
+        node.heartbeat(await node.hears("assignment"))
+        node.heartbeat(leaving=True)
+        await watched(stub, lambda plan: not plan.nodes)
+        node.call.cancel()
+    await placement.stop()
+    again = PlacementServer(settings)
+    await again.start()
+    async with service_channel(f"127.0.0.1:{again.server.port}") as channel:
+        plan = await plan_of(placement_service_pb2_grpc.PlacementServiceStub(channel))
+        assert (list(plan.nodes), [task.task_id for task in plan.tasks]) == ([], ["task"])
+    await again.stop()
 
 
 @SHORT_LEASE

@@ -61,6 +61,19 @@ async def test_everything_comes_back_as_it_was(given):
     assert state.assignments == {"assignment-1": FIRST}
 
 
+async def test_a_node_is_forgotten_with_what_has_ended_on_it(given):
+    with pytest.raises(StoreConflictError):
+        await given.save(Changes(forgotten_node_ids=("node-a",)))
+    assert (await given.load(0.0)).nodes == {"node-a": NODE}
+    over = replace(FIRST, outcome=Outcome.LOST, ended_s=1e9 + 9)
+    waits = replace(GIVEN, assignment_id="", ran_on="node-a")
+    await given.save(Changes((), (waits,), (over,)))
+    await given.save(Changes(forgotten_node_ids=("node-a",)))
+    state = await given.load(0.0)
+    assert (state.nodes, state.tasks) == ({}, {"task": waits})
+    assert await given.assignments_of("task") == []
+
+
 async def test_ended_assignments_and_old_tasks_are_not_loaded(given):
     over = replace(FIRST, stop=StopReason.CANCELLED, outcome=Outcome.STOPPED, ended_s=1e9 + 9)
     cause = FailureCause("EXECUTION_FAILED", "it crashed")

@@ -102,10 +102,14 @@ async def test_a_drained_node_hands_over_to_another(house, wait_until, metadata)
 
 
 async def test_a_node_that_is_stopped_gives_its_task_back_with_a_checkpoint(house, wait_until, undisturbed):
+    await house.restart_placement(lease_s="3600")  # nothing here comes of a lease that ends
     await begin(house, wait_until)
     await house.nodes["node-a"].kill(signal.SIGTERM)
     assert house.nodes["node-a"].process.returncode == 0
     assert house.admission.states()[-1] == tuning_pb2.TASK_STATE_QUEUED
+    plan = await house.plan()
+    assert [node.state for node in plan.nodes] == [placement_pb2.NODE_STATE_LEFT]
+    assert [task.state for task in plan.tasks] == [placement_pb2.PLACEMENT_STATE_WAITING]
     await house.nodes["node-a"].start()
     await wait_until(house.ended)
     check(house, undisturbed)

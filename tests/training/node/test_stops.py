@@ -1,4 +1,4 @@
-"""Stops on request, tasks that cannot be trained, and a lease that runs out: real processes again."""
+"""Stops on request, and tasks that cannot be trained: real processes again."""
 
 import asyncio
 
@@ -9,7 +9,6 @@ from alto_common.rpc.authentication import Scope
 from alto_common.rpc.status import reason_in
 from alto_training.servicer import SCOPES
 from alto_training.worker_task import without_host_paths
-from processes import standing_still
 
 wire = placement_service_pb2
 
@@ -120,25 +119,6 @@ async def test_what_cannot_be_trained_says_why(house, wait_until, metadata):
 def test_a_tenant_reads_no_path_of_the_host():
     found = without_host_paths("/var/lib/alto/datasets/3f.jsonl has no rows (see '/tmp/x/log', https://a.b/c/d, 1/2)")
     assert found == "3f.jsonl has no rows (see 'log', https://a.b/c/d, 1/2)"
-
-
-async def test_a_node_without_a_lease_stops_by_itself(house, wait_until, metadata):
-    admission = house.admission
-    await house.restart_placement(lease_s="4")
-    await house.start_node()
-    await house.enqueue(house.work(steps=100_000))
-    await wait_until(lambda: admission.events("checkpoint_written"), what="a checkpoint")
-    with standing_still(house.placement.process.pid):
-        await wait_until(lambda: house.worker_process() is None, what="the worker's end without a lease")
-    await wait_until(lambda: len(admission.events("execution_started")) == 2, what="another start")
-    assert admission.events("execution_started")[-1].execution_started.resumed
-    assert admission.attempts() == 2
-    (ended,) = house.logged("node-a", "worker ended by its node")
-    assert ended["reason"] == "lease_lost"
-    assert not house.logged("node-a", "the worker crashed")
-    await house.stub.DequeueTask(wire.DequeueTaskRequest(task_id="task"), metadata=metadata, timeout=20)
-    await wait_until(house.ended)
-    assert admission.states()[-1] == tuning_pb2.TASK_STATE_CANCELLED
 
 
 async def test_every_method_has_a_scope():

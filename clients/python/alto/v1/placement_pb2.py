@@ -28,7 +28,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61lto/v1/placement.proto\x12\x07\x61lto.v1\x1a\x14\x61lto/v1/tuning.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x86\x02\n\x04Node\x12\x1b\n\x07node_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x1b\n\x08gpu_kind\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x18\n\x04gpus\x18\x03 \x01(\rB\n\xbaH\x07*\x05\x18\x80\x08(\x01\x12\x1c\n\x14memory_bytes_per_gpu\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12!\n\x05state\x18\x07 \x01(\x0e\x32\x12.alto.v1.NodeState\x12\x13\n\x0bgpus_in_use\x18\x08 \x01(\r\x12\x32\n\x0elast_seen_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x08\x41rtifact\x12\x18\n\x04path\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x08\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"F\n\x0cPlannedTrial\x12\x10\n\x08trial_id\x18\x01 \x01(\t\x12$\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x14.alto.v1.TrialConfig\"\xda\x02\n\nTuningWork\x12\x1a\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12 \n\x05train\x18\x03 \x01(\x0b\x32\x11.alto.v1.Artifact\x12%\n\nvalidation\x18\x04 \x01(\x0b\x32\x11.alto.v1.Artifact\x12\x1b\n\x13validation_fraction\x18\x05 \x01(\x01\x12%\n\tobjective\x18\x06 \x01(\x0b\x32\x12.alto.v1.Objective\x12&\n\nearly_exit\x18\x07 \x01(\x0b\x32\x12.alto.v1.EarlyExit\x12\'\n\nevaluation\x18\x08 \x01(\x0b\x32\x13.alto.v1.Evaluation\x12%\n\x06trials\x18\t \x03(\x0b\x32\x15.alto.v1.PlannedTrial\x12\x17\n\x0f\x61rtifact_folder\x18\n \x01(\t\"i\n\x10\x44urationEstimate\x12+\n\x08\x65xpected\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05upper\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa1\x01\n\nAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bgpu_indices\x18\x03 \x03(\r\x12!\n\x04work\x18\x04 \x01(\x0b\x32\x13.alto.v1.TuningWork\x12\x19\n\x11stopped_trial_ids\x18\x05 \x03(\t\x12\x1a\n\x12host_assignment_id\x18\x06 \x01(\t\"\xec\x02\n\x0bPlannedTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.alto.v1.PlacementState\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x13\n\x0bgpu_indices\x18\x05 \x03(\r\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12#\n\x05queue\x18\x07 \x01(\x0b\x32\x14.alto.v1.QueueStatus\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x07\x66\x61ilure\x18\n \x01(\x0b\x32\x10.alto.v1.Failure\x12\x10\n\x08\x61ttempts\x18\x0b \x01(\r\x12\'\n\x08\x66orecast\x18\x0c \x01(\x0b\x32\x15.alto.v1.TaskForecast\"\xeb\x01\n\x04Plan\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x05tasks\x18\x03 \x03(\x0b\x32\x14.alto.v1.PlannedTask\x12\x1c\n\x05nodes\x18\x04 \x03(\x0b\x32\r.alto.v1.Node\x12+\n\x08makespan\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x14makespan_lower_bound\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration*\x84\x01\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_READY\x10\x01\x12\x17\n\x13NODE_STATE_CORDONED\x10\x02\x12\x17\n\x13NODE_STATE_DRAINING\x10\x03\x12\x13\n\x0fNODE_STATE_LOST\x10\x04*\xe0\x01\n\x0ePlacementState\x12\x1f\n\x1bPLACEMENT_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17PLACEMENT_STATE_WAITING\x10\x01\x12\x1c\n\x18PLACEMENT_STATE_ASSIGNED\x10\x02\x12\x1c\n\x18PLACEMENT_STATE_STOPPING\x10\x03\x12\x18\n\x14PLACEMENT_STATE_HELD\x10\x04\x12\x1c\n\x18PLACEMENT_STATE_FINISHED\x10\x05\x12\x1c\n\x18PLACEMENT_STATE_GIVEN_UP\x10\x06*\xac\x01\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15STOP_REASON_CANCELLED\x10\x01\x12\x16\n\x12STOP_REASON_PAUSED\x10\x02\x12\x17\n\x13STOP_REASON_DRAINED\x10\x03\x12\x19\n\x15STOP_REASON_PREEMPTED\x10\x04\x12\x1a\n\x16STOP_REASON_SUPERSEDED\x10\x05*\xe2\x01\n\x11\x41ssignmentOutcome\x12\"\n\x1e\x41SSIGNMENT_OUTCOME_UNSPECIFIED\x10\x00\x12 \n\x1c\x41SSIGNMENT_OUTCOME_COMPLETED\x10\x01\x12\x1e\n\x1a\x41SSIGNMENT_OUTCOME_STOPPED\x10\x02\x12\'\n#ASSIGNMENT_OUTCOME_FAILED_RETRIABLE\x10\x03\x12\x1d\n\x19\x41SSIGNMENT_OUTCOME_FAILED\x10\x04\x12\x1f\n\x1b\x41SSIGNMENT_OUTCOME_UNSHARED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61lto/v1/placement.proto\x12\x07\x61lto.v1\x1a\x14\x61lto/v1/tuning.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa7\x02\n\x04Node\x12\x1b\n\x07node_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x1b\n\x08gpu_kind\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x18\n\x04gpus\x18\x03 \x01(\rB\n\xbaH\x07*\x05\x18\x80\x08(\x01\x12\x1c\n\x14memory_bytes_per_gpu\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12!\n\x05state\x18\x07 \x01(\x0e\x32\x12.alto.v1.NodeState\x12\x13\n\x0bgpus_in_use\x18\x08 \x01(\r\x12\x32\n\x0elast_seen_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x04rest\x18\n \x01(\x0b\x32\x11.alto.v1.NodeRest\"]\n\x08NodeRest\x12\x10\n\x08\x66\x61ilures\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\nuntil_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x08\x41rtifact\x12\x18\n\x04path\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x08\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"F\n\x0cPlannedTrial\x12\x10\n\x08trial_id\x18\x01 \x01(\t\x12$\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x14.alto.v1.TrialConfig\"\xda\x02\n\nTuningWork\x12\x1a\n\x07task_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12 \n\x05train\x18\x03 \x01(\x0b\x32\x11.alto.v1.Artifact\x12%\n\nvalidation\x18\x04 \x01(\x0b\x32\x11.alto.v1.Artifact\x12\x1b\n\x13validation_fraction\x18\x05 \x01(\x01\x12%\n\tobjective\x18\x06 \x01(\x0b\x32\x12.alto.v1.Objective\x12&\n\nearly_exit\x18\x07 \x01(\x0b\x32\x12.alto.v1.EarlyExit\x12\'\n\nevaluation\x18\x08 \x01(\x0b\x32\x13.alto.v1.Evaluation\x12%\n\x06trials\x18\t \x03(\x0b\x32\x15.alto.v1.PlannedTrial\x12\x17\n\x0f\x61rtifact_folder\x18\n \x01(\t\"i\n\x10\x44urationEstimate\x12+\n\x08\x65xpected\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05upper\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa1\x01\n\nAssignment\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bgpu_indices\x18\x03 \x03(\r\x12!\n\x04work\x18\x04 \x01(\x0b\x32\x13.alto.v1.TuningWork\x12\x19\n\x11stopped_trial_ids\x18\x05 \x03(\t\x12\x1a\n\x12host_assignment_id\x18\x06 \x01(\t\"\xec\x02\n\x0bPlannedTask\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.alto.v1.PlacementState\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x13\n\x0bgpu_indices\x18\x05 \x03(\r\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12#\n\x05queue\x18\x07 \x01(\x0b\x32\x14.alto.v1.QueueStatus\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x07\x66\x61ilure\x18\n \x01(\x0b\x32\x10.alto.v1.Failure\x12\x10\n\x08\x61ttempts\x18\x0b \x01(\r\x12\'\n\x08\x66orecast\x18\x0c \x01(\x0b\x32\x15.alto.v1.TaskForecast\"\xeb\x01\n\x04Plan\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x05tasks\x18\x03 \x03(\x0b\x32\x14.alto.v1.PlannedTask\x12\x1c\n\x05nodes\x18\x04 \x03(\x0b\x32\r.alto.v1.Node\x12+\n\x08makespan\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x14makespan_lower_bound\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration*\xc9\x01\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_READY\x10\x01\x12\x17\n\x13NODE_STATE_CORDONED\x10\x02\x12\x17\n\x13NODE_STATE_DRAINING\x10\x03\x12\x13\n\x0fNODE_STATE_LOST\x10\x04\x12\x16\n\x12NODE_STATE_LEAVING\x10\x05\x12\x13\n\x0fNODE_STATE_LEFT\x10\x06\x12\x16\n\x12NODE_STATE_RESTING\x10\x07*\xe0\x01\n\x0ePlacementState\x12\x1f\n\x1bPLACEMENT_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17PLACEMENT_STATE_WAITING\x10\x01\x12\x1c\n\x18PLACEMENT_STATE_ASSIGNED\x10\x02\x12\x1c\n\x18PLACEMENT_STATE_STOPPING\x10\x03\x12\x18\n\x14PLACEMENT_STATE_HELD\x10\x04\x12\x1c\n\x18PLACEMENT_STATE_FINISHED\x10\x05\x12\x1c\n\x18PLACEMENT_STATE_GIVEN_UP\x10\x06*\xac\x01\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15STOP_REASON_CANCELLED\x10\x01\x12\x16\n\x12STOP_REASON_PAUSED\x10\x02\x12\x17\n\x13STOP_REASON_DRAINED\x10\x03\x12\x19\n\x15STOP_REASON_PREEMPTED\x10\x04\x12\x1a\n\x16STOP_REASON_SUPERSEDED\x10\x05*\xe2\x01\n\x11\x41ssignmentOutcome\x12\"\n\x1e\x41SSIGNMENT_OUTCOME_UNSPECIFIED\x10\x00\x12 \n\x1c\x41SSIGNMENT_OUTCOME_COMPLETED\x10\x01\x12\x1e\n\x1a\x41SSIGNMENT_OUTCOME_STOPPED\x10\x02\x12\'\n#ASSIGNMENT_OUTCOME_FAILED_RETRIABLE\x10\x03\x12\x1d\n\x19\x41SSIGNMENT_OUTCOME_FAILED\x10\x04\x12\x1f\n\x1b\x41SSIGNMENT_OUTCOME_UNSHARED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,28 +45,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARTIFACT'].fields_by_name['path']._serialized_options = b'\272H\007r\005\020\001\030\200\010'
   _globals['_TUNINGWORK'].fields_by_name['task_id']._loaded_options = None
   _globals['_TUNINGWORK'].fields_by_name['task_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_NODESTATE']._serialized_start=1789
-  _globals['_NODESTATE']._serialized_end=1921
-  _globals['_PLACEMENTSTATE']._serialized_start=1924
-  _globals['_PLACEMENTSTATE']._serialized_end=2148
-  _globals['_STOPREASON']._serialized_start=2151
-  _globals['_STOPREASON']._serialized_end=2323
-  _globals['_ASSIGNMENTOUTCOME']._serialized_start=2326
-  _globals['_ASSIGNMENTOUTCOME']._serialized_end=2552
+  _globals['_NODESTATE']._serialized_start=1917
+  _globals['_NODESTATE']._serialized_end=2118
+  _globals['_PLACEMENTSTATE']._serialized_start=2121
+  _globals['_PLACEMENTSTATE']._serialized_end=2345
+  _globals['_STOPREASON']._serialized_start=2348
+  _globals['_STOPREASON']._serialized_end=2520
+  _globals['_ASSIGNMENTOUTCOME']._serialized_start=2523
+  _globals['_ASSIGNMENTOUTCOME']._serialized_end=2749
   _globals['_NODE']._serialized_start=153
-  _globals['_NODE']._serialized_end=415
-  _globals['_ARTIFACT']._serialized_start=417
-  _globals['_ARTIFACT']._serialized_end=489
-  _globals['_PLANNEDTRIAL']._serialized_start=491
-  _globals['_PLANNEDTRIAL']._serialized_end=561
-  _globals['_TUNINGWORK']._serialized_start=564
-  _globals['_TUNINGWORK']._serialized_end=910
-  _globals['_DURATIONESTIMATE']._serialized_start=912
-  _globals['_DURATIONESTIMATE']._serialized_end=1017
-  _globals['_ASSIGNMENT']._serialized_start=1020
-  _globals['_ASSIGNMENT']._serialized_end=1181
-  _globals['_PLANNEDTASK']._serialized_start=1184
-  _globals['_PLANNEDTASK']._serialized_end=1548
-  _globals['_PLAN']._serialized_start=1551
-  _globals['_PLAN']._serialized_end=1786
+  _globals['_NODE']._serialized_end=448
+  _globals['_NODEREST']._serialized_start=450
+  _globals['_NODEREST']._serialized_end=543
+  _globals['_ARTIFACT']._serialized_start=545
+  _globals['_ARTIFACT']._serialized_end=617
+  _globals['_PLANNEDTRIAL']._serialized_start=619
+  _globals['_PLANNEDTRIAL']._serialized_end=689
+  _globals['_TUNINGWORK']._serialized_start=692
+  _globals['_TUNINGWORK']._serialized_end=1038
+  _globals['_DURATIONESTIMATE']._serialized_start=1040
+  _globals['_DURATIONESTIMATE']._serialized_end=1145
+  _globals['_ASSIGNMENT']._serialized_start=1148
+  _globals['_ASSIGNMENT']._serialized_end=1309
+  _globals['_PLANNEDTASK']._serialized_start=1312
+  _globals['_PLANNEDTASK']._serialized_end=1676
+  _globals['_PLAN']._serialized_start=1679
+  _globals['_PLAN']._serialized_end=1914
 # @@protoc_insertion_point(module_scope)

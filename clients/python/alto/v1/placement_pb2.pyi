@@ -38,6 +38,12 @@ class _NodeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeState.V
     """Gives back what it has at the next checkpoint and takes no more."""
     NODE_STATE_LOST: _NodeState.ValueType  # 4
     """Not heard of within its lease."""
+    NODE_STATE_LEAVING: _NodeState.ValueType  # 5
+    """Its process is ending: it writes checkpoints of what it has, and gives that back."""
+    NODE_STATE_LEFT: _NodeState.ValueType  # 6
+    """Its process has ended in order, and nothing runs there; it may come back."""
+    NODE_STATE_RESTING: _NodeState.ValueType  # 7
+    """Takes no work for a while, because attempts failed there at their start; `Node.rest` says until when and why."""
 
 class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper):
     """Whether a node takes work."""
@@ -52,6 +58,12 @@ NODE_STATE_DRAINING: NodeState.ValueType  # 3
 """Gives back what it has at the next checkpoint and takes no more."""
 NODE_STATE_LOST: NodeState.ValueType  # 4
 """Not heard of within its lease."""
+NODE_STATE_LEAVING: NodeState.ValueType  # 5
+"""Its process is ending: it writes checkpoints of what it has, and gives that back."""
+NODE_STATE_LEFT: NodeState.ValueType  # 6
+"""Its process has ended in order, and nothing runs there; it may come back."""
+NODE_STATE_RESTING: NodeState.ValueType  # 7
+"""Takes no work for a while, because attempts failed there at their start; `Node.rest` says until when and why."""
 Global___NodeState: _TypeAlias = NodeState  # noqa: Y015
 
 class _PlacementState:
@@ -181,6 +193,7 @@ class Node(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     GPUS_IN_USE_FIELD_NUMBER: _builtins.int
     LAST_SEEN_TIME_FIELD_NUMBER: _builtins.int
+    REST_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Chosen by the operator; the same host keeps it over restarts."""
     gpu_kind: _builtins.str
@@ -201,6 +214,10 @@ class Node(_message.Message):
     def last_seen_time(self) -> _timestamp_pb2.Timestamp:
         """When it was last heard of. Set by placement."""
 
+    @_builtins.property
+    def rest(self) -> Global___NodeRest:
+        """While it rests. Set by placement."""
+
     def __init__(
         self,
         *,
@@ -213,14 +230,47 @@ class Node(_message.Message):
         state: Global___NodeState.ValueType = ...,
         gpus_in_use: _builtins.int = ...,
         last_seen_time: _timestamp_pb2.Timestamp | None = ...,
+        rest: Global___NodeRest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen_time", b"last_seen_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen_time", b"last_seen_time", "rest", b"rest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "gpu_kind", b"gpu_kind", "gpus", b"gpus", "gpus_in_use", b"gpus_in_use", "last_seen_time", b"last_seen_time", "memory_bytes_per_gpu", b"memory_bytes_per_gpu", "node_id", b"node_id", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "gpu_kind", b"gpu_kind", "gpus", b"gpus", "gpus_in_use", b"gpus_in_use", "last_seen_time", b"last_seen_time", "memory_bytes_per_gpu", b"memory_bytes_per_gpu", "node_id", b"node_id", "rest", b"rest", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
+class NodeRest(_message.Message):
+    """Why a node takes no work for a while, though other nodes do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURES_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    UNTIL_TIME_FIELD_NUMBER: _builtins.int
+    failures: _builtins.int
+    """Attempts in a row that failed there before their first tick."""
+    message: _builtins.str
+    """Why the last of them failed."""
+    @_builtins.property
+    def until_time(self) -> _timestamp_pb2.Timestamp:
+        """When it takes work again, at the latest."""
+
+    def __init__(
+        self,
+        *,
+        failures: _builtins.int = ...,
+        message: _builtins.str = ...,
+        until_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["until_time", b"until_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "message", b"message", "until_time", b"until_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeRest: _TypeAlias = NodeRest  # noqa: Y015
 
 @_typing.final
 class Artifact(_message.Message):
