@@ -56,7 +56,7 @@ class AshaPolicy:
             Verdict.KEEP if stays else Verdict.STOP,
             "asha_rung",
             f"{'Kept' if stays else 'Stopped'} at {fraction:.0%} of its steps: validation loss {loss:.4g}, where the "
-            f"best {places} of the {len(losses)} trial(s) that have come this far reach {cut_loss:.4g}.",
+            f"best {places} of {len(losses)} that have come this far reach {cut_loss:.4g}.",
             {"validation_loss": loss, "trials": float(len(losses)), "places": float(places)},
             cut_loss,
         )

@@ -72,8 +72,8 @@ class Rung:
             trial_id,
             Verdict.PAUSE,
             "rung_wait",
-            f"Paused at {self.fraction:.0%} of its steps with validation loss {self.losses[trial_id]:.4g}, until the "
-            f"{waiting_for} other trial(s) have come as far and the best can be chosen.",
+            f"Paused at {self.fraction:.0%} of its steps with validation loss {self.losses[trial_id]:.4g}, until all "
+            f"{len(self._members)} trials have come as far ({waiting_for} more) and the best can be chosen.",
             {"validation_loss": self.losses[trial_id], "waiting_for": float(waiting_for)},
         )
 

@@ -63,7 +63,7 @@ class DatasetReport:
         """Return the report as a person reads it in a terminal."""
         at = self.percentiles
         lines = [
-            f"{self.rows:,} rows of {self.format}, {self.bytes:,} bytes, {self.duplicates:,} duplicate(s)",
+            f"{self.rows:,} rows of {self.format}, {self.bytes:,} bytes, duplicates: {self.duplicates:,}",
             f"{self.tokens:,} tokens; a row has {at[50]:,} (median), {at[90]:,} (90 %), {at[99]:,} (99 %), {at[100]:,} "
             "(longest)",
             f"cut to {self.max_length:,} tokens: {self.truncated_share:.1%} of the rows lose some; the loss counts "
