@@ -78,8 +78,10 @@ def _serve() -> int:
 
 
 async def _keys(options: argparse.Namespace) -> int:
+    from alto_common.configuration import DATABASE_CURE
+
     from alto_admission.api_keys import new_key
-    from alto_admission.server import DATABASE_CURE, clock_us, open_database
+    from alto_admission.server import clock_us, open_database
     from alto_admission.settings import AdmissionSettings
     from alto_admission.store.keys import KeyStore
 

@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 from alto.v1 import admission_service_pb2_grpc, report_service_pb2_grpc
 from alto_common.artifacts import ArtifactStore
-from alto_common.configuration import make_writable
+from alto_common.configuration import DATABASE_CURE, FOLDER_CURE, PORT_CURE, make_writable
 from alto_common.database import Database
 from alto_common.errors import DomainError
 from alto_common.rpc.authentication import Scope, ServiceTokenAuthenticator
@@ -42,11 +42,6 @@ from alto_admission.worker import Worker
 MIGRATIONS = Path(__file__).parent / "migrations"
 HEALTH_S = 2.0
 LOCAL_TENANT = "local"
-DATABASE_CURE = (
-    "start the database, or give the URL of one, postgresql://... or sqlite+aiosqlite:///..., that can be written"
-)
-FOLDER_CURE = "name a folder that can be written"
-PORT_CURE = "give host:port of this machine, and a port that no other program has"
 
 log = structlog.get_logger("alto.admission")
 

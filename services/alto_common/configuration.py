@@ -12,6 +12,13 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+# What settings of several services need, see `ServiceSettings.needed`.
+DATABASE_CURE = (
+    "start the database, or give the URL of one, postgresql://... or sqlite+aiosqlite:///..., that can be written"
+)
+FOLDER_CURE = "name a folder that can be written"
+PORT_CURE = "give host:port of this machine, and a port that no other program has"
+
 
 def home_folder() -> Path:
     """Return where ALTO keeps its state on this machine: ALTO_HOME, or ~/.alto."""

@@ -18,11 +18,11 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     try:
         settings = PlacementSettings.load()
+        configure_logs(settings.log_format)
+        gc.set_threshold(*GARBAGE_THRESHOLDS)
+        asyncio.run(_serve(settings))
     except SettingsError as error:
         sys.exit(f"alto-placement: {error}")
-    configure_logs(settings.log_format)
-    gc.set_threshold(*GARBAGE_THRESHOLDS)
-    asyncio.run(_serve(settings))
 
 
 async def _serve(settings: PlacementSettings) -> None:

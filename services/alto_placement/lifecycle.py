@@ -64,8 +64,10 @@ class Reported:
 
 
 INCARNATIONS_REMEMBERED = 16
-# Of a task: what must have been done beyond all that was done at its last failure to have come further.
+# Of a task: what must have been done beyond all that was done at its last failure to have come further. Of a week a
+# hundredth takes hours: for an attempt that lasted so long, anything beyond it will do.
 FURTHER = 0.01
+LASTED_S = 600.0
 
 _LOST = FailureCause(
     reason_name(error_pb2.ERROR_REASON_EXECUTION_FAILED), "its node was lost while it trained the task"
@@ -240,7 +242,7 @@ def assignment_ended(
         # Whose fault it was shows when each is tried alone: until then it is nobody's.
         draft.put(replace(task, alone=True))
     elif outcome in (Outcome.FAILED_RETRIABLE, Outcome.UNSHARED) and task.ended is None:
-        task = _count_failure(draft, task, failure, now, rules)
+        task = _count_failure(draft, task, row, failure, now, rules)
         if task.ended is None:
             draft.base.retry_at_s[task.task_id] = now.monotonic_s + rules.delay_s(task.failures)
 
@@ -260,7 +262,8 @@ def expire(draft: Draft, now: Moment, rules: Rules) -> tuple[str, ...]:
     for node_id, end_s in list(draft.base.lease_end_s.items()):
         node = draft.node(node_id)
         if node is not None and not node.lost and end_s <= now.monotonic_s:
-            last_seen_s = draft.base.last_seen_s.get(node_id, node.last_seen_s)
+            # One not heard of since placement started may have been well until then.
+            last_seen_s = draft.base.last_seen_s.get(node_id, now.wall_s)
             draft.put(replace(node, lost=True, leaving=False, last_seen_s=last_seen_s))
             for task_id in _lose_assignments(draft, node_id, now, rules):
                 draft.base.lost_with[task_id] = node_id
@@ -413,15 +416,18 @@ def _lose_assignments(draft: Draft, node_id: str, now: Moment, rules: Rules) -> 
         task = draft.task(row.task_id)
         assert task is not None, "an assignment has a task"
         if task.ended is None and row.stop is None and row.assignment_id in draft.base.progress:
-            _count_failure(draft, task, _LOST, now, rules)
+            _count_failure(draft, task, row, _LOST, now, rules)
             counted.append(task.task_id)
     return counted
 
 
-def _count_failure(draft: Draft, task: TaskRow, failure: FailureCause | None, now: Moment, rules: Rules) -> TaskRow:
+def _count_failure(
+    draft: Draft, task: TaskRow, row: AssignmentRow, failure: FailureCause | None, now: Moment, rules: Rules
+) -> TaskRow:
     """Count a failure in a row, the first again when the task has come further; give up a task with too many."""
     reached = draft.base.furthest.get(task.task_id, 0.0)
-    further = reached > draft.base.failed_at.get(task.task_id, 0.0) + FURTHER
+    beyond = 0.0 if now.wall_s - row.started_s >= LASTED_S else FURTHER
+    further = reached > draft.base.failed_at.get(task.task_id, 0.0) + beyond
     draft.base.failed_at[task.task_id] = reached
     task = replace(task, failures=1 if further else task.failures + 1, failure=failure)
     if task.failures >= rules.max_failures:

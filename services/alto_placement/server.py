@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 from alto.v1 import placement_service_pb2_grpc
+from alto_common.configuration import DATABASE_CURE, PORT_CURE
 from alto_common.database import Database
 from alto_common.rpc.authentication import ServiceTokenAuthenticator
 from alto_common.rpc.server import Server
@@ -29,25 +30,36 @@ log = structlog.get_logger("alto.placement")
 
 
 class PlacementServer:
-    """The service as one thing to start and stop."""
+    """The service as one thing to start and stop. Both constructing and starting it may raise SettingsError."""
 
     def __init__(self, settings: PlacementSettings) -> None:
         self._settings = settings
-        self._database = Database(settings.database_url, MIGRATIONS)
+        with settings.needed("database_url", DATABASE_CURE):
+            self._database = Database(settings.database_url, MIGRATIONS)
         self.engine = PlacementEngine(PlacementStore(self._database), settings)
         self.server = Server(settings.listen, ServiceTokenAuthenticator(settings.service_token), SCOPES, [SERVICE])
         self._health: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Migrate the database, take up what it holds, and serve."""
-        url = make_url(self._settings.database_url)
-        if self._database.is_sqlite and url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        await self._database.migrate()
+        try:
+            await self._begin()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _begin(self) -> None:
+        settings = self._settings
+        with settings.needed("database_url", DATABASE_CURE):
+            url = make_url(settings.database_url)
+            if self._database.is_sqlite and url.database:
+                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+            await self._database.migrate()
         await self.engine.start()
-        servicer = PlacementServicer(self.engine, self._settings)
+        servicer = PlacementServicer(self.engine, settings)
         placement_service_pb2_grpc.add_PlacementServiceServicer_to_server(servicer, self.server.grpc)
-        await self.server.start()
+        with settings.needed("listen", PORT_CURE):
+            await self.server.start()
         self._health = asyncio.create_task(self._look_after_health())
 
     async def stop(self) -> None:

@@ -17,10 +17,10 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT, or until another process takes this node's id (status 3)."""
     try:
         settings = NodeSettings.load()
+        configure_logs(settings.log_format)
+        sys.exit(asyncio.run(_serve(settings)))
     except SettingsError as error:
         sys.exit(f"alto-node: {error}")
-    configure_logs(settings.log_format)
-    sys.exit(asyncio.run(_serve(settings)))
 
 
 async def _serve(settings: NodeSettings) -> int:

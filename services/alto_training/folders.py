@@ -2,7 +2,8 @@
 
 tasks/<task_id>/executor/              checkpoints and adapters, shared by all attempts on this host
 tasks/<task_id>/assignments/<epoch>/   what one attempt was told (order.json, work.pb, control) and said (journal, log)
-datasets/                              rows by content, and their tokens
+datasets/                              rows by content
+datasets/tokenised/<fingerprint>/      their tokens, touched at each use
 strategies.json                        how fast backbones were trained on several places, by strategy
 """
 
@@ -10,11 +11,14 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 STRATEGIES_FILE = "strategies.json"
+TOKENS_FOLDER = "tokenised"
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -61,19 +65,34 @@ class AssignmentFolders:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(work_root: Path, untouched_since_s: float) -> None:
-    """Delete what nobody has touched since (Unix time): folders of tasks, and copies of datasets."""
-    for folder in (work_root / "tasks").glob("*"):
-        if _touched_s(folder) < untouched_since_s:
-            shutil.rmtree(folder, ignore_errors=True)
-    for path in (work_root / "datasets").glob("*"):
-        if path.is_file() and path.stat().st_mtime < untouched_since_s:
+def sweep(work_root: Path, unused_since_s: float) -> None:
+    """Delete what nobody has used since (Unix time): folders of tasks, copies of datasets, and their tokens."""
+    datasets = work_root / "datasets"
+    for folder in (*(work_root / "tasks").glob("*"), *(datasets / TOKENS_FOLDER).glob("*")):
+        if folder.is_dir() and _last_used_s(folder) < unused_since_s:
+            # Out of the way first: whoever begins to use it now finds the whole of it or nothing.
+            aside = folder.with_name(f".swept-{secrets.token_hex(6)}")
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    for path in datasets.glob("*"):
+        if path.is_file() and _last_used_s(path) < unused_since_s:
             path.unlink(missing_ok=True)
 
 
-def _touched_s(folder: Path) -> float:
-    """Return when anything in a folder last changed, as Unix time."""
-    times = [folder.stat().st_mtime]
-    for parent, _, names in os.walk(folder):
-        times.extend((Path(parent) / name).stat().st_mtime for name in names)
-    return max(times)
+def _last_used_s(path: Path) -> float:
+    """Return when a file, or anything in a folder, was last read or written, as Unix time; now when it is just going.
+
+    File systems note reading once a day, some never. Looking into a folder is no use of it.
+    """
+    try:
+        if not path.is_dir():
+            return _used_s(path)
+        files = (Path(parent) / name for parent, _, names in os.walk(path) for name in names)
+        return max([path.stat().st_mtime, *map(_used_s, files)])
+    except FileNotFoundError:
+        return time.time()
+
+
+def _used_s(file: Path) -> float:
+    status = file.stat()
+    return max(status.st_mtime, status.st_atime)

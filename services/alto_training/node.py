@@ -21,7 +21,7 @@ from alto_common.rpc.channel import bearer_metadata
 from alto_training.assignments import Assignments, Ending, EndKind, Held, StopReason
 from alto_training.contact import Contact
 from alto_training.devices import Devices
-from alto_training.folders import STRATEGIES_FILE, AssignmentFolders
+from alto_training.folders import STRATEGIES_FILE, AssignmentFolders, sweep
 from alto_training.reporter import Reporter
 from alto_training.settings import NodeSettings
 from alto_training.sharding.places import Places
@@ -29,6 +29,8 @@ from alto_training.supervisor import Supervisor
 from alto_training.worker_order import WorkerOrder
 
 LEASE_CHECK_S = 0.1
+# File systems may note once a day that a file is read.
+READING_NOTED_S = 86400.0
 
 _STOP_REASONS: dict[int, StopReason] = {
     placement_pb2.STOP_REASON_CANCELLED: StopReason.CANCELLED,
@@ -93,6 +95,14 @@ class TrainingNode:
         supervisor = self.supervisors.get(held.assignment_id)
         if supervisor is not None and not supervisor.worker_gone.is_set() and supervisor.stop(reason):
             log.warning(why, task_id=held.task_id, epoch=held.epoch)
+
+    def sweep(self) -> None:
+        """Delete what nobody has used for long in the work folder, and nothing that an attempt may be using."""
+        running_since_s = [supervisor.begun_s - READING_NOTED_S for supervisor in list(self.supervisors.values())]
+        try:
+            sweep(self._settings.work_root, min([time.time() - self._settings.keep_s, *running_since_s]))
+        except OSError as error:
+            log.warning("the work folder could not be swept", error=str(error))
 
     def leave(self, reason: StopReason) -> None:
         """Stop everything, take up no more, and tell placement."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import secrets
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TextIO
 import grpc
 import structlog
 from alto.v1 import placement_pb2, training_node_service_pb2_grpc
+from alto_common.configuration import FOLDER_CURE, PORT_CURE, make_writable
 from alto_common.rpc.authentication import ServiceTokenAuthenticator
 from alto_common.rpc.channel import service_channel
 from alto_common.rpc.server import Server
@@ -21,7 +21,6 @@ from alto_common.version import package_version
 
 from alto_training.assignments import StopReason
 from alto_training.devices import Devices, find_devices
-from alto_training.folders import sweep
 from alto_training.node import TrainingNode
 from alto_training.servicer import SCOPES, SERVICE, TrainingNodeServicer
 from alto_training.session import PlacementSession, SupersededError
@@ -32,6 +31,7 @@ GRACE_S = 2.0
 DRAIN_POLL_S = 0.1
 # How long to wait for placement to hear that nothing is left.
 LAST_WORD_S = 5.0
+SWEEP_INTERVAL_S = 86400.0
 
 log = structlog.get_logger("alto.node")
 
@@ -54,13 +54,21 @@ class NodeServer:
         self._session: PlacementSession | None = None
 
     async def start(self) -> None:
-        """Serve, then look for placement. Raises RuntimeError when another node uses the same work folder."""
+        """Serve, then look for placement. Raises SettingsError."""
+        try:
+            await self._begin()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _begin(self) -> None:
         settings = self._settings
-        self._lock = _lock(settings.work_root)
-        await asyncio.to_thread(sweep, settings.work_root, time.time() - settings.keep_s)
+        with settings.needed("work_root", f"{FOLDER_CURE}, of this node alone"):
+            self._lock = _lock(settings.work_root)
         devices = await asyncio.to_thread(find_devices, settings.gpus, settings.gpu_kind, settings.device)
         self._channels = [service_channel(settings.placement_address), service_channel(settings.report_address)]
         node = self._node = TrainingNode(settings, devices, self._channels[1])
+        await asyncio.to_thread(node.sweep)
         described = _described(settings, devices)
         self.facts = {
             "node_id": settings.node_id,
@@ -70,7 +78,8 @@ class NodeServer:
         }
         servicer = TrainingNodeServicer(node, described)
         training_node_service_pb2_grpc.add_TrainingNodeServiceServicer_to_server(servicer, self.server.grpc)
-        await self.server.start()
+        with settings.needed("listen", PORT_CURE):
+            await self.server.start()
         incarnation = secrets.token_hex(8)
         session = PlacementSession(node, described, incarnation, self._channels[0], settings.service_token)
         self._session = session
@@ -78,6 +87,7 @@ class NodeServer:
             asyncio.create_task(self._stay_in_touch(session)),
             asyncio.create_task(node.keep_lease()),
             asyncio.create_task(self._look_after_health(session)),
+            asyncio.create_task(_keep_swept(node)),
         ]
 
     async def stop(self) -> None:
@@ -115,6 +125,12 @@ class NodeServer:
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
 
+async def _keep_swept(node: TrainingNode) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_INTERVAL_S)
+        await asyncio.to_thread(node.sweep)
+
+
 async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
     """Wait until a condition holds, at most for so long."""
     with suppress(TimeoutError):
@@ -135,14 +151,12 @@ def _described(settings: NodeSettings, devices: Devices) -> placement_pb2.Node:
 
 
 def _lock(work_root: Path) -> TextIO:
-    """Take the work folder for this process alone."""
-    work_root.mkdir(parents=True, exist_ok=True)
+    """Take the work folder for this process alone. Raises OSError, RuntimeError."""
+    make_writable(work_root)
     file = (work_root / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise RuntimeError(
-            f"another node uses {work_root}: give each node an ALTO_NODE_WORK_ROOT of its own"
-        ) from error
+        raise RuntimeError(f"another node uses {work_root}") from error
     return file

@@ -26,7 +26,7 @@ class NodeSettings(ServiceSettings):
     evenly). `model_folders` (separated by commas or the system's path separator) are further roots of which tasks may
     name folders by absolute path. A worker that is asked to stop has `stop_grace_s` to write its checkpoint before it
     is ended, and the node as long to tell admission the last of it, unless the task is finished: that waits for ever.
-    What nobody touched for `keep_s` in the work folder is deleted when the node starts.
+    What nobody used for `keep_s` in the work folder is deleted when the node starts, and once a day.
     """
 
     prefix: ClassVar[str] = "ALTO_NODE_"

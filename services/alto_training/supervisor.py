@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
@@ -59,6 +60,7 @@ class Supervisor:
         host: Supervisor | None = None,
     ) -> None:
         self.held = held
+        self.begun_s = time.time()
         self.process_id = 0
         self.worker_gone = asyncio.Event()
         self.worker_crashed = False

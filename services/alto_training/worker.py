@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from alto_training.executor import events
 from alto_training.executor.errors import CheckpointError
 from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 from alto_training.executor.settings import Backend as KernelBackend
+from alto_training.folders import TOKENS_FOLDER
 from alto_training.outages import StoreUnreachableError
 from alto_training.parent_process import die_with
 from alto_training.worker_order import MODEL_MISSING_STATUS, STORE_UNREACHABLE_STATUS, WorkerOrder
@@ -33,6 +35,8 @@ log = structlog.get_logger("alto.worker")
 
 def main() -> None:
     """Run the assignment in the folder that the command line names."""
+    # Whoever ends a service may tell all of its processes at once: it is the node that asks for a checkpoint.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     folder = Path(sys.argv[1])
     order = WorkerOrder.read(folder)
     die_with(order.node_process_id)
@@ -80,7 +84,7 @@ def _executor_settings(order: WorkerOrder) -> ExecutorSettings:
 
 
 def _token_cache(order: WorkerOrder) -> Path:
-    return Path(order.dataset_cache) / "tokenised"
+    return Path(order.dataset_cache) / TOKENS_FOLDER
 
 
 def _run(job: TuningJob, task: WorkerTask, order: WorkerOrder) -> events.Outcome:

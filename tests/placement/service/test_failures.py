@@ -298,6 +298,23 @@ def test_nodes_that_die_do_not_end_a_task_that_comes_further():
     assert cluster.task().ended is None
 
 
+def test_a_node_that_is_killed_again_and_again_does_not_end_a_search_of_a_week():
+    cluster = Cluster("n1")
+    for number in range(1, 6):
+        (row,) = cluster.starts()
+        cluster.passes(lifecycle.LASTED_S)
+        cluster.trains(row, 0.0009 * number)
+        cluster.dies("n1")
+        assert (cluster.task().failures, cluster.task().ended) == (1, None)
+    for failures in (2, 3):
+        (row,) = cluster.starts()
+        cluster.passes(lifecycle.LASTED_S)
+        cluster.trains(row, 0.0009 * 5)
+        cluster.dies("n1")
+        assert cluster.task().failures == failures
+    assert cluster.task().ended is TaskState.GIVEN_UP, "what takes its node down at one place is given up all the same"
+
+
 def test_nodes_that_were_only_cut_off_do_not_count_against_their_tasks():
     cluster = Cluster("n1")
     for _ in range(5):
@@ -325,6 +342,20 @@ def test_what_a_lost_node_had_not_begun_or_was_to_let_go_of_is_not_counted():
     cluster.commit(lifecycle.drain, "n1")
     cluster.dies("n1")
     assert (cluster.task().failures, cluster.task().attempts) == (0, 2)
+
+
+def test_a_node_that_joined_long_ago_is_not_forgotten_when_it_is_lost_at_a_restart_of_placement():
+    cluster = Cluster("n1")
+    cluster.commit(lifecycle.cordon, "n1", True)
+    cluster.now_s = 3 * RULES.keep_lost_s
+    cluster.is_back("n1")
+    cluster.state = ClusterState(nodes=cluster.state.nodes, tasks=cluster.state.tasks)
+    cluster.is_cut_off("n1")
+    assert cluster.state.nodes["n1"].lost
+    cluster.passes(RULES.keep_lost_s)
+    assert cluster.commit(lifecycle.forget_lost, cluster.now, RULES) == ()
+    cluster.passes(1.0)
+    assert cluster.commit(lifecycle.forget_lost, cluster.now, RULES) == ("n1",)
 
 
 def test_nodes_that_were_lost_or_left_long_ago_are_forgotten():

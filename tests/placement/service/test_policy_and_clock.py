@@ -49,9 +49,10 @@ def test_the_policy_is_read_from_the_environment(monkeypatch):
         ({"tenants": {"ada": {"weight": 0}}}, "greater than 0"),
         ({"tenants": {"ada": {"quota": 4}}}, "quota"),
         ({"objective": {"fairness": 2}}, "less than or equal to 1"),
+        ({"lease_s": 15, "heartbeat_s": 10}, "HEARTBEAT_S is 10 with leases of 15 s: give at most a third"),
     ],
 )
-def test_a_policy_that_contradicts_itself_is_refused_at_the_start(monkeypatch, values, words):
+def test_settings_that_contradict_each_other_are_refused_at_the_start(monkeypatch, values, words):
     with pytest.raises(ValueError, match="(?s)" + words.replace("(", r"\(")):
         settings(monkeypatch, **values)
 

@@ -1,9 +1,11 @@
 """What the store keeps and what it refuses, on SQLite and on a real PostgreSQL."""
 
 import asyncio
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
+from alembic import command
 from alto_common.database import Database
 from alto_placement.state import (
     AssignmentRow,
@@ -18,7 +20,7 @@ from alto_placement.state import (
     WorkSize,
 )
 from alto_placement.store import MIGRATIONS, PlacementStore, StoreConflictError, metadata
-from sqlalchemy import inspect
+from sqlalchemy import MetaData, inspect, text
 
 NODE = NodeRow(NodeSpec("node-a", "h100", 8, 80 << 30, "host:7413", "1"), "start-1", superseded=("start-0",))
 TASK = TaskRow("task", "acme", b"\x00work", "tiny", 2, "h100", WorkSize(10, 2, 3, 4, 5, 0.5), 1e9, priority=3)
@@ -52,6 +54,41 @@ async def test_the_migration_makes_the_tables_of_the_store(store):
         tables, indices = await connection.run_sync(found)
     assert tables == {name: {c.name for c in table.columns} for name, table in metadata.tables.items()}
     assert "assignments_one_live" in indices
+
+
+async def test_rows_of_the_first_schema_come_through_all_migrations(database_url):
+    database = Database(database_url, MIGRATIONS)
+    newer = {"leaving", "ran_on", "keeps_turn", "alone", "host_assignment_id"}
+
+    def begin(connection):
+        config = database._config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        old = MetaData()
+        old.reflect(connection)
+        for name, values in (
+            ("nodes", {**asdict(NODE.spec), **asdict(NODE), "superseded": '["start-0"]'}),
+            ("tasks", {**asdict(GIVEN), "size": json.dumps(asdict(GIVEN.size)), "stopped_trial_ids": '["trial-1"]'}),
+            ("assignments", {**asdict(FIRST), "gpu_indices": "[0, 1]"}),
+        ):
+            columns = {column.name for column in metadata.tables[name].columns} - newer
+            assert columns == {column.name for column in old.tables[name].columns}
+            names = ", ".join(sorted(columns))
+            marks = ", ".join(f":{column}" for column in sorted(columns))
+            connection.execute(
+                text(f"INSERT INTO {name} ({names}) VALUES ({marks})"), {column: values[column] for column in columns}
+            )
+
+    async with database.engine.begin() as connection:
+        await connection.run_sync(begin)
+    await database.migrate()
+    state = await PlacementStore(database).load(ended_since_s=0.0)
+    assert (state.nodes, state.tasks, state.assignments) == (
+        {"node-a": NODE},
+        {"task": GIVEN},
+        {"assignment-1": FIRST},
+    )
+    await database.close()
 
 
 async def test_everything_comes_back_as_it_was(given):

@@ -101,11 +101,15 @@ async def test_a_drained_node_hands_over_to_another(house, wait_until, metadata)
     assert house.admission.states()[-1] == tuning_pb2.TASK_STATE_SUCCEEDED
 
 
-async def test_a_node_that_is_stopped_gives_its_task_back_with_a_checkpoint(house, wait_until, undisturbed):
+@pytest.mark.parametrize("told", ["node", "all its processes"])
+async def test_a_node_that_is_stopped_gives_its_task_back_with_a_checkpoint(house, wait_until, undisturbed, told):
     await house.restart_placement(lease_s="3600")  # nothing here comes of a lease that ends
     await begin(house, wait_until)
+    if told != "node":
+        os.kill(house.worker_process(), signal.SIGTERM)
     await house.nodes["node-a"].kill(signal.SIGTERM)
     assert house.nodes["node-a"].process.returncode == 0
+    assert [line["reason"] for line in house.logged("node-a", "worker ended as asked")] == ["drained"]
     assert house.admission.states()[-1] == tuning_pb2.TASK_STATE_QUEUED
     plan = await house.plan()
     assert [node.state for node in plan.nodes] == [placement_pb2.NODE_STATE_LEFT]

@@ -53,8 +53,8 @@ cudaError_t CopyLanes::gather(int number, const std::vector<Copy>& copies, std::
         if (status == cudaSuccess) status = cudaStreamWaitEvent(lane, begin_);
     for (const Copy& copy : copies)
         if (status == cudaSuccess)
-            status = cudaMemcpyAsync(target.parts.at(copy.part), copy.from, bytes, cudaMemcpyDefault,
-                                     lanes_.at(copy.lane));
+            status =
+                cudaMemcpyAsync(target.parts.at(copy.part), copy.from, bytes, cudaMemcpyDefault, lanes_.at(copy.lane));
     for (std::size_t lane = 0; lane < lanes_.size(); ++lane)
         if (status == cudaSuccess) status = cudaEventRecord(target.ends[lane], lanes_[lane]);
     return status;

@@ -60,6 +60,8 @@ def open_arrays(folder: Path) -> TokenArrays | None:
         if _sha256(folder) != layout.sha256:
             return None
         sequences = layout.rows * layout.sequences_per_row
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # whoever clears the cache sees that it is used, also where reading leaves no trace
         return TokenArrays(
             layout,
             _mapped(folder / "tokens.bin", np.int32, layout.tokens),
