@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 from alto.v1 import error_pb2
-from alto_common.base_models import BaseModelError, ModelFacts, resolve
+from alto_common.base_models import DESCRIBING_FILES, BaseModelError, ModelFacts, resolve
 from alto_common.errors import DomainError
 from alto_common.violations import Violation
 
@@ -41,7 +41,7 @@ class Models:
     def __init__(self, worker: Worker, sources: ModelSources) -> None:
         self._worker = worker
         self._sources = sources
-        self._known: dict[tuple[str, int], KnownModel] = {}
+        self._known: dict[tuple[str, tuple[int, ...]], KnownModel] = {}
 
     async def get(self, name: str) -> KnownModel:
         """Return a base model; raise UNKNOWN_BASE_MODEL with the names that would be accepted."""
@@ -77,11 +77,9 @@ class Models:
             return None
 
 
-def _version(location: str) -> int:
-    try:
-        return (Path(location) / "config.json").stat().st_mtime_ns
-    except OSError:
-        return 0
+def _version(location: str) -> tuple[int, ...]:
+    files = (Path(location) / name for name in DESCRIBING_FILES)
+    return tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
 
 
 def _unknown(name: str, problem: str, cure: str) -> DomainError:

@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -39,7 +40,7 @@ log = structlog.get_logger("alto.admission.uploads")
 
 
 class _Stream:
-    """The stream that an upload is being received from; a later one takes its place."""
+    """The stream that an upload is being received from; a later one takes its place, none once its end was judged."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
@@ -86,13 +87,17 @@ class Uploads:
             async for chunk in chunks:
                 async with stream.lock:
                     if stream.owner is not owner:
-                        raise unavailable("another call has taken this upload over")
+                        raise unavailable("another call has taken this upload over, or ended it")
                     await asyncio.to_thread(_append, path, chunk, header.size_bytes)
             async with stream.lock:
-                return await self._finish(upload, header, path)
+                try:
+                    return await self._finish(upload, header, path)
+                finally:
+                    # What a later stream still sends would be bytes that no quota counts.
+                    stream.owner = None
         finally:
-            if stream.owner is owner:
-                self._streams.pop(upload.dataset_id, None)
+            if stream.owner in (owner, None) and self._streams.get(upload.dataset_id) is stream:
+                del self._streams[upload.dataset_id]
 
     async def kept(self, tenant: str, request_id: str) -> tuple[int, Dataset | None]:
         """Return how many bytes of an upload are kept, and its dataset when it is complete. RESOURCE_NOT_FOUND."""
@@ -125,14 +130,17 @@ class Uploads:
     async def remove_abandoned(self) -> None:
         """Delete uploads that nobody has carried on for a week: their bytes, and what they take of a quota."""
         await asyncio.to_thread(self._remove_abandoned_bytes)
-        for upload in await self._store.unfinished_uploads(self._clock_us() - ABANDONED_S * 1_000_000):
-            if not self._path(upload).exists():
-                await self._store.forget_upload(upload.tenant, upload.request_id)
+        before_us = self._clock_us() - ABANDONED_S * 1_000_000
+        for upload in await self._store.unfinished_uploads(before_us):
+            if not self._path(upload).exists() and await self._store.forget_upload(upload, before_us):
+                # A process that was killed may have left the file of a dataset that was never kept.
+                await asyncio.to_thread(self._artifacts.delete, _folder_of(upload))
 
     def _remove_abandoned_bytes(self) -> None:
         for path in self._folder.glob("*.part"):
-            if time.time() - path.stat().st_mtime > ABANDONED_S:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > ABANDONED_S:
+                    path.unlink()
 
     def _check_header(self, header: Header) -> None:
         if not header.file_name.lower().endswith(ENDINGS):
@@ -172,14 +180,14 @@ class Uploads:
         checked = await self._worker.call(check_file, path, header.sha256, self._limits, header.file_name)
         if isinstance(checked, DamagedFile):
             # The same bytes will never do; another attempt may use the same request_id for better ones.
-            await self._store.forget_upload(upload.tenant, upload.request_id)
+            await self._store.forget_upload(upload)
             await asyncio.to_thread(path.unlink, True)
             raise _damaged(checked, header)
         return await self._keep(upload, header, path, checked)
 
     async def _keep(self, upload: Upload, header: Header, path: Path, facts: DatasetFacts) -> Dataset:
         ending = next(ending for ending in ENDINGS if header.file_name.lower().endswith(ending))
-        target = f"tenants/{upload.tenant}/datasets/{upload.dataset_id}/rows{ending}"
+        target = f"{_folder_of(upload)}/rows{ending}"
         await asyncio.to_thread(lambda: self._artifacts.write(target, _pieces(path)))
         dataset = Dataset(
             dataset_id=upload.dataset_id,
@@ -193,13 +201,20 @@ class Uploads:
             create_us=self._clock_us(),
             path=target,
         )
-        await self._store.finish_upload(dataset, upload.request_id)
+        kept = await self._store.finish_upload(dataset)
         await asyncio.to_thread(path.unlink, True)
+        if not kept:
+            await asyncio.to_thread(self._artifacts.delete, _folder_of(upload))
+            raise unavailable("this upload was removed in the meantime: send it again")
         log.info("dataset kept", dataset_id=dataset.dataset_id, rows=dataset.row_count, bytes=dataset.size_bytes)
         return dataset
 
     def _path(self, upload: Upload) -> Path:
         return self._folder / f"{upload.dataset_id}.part"
+
+
+def _folder_of(upload: Upload) -> str:
+    return f"tenants/{upload.tenant}/datasets/{upload.dataset_id}"
 
 
 def _append(path: Path, chunk: Chunk, size_bytes: int) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 # What the facts below depend on; a change of any of these files makes them be gathered again.
-_DESCRIBING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+DESCRIBING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _CACHE_VERSION = 1
 _HUB_TIMEOUT_S = 10.0
 
@@ -269,7 +269,7 @@ def _fingerprint(location: str) -> str:
         # A hub id: its files may change on the hub, so what this machine would load decides.
         digest.update(f"{location}\n{_config(location).to_json_string()}".encode())
         return digest.hexdigest()
-    for name in _DESCRIBING_FILES:
+    for name in DESCRIBING_FILES:
         file = folder / name
         digest.update(f"\n{name}\n".encode())
         if file.is_file():

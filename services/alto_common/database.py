@@ -30,9 +30,15 @@ log = structlog.get_logger("alto.database")
 
 
 class Database:
-    """An engine and the migrations of one service. `migrations` is the folder of its Alembic scripts."""
+    """An engine and the migrations of one service. `migrations` is the folder of its Alembic scripts.
+
+    Raises ValueError, or what SQLAlchemy raises, for a URL that will not do.
+    """
 
     def __init__(self, url: str, migrations: Path) -> None:
+        if not url.startswith("sqlite") and url.partition("?")[0].count("@") > 1:
+            # What is behind the first @ would be taken for the host, and told as that.
+            raise ValueError("write an @ inside a user name or a password as %40")
         self.engine: AsyncEngine = create_async_engine(url, pool_pre_ping=True, pool_timeout=CONNECTION_WAIT_S)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self._migrations = migrations

@@ -64,10 +64,15 @@ def models_root(tmp_path, monkeypatch):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(folder / "tokenizer.json"))
     monkeypatch.setenv("ALTO_MODELS", str(root))
-    cached = root.parent / "model-facts" / f"{base_models._fingerprint(str(folder))}.json"
-    cached.parent.mkdir()
-    cached.write_text(json.dumps(asdict(FACTS)))
+    know_model(root, FACTS)
     return root
+
+
+def know_model(root, facts):
+    """Keep facts about the model as it is now, so that nothing inspects it."""
+    cached = root.parent / "model-facts" / f"{base_models._fingerprint(str(root / MODEL))}.json"
+    cached.parent.mkdir(exist_ok=True)
+    cached.write_text(json.dumps(asdict(facts)))
 
 
 class FakePlacement(placement_service_pb2_grpc.PlacementServiceServicer):

@@ -100,6 +100,7 @@ def test_an_unknown_setting_is_refused(environment, monkeypatch):
     ("setting", "value", "said"),
     [
         ("DATABASE_URL", "postgresql://alto:PASSWORD@127.0.0.1:1/alto", "Connection refused: start the database"),
+        ("DATABASE_URL", "postgresql://alto:in@PASSWORD@127.0.0.1:1/alto", "write an @ inside a user name or a passw"),
         ("DATABASE_URL", "sqlite+aiosqlite:///{file}/a.db", "{file}: File exists: start the database"),
         ("DATABASE_URL", "PASSWORD", "Could not parse SQLAlchemy URL"),
         ("ARTIFACT_ROOT", "{file}/artifacts", "{file}/artifacts: Not a directory: name a folder that can be written"),

@@ -4,6 +4,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alto.v1 import dataset_pb2, error_pb2, tuning_pb2
@@ -37,8 +39,14 @@ async def database(database_url):
 async def tasks(database):
     store = TaskStore(database, lambda: NOW_US, lambda *change: store.changes.append(change), EVENTS_KEPT)
     store.changes = []
-    await DatasetStore(database).finish_upload(a_dataset(), "upload-1")
+    await keep(DatasetStore(database), a_dataset())
     return store
+
+
+async def keep(datasets, dataset):
+    upload = Upload(dataset.tenant, f"upload of {dataset.dataset_id}", "hash", dataset.dataset_id, False, NOW_US, 9)
+    await datasets.begin_upload(upload, 1000)
+    assert await datasets.finish_upload(dataset)
 
 
 def a_dataset(dataset_id="d1", tenant="acme", create_us=NOW_US):
@@ -110,7 +118,7 @@ async def test_a_request_id_makes_one_task_however_many_calls_race(tasks, databa
 
 
 async def test_a_request_id_belongs_to_its_tenant(tasks, database):
-    await DatasetStore(database).finish_upload(replace(a_dataset(), dataset_id="d2", tenant="other"), "upload")
+    await keep(DatasetStore(database), replace(a_dataset(), dataset_id="d2", tenant="other"))
     other = a_story("task-2", tenant="other")
     other.task.dataset_id = "d2"
     assert await tasks.create(a_story(), {})
@@ -271,10 +279,50 @@ async def test_an_upload_has_one_dataset(tasks, database):
     assert await datasets.begin_upload(first, 100) == first
     assert await datasets.begin_upload(replace(first, dataset_id="d8"), 100) == first
     for _ in range(2):
-        await datasets.finish_upload(a_dataset("d7"), "u1")
+        assert await datasets.finish_upload(a_dataset("d7"))
     assert (await datasets.upload("acme", "u1")).complete
     await datasets.delete("d7", "acme")
     assert await datasets.upload("acme", "u1") is None
+    assert not await datasets.finish_upload(a_dataset("d7")), "what was deleted does not come back"
+
+
+async def test_an_upload_that_was_under_way_before_quotas_goes_on(database_url):
+    before = Database(database_url, MIGRATIONS)
+    config = before._config()
+    async with before.engine.begin() as connection:
+
+        def upgrade(connection):
+            config.attributes["connection"] = connection
+            command.upgrade(config, "0001")
+
+        await connection.run_sync(upgrade)
+        values = {"tenant": "acme", "request_id": "u1", "request_hash": "hash", "dataset_id": "d7", "create_us": NOW_US}
+        await connection.execute(
+            sa.insert(sa.table("uploads", *map(sa.column, (*values, "complete")))).values(**values, complete=False)
+        )
+    await before.migrate()
+    datasets = DatasetStore(before)
+    upload = await datasets.begin_upload(Upload("acme", "u1", "hash", "d8", False, NOW_US, 9), 1)
+    assert upload == Upload("acme", "u1", "hash", "d7", False, NOW_US, 0)
+    assert await datasets.finish_upload(a_dataset("d7"))
+    assert await datasets.used_bytes("acme") == 9
+    await before.close()
+
+
+async def test_only_an_upload_that_nobody_carries_on_is_forgotten(tasks, database):
+    datasets = DatasetStore(database)
+    old = Upload("acme", "u1", "hash", "d7", False, NOW_US, 9)
+    await datasets.begin_upload(old, 100)
+    await datasets.begin_upload(replace(old, dataset_id="d8", create_us=NOW_US + 5), 100)
+    assert not await datasets.unfinished_uploads(NOW_US + 5)
+    assert not await datasets.forget_upload(old, NOW_US + 5)
+    assert await datasets.finish_upload(a_dataset("d7"))
+    assert not await datasets.forget_upload(old), "its request_id goes on to return its dataset"
+    another = replace(old, request_id="u2", dataset_id="d9")
+    await datasets.begin_upload(another, 100)
+    assert await datasets.forget_upload(another, NOW_US + 1)
+    assert not await datasets.finish_upload(a_dataset("d9"))
+    assert {dataset.dataset_id for dataset in await datasets.page("acme", None, 10)} == {"d1", "d7"}
 
 
 async def test_uploads_that_begin_at_once_stay_within_the_quota_together(tasks, database):
@@ -289,14 +337,14 @@ async def test_uploads_that_begin_at_once_stay_within_the_quota_together(tasks, 
     assert await datasets.begin_upload(replace(coming[0], tenant="other", dataset_id="d99"), 39)
     (unfinished, *_) = await datasets.unfinished_uploads(NOW_US + 1)
     assert not await datasets.unfinished_uploads(NOW_US)
-    await datasets.forget_upload(unfinished.tenant, unfinished.request_id)
+    assert await datasets.forget_upload(unfinished)
     assert await datasets.used_bytes("acme") + await datasets.used_bytes("other") == 39
 
 
 async def test_pages_of_datasets(tasks, database):
     datasets = DatasetStore(database)
-    await datasets.finish_upload(a_dataset("d2"), "u2")
-    await datasets.finish_upload(a_dataset("d3", create_us=NOW_US + 1), "u3")
+    await keep(datasets, a_dataset("d2"))
+    await keep(datasets, a_dataset("d3", create_us=NOW_US + 1))
     first = await datasets.page("acme", None, 2)
     assert [dataset.dataset_id for dataset in first] == ["d3", "d2"]
     rest = await datasets.page("acme", (first[-1].create_us, first[-1].dataset_id), 2)

@@ -1,5 +1,7 @@
 """Creating, listing and changing tasks over real sockets: what is refused, and what is answered twice the same."""
 
+from dataclasses import replace
+
 import grpc
 import pytest
 from alto.v1 import admission_service_pb2 as messages
@@ -10,7 +12,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
-from .conftest import FACTS, MODEL, spec_of
+from .conftest import FACTS, MODEL, know_model, spec_of
 from .reporting import decided, numbered, trained, trial_state
 from .reporting import started as execution_started
 
@@ -188,7 +190,7 @@ async def test_a_dataset_that_cannot_be_divided_needs_a_validation_dataset(admis
     assert await client.create(one.dataset_id, validation_dataset_id=one.dataset_id)
 
 
-async def test_conversations_need_a_base_model_with_a_chat_template(admission):
+async def test_conversations_need_a_base_model_with_a_chat_template(admission, models_root):
     client = await admission.client()
     talk = await client.upload(b'{"messages": [{"role": "assistant", "content": "a"}]}\n' * 3)
     error = await failure(client.create(talk.dataset_id, validation_dataset_id=talk.dataset_id))
@@ -196,6 +198,9 @@ async def test_conversations_need_a_base_model_with_a_chat_template(admission):
     found = violations(error)
     assert set(found) == {"spec.dataset_id", "spec.validation_dataset_id"}
     assert all("has no chat template: give rows of {prompt, completion}" in text for text in found.values())
+    (models_root / MODEL / "chat_template.jinja").write_text("a")
+    know_model(models_root, replace(FACTS, has_chat_template=True))
+    assert await client.create(talk.dataset_id, validation_dataset_id=talk.dataset_id)
 
 
 async def test_a_quota_is_named(started):

@@ -166,11 +166,58 @@ async def test_an_abandoned_upload_is_removed_with_what_it_takes_of_the_quota(ad
     week_s = 7 * 24 * 3600
     old, young = sorted((tmp_path / "uploads").iterdir(), key=lambda path: path.stat().st_mtime)
     os.utime(old, (time.time() - week_s - 60,) * 2)
+    of_a_killed_process = tmp_path / "artifacts" / "tenants" / "acme" / "datasets" / old.stem / "rows.jsonl"
+    of_a_killed_process.parent.mkdir(parents=True)
+    of_a_killed_process.write_bytes(ROWS)
     uploads._clock_us = lambda: clock_us() + (week_s + 60) * 1_000_000
     await uploads.remove_abandoned()
     assert list((tmp_path / "uploads").iterdir()) == [young]
+    assert not of_a_killed_process.exists()
     usage = (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage
     assert usage.used_bytes == len(ROWS)
+
+
+async def test_an_upload_that_was_removed_while_it_ended_is_sent_again(admission, monkeypatch, tmp_path):
+    client = await admission.client()
+    uploads = admission.server._uploads
+    keep = uploads._keep
+
+    async def removed_first(upload, *rest):
+        assert await uploads._store.forget_upload(upload)
+        return await keep(upload, *rest)
+
+    monkeypatch.setattr(uploads, "_keep", removed_first)
+    error = await failure(send(client, header_of(), ROWS))
+    assert (error.code(), reason_in(error)) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+    assert not list((tmp_path / "artifacts").rglob("rows.jsonl"))
+    assert not list((tmp_path / "uploads").iterdir())
+    monkeypatch.setattr(uploads, "_keep", keep)
+    dataset = await send(client, header_of(), ROWS)
+    assert await send(client, header_of(), ROWS) == dataset
+
+
+async def test_nothing_is_kept_of_what_comes_after_an_upload_was_found_damaged(admission, tmp_path):
+    client = await admission.client()
+    header, *chunks = upload_messages(header_of(sha256="0" * 64), ROWS)
+    first, second = (client.stub.UploadDataset(metadata=client.metadata, timeout=20) for _ in range(2))
+    for message in (header, *chunks):
+        await first.write(message)
+    while sum(path.stat().st_size for path in (tmp_path / "uploads").iterdir()) < len(ROWS):
+        await asyncio.sleep(0.02)
+    (stream,) = admission.server._uploads._streams.values()
+    owner = stream.owner
+    await second.write(header)
+    while stream.owner is owner:
+        await asyncio.sleep(0.02)
+    await first.done_writing()
+    assert reason_in(await failure(first)) == "CONTENT_MISMATCH"
+    with suppress(grpc.aio.AioRpcError):
+        for message in chunks[:-1]:
+            await second.write(message)
+        await second.done_writing()
+    assert reason_in(await failure(second)) == "UNAVAILABLE"
+    assert not list((tmp_path / "uploads").iterdir())
+    assert not admission.server._uploads._streams
 
 
 async def test_what_is_no_upload_is_refused(admission):

@@ -59,7 +59,10 @@ def failures(json_output: bool) -> Iterator[None]:
         if json_output:
             print(json.dumps({"error": {"message": text, **facts}}), file=sys.stderr)
         else:
-            print(f"error: {text}", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
+            from alto_cli.view.wording import in_task_file
+
+            told = in_task_file("\n  ".join((f"error: {text}", *lines)))
+            print(told, file=sys.stderr)
         raise typer.Exit(exit_code) from None
 
 

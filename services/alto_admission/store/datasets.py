@@ -10,7 +10,6 @@ from alto.v1 import dataset_pb2, error_pb2
 from alto_common.database import Database
 from alto_common.errors import DomainError, not_found
 from alto_common.violations import Violation
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alto_admission.domain.task_states import TERMINAL
@@ -37,7 +36,7 @@ class Dataset:
 class Upload:
     """An upload under its request_id; its dataset has its id from the start, so that a repeated end changes nothing.
 
-    `size_bytes` is what was announced.
+    `create_us` is when a call began it, or carried it on, last; `size_bytes` is what was announced.
     """
 
     tenant: str
@@ -114,17 +113,17 @@ class DatasetStore:
             return await _used_bytes(connection, tenant)
 
     async def begin_upload(self, upload: Upload, most_bytes: int) -> Upload:
-        """Keep a new upload, or return the one that has its request_id already.
+        """Keep a new upload, or return the one that has its request_id already, carried on now.
 
         Raises QUOTA_EXCEEDED when it would take the tenant beyond `most_bytes`, however many uploads begin at once.
         """
-        known_query = sa.select(uploads).where(
-            uploads.c.tenant == upload.tenant, uploads.c.request_id == upload.request_id
-        )
+        same = (uploads.c.tenant == upload.tenant, uploads.c.request_id == upload.request_id)
+        carried_on = uploads.update().where(*same, uploads.c.complete.is_(False)).values(create_us=upload.create_us)
         async with self._database.transaction() as connection:
             if not self._database.is_sqlite:  # its transactions follow one another anyway
                 await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(upload.tenant))))
-            known = (await connection.execute(known_query)).first()
+            await connection.execute(carried_on)
+            known = (await connection.execute(sa.select(uploads).where(*same))).first()
             if known is not None:
                 return Upload(**known._mapping)
             used_bytes = await _used_bytes(connection, upload.tenant)
@@ -134,26 +133,37 @@ class DatasetStore:
         return upload
 
     async def unfinished_uploads(self, before_us: int) -> list[Upload]:
-        """Return the uploads that were begun before a time and are not complete."""
+        """Return the uploads that no call began or carried on since a time and that are not complete."""
         query = sa.select(uploads).where(uploads.c.complete.is_(False), uploads.c.create_us < before_us)
         async with self._database.snapshot() as connection:
             return [Upload(**row._mapping) for row in await connection.execute(query)]
 
-    async def forget_upload(self, tenant: str, request_id: str) -> None:
-        """Forget an upload that can become no dataset, so that its request_id may be used again."""
-        forgotten = uploads.delete().where(uploads.c.tenant == tenant, uploads.c.request_id == request_id)
-        async with self._database.transaction() as connection:
-            await connection.execute(forgotten)
+    async def forget_upload(self, upload: Upload, before_us: int | None = None) -> bool:
+        """Forget an upload that can become no dataset, so that its request_id may be used again.
 
-    async def finish_upload(self, dataset: Dataset, request_id: str) -> None:
-        """Keep the dataset of an upload. Doing so twice changes nothing."""
-        done = uploads.update().where(uploads.c.tenant == dataset.tenant, uploads.c.request_id == request_id)
-        try:
-            async with self._database.transaction() as connection:
-                await connection.execute(done.values(complete=True))
-                await connection.execute(datasets.insert().values(**asdict(dataset)))
-        except IntegrityError:
-            await self.get(dataset.dataset_id, dataset.tenant)
+        Return False when nothing was forgotten: it is complete, or was carried on at `before_us` or later.
+        """
+        forgotten = uploads.delete().where(_unfinished(upload))
+        if before_us is not None:
+            forgotten = forgotten.where(uploads.c.create_us < before_us)
+        async with self._database.transaction() as connection:
+            return (await connection.execute(forgotten)).rowcount > 0
+
+    async def finish_upload(self, dataset: Dataset) -> bool:
+        """Keep the dataset of an upload; doing so twice changes nothing. Return False when the upload was forgotten."""
+        done = uploads.update().where(_unfinished(dataset)).values(complete=True)
+        kept = sa.select(datasets.c.dataset_id).where(datasets.c.dataset_id == dataset.dataset_id)
+        async with self._database.transaction() as connection:
+            if (await connection.execute(done)).rowcount == 0:
+                return (await connection.execute(kept)).first() is not None
+            await connection.execute(datasets.insert().values(**asdict(dataset)))
+            return True
+
+
+def _unfinished(one: Upload | Dataset) -> sa.ColumnElement[bool]:
+    """Return what holds for an upload, found by what it is or will be, while it is not complete."""
+    ids = (uploads.c.tenant == one.tenant, uploads.c.dataset_id == one.dataset_id)
+    return sa.and_(*ids, uploads.c.complete.is_(False))
 
 
 async def _used_bytes(connection: AsyncConnection, tenant: str) -> int:

@@ -16,7 +16,7 @@ from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES, CallInterceptor
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
     # What gRPC itself refuses carries no ErrorInfo, so a request that is not much too large gets as far as a handler.
-    ("grpc.max_receive_message_length", 4 * MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", 2 * MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_time_ms", 30_000),

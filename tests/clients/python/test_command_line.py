@@ -140,7 +140,7 @@ def test_a_refusal_names_field_value_and_cure(run, admission, task_file):
     )
     result = run("estimate", str(task_file))
     assert result.exit_code == 2
-    assert result.stderr == "error: spec.base_model = 'tiny': give one of: smollm2\n"
+    assert result.stderr == "error: base_model = 'tiny': give one of: smollm2\n"
     result = run("estimate", str(task_file), "--json")
     assert result.stdout == ""
     assert json.loads(result.stderr)["error"]["reason"] == "UNKNOWN_BASE_MODEL"

@@ -102,11 +102,11 @@ def test_what_cannot_be_trained_is_said_before_training(task_file):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ("target_modules: [nothing_proj]", "spec.search_space.base.target_modules = 'nothing_proj': this model has"),
-        ("lora_rank: 200", "spec.search_space.base.lora_rank = 200: give at most 16"),
-        ("layers: [7]", "spec.search_space.base.layers = [7]: this model has layers 0 to 0"),
-        ("max_length: 64000", "spec.search_space.base.max_length = 64000: give at most 64 tokens"),
-        ("epochs: 1e300", "spec.search_space.base.epochs = 1e+300: give fewer"),
+        ("target_modules: [nothing_proj]", "search.base.target_modules = 'nothing_proj': this model has"),
+        ("lora_rank: 200", "search.base.lora_rank = 200: give at most 16"),
+        ("layers: [7]", "search.base.layers = [7]: this model has layers 0 to 0"),
+        ("max_length: 64000", "search.base.max_length = 64000: give at most 64 tokens"),
+        ("epochs: 1e300", "search.base.epochs = 1e+300: give fewer"),
     ],
 )
 def test_what_admission_would_refuse_is_refused_in_its_words_before_any_weight_is_read(task_file, fields, said):
@@ -213,7 +213,7 @@ def test_rows_that_this_model_cannot_learn_are_named_without_a_traceback(task_fi
     (task_file.parent / "rows.jsonl").write_text('{"text": "a b"}\n')
     result = train(task_file)
     assert (result.exit_code, type(result.exception)) == (2, SystemExit)
-    assert "spec.dataset_id = '1 row': give a dataset of at least two rows" in result.stderr
+    assert "dataset = '1 row': give a dataset of at least two rows" in result.stderr
 
 
 def test_a_base_model_that_there_is_not_is_named_once(task_file, model, tmp_path, monkeypatch):

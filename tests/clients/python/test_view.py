@@ -155,6 +155,21 @@ def test_the_end_tells_what_was_saved_and_gained(ended):
     assert sentences[-1] == "The best adapter (trial-002, PEFT format) lies in /tmp/out"
 
 
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("spec.search_space.base.max_length = 9: give less", "search.base.max_length = 9: give less"),
+        ("spec.search_space.grid.dimensions[schedule.kind]", "search.grid.schedule.kind"),
+        ("spec.search_space.explicit.configs[3].lora_rank", "search.list[3].lora_rank"),
+        ("spec.dataset_id, spec.validation_dataset_id", "dataset, validation"),
+        ("spec.early_exit.policy and spec.display_name", "early_exit.policy and name"),
+        ("spec.jsonl: line[2].text", "spec.jsonl: line[2].text"),
+    ],
+)
+def test_fields_have_the_names_of_the_task_file(told, shown):
+    assert wording.in_task_file(told) == shown
+
+
 def test_words():
     assert [wording.duration_text(s) for s in (0.4, 59.4, 65, 3725, 90000)] == [
         "0 s",

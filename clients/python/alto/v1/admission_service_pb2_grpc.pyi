@@ -4,7 +4,7 @@ isort:skip_file
 The public API. The tenant is taken from the credential: `authorization: Bearer <api key>`.
 
 A message has at most 4 MiB either way: what is larger goes in chunks, lists go in pages. A larger request is refused
-with INVALID_FIELD; one beyond 16 MiB by gRPC itself, as RESOURCE_EXHAUSTED without an ErrorInfo.
+with INVALID_FIELD; one beyond 8 MiB by gRPC itself, as RESOURCE_EXHAUSTED without an ErrorInfo.
 """
 
 from alto.v1 import admission_service_pb2 as _admission_service_pb2

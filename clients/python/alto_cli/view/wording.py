@@ -7,6 +7,26 @@ import re
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
+# Fields of a TuningTaskSpec, and what a task file calls them.
+_IN_TASK_FILE = (
+    (re.compile(r"\bspec\.search_space\.explicit\.configs\b"), "search.list"),
+    (re.compile(r"\bspec\.search_space\.(grid|random)\.dimensions\[([a-z_.]+)\]"), r"search.\1.\2"),
+    (re.compile(r"\bspec\.search_space\b"), "search"),
+    (re.compile(r"\bspec\.(dataset|validation)(_dataset)?_id\b"), r"\1"),
+    (re.compile(r"\bspec\.display_name\b"), "name"),
+    (
+        re.compile(r"\bspec\.(?=(base_model|validation_fraction|objective|early_exit|evaluation|resources|labels)\b)"),
+        "",
+    ),
+)
+
+
+def in_task_file(text: str) -> str:
+    """Return text with the fields of a specification under the keys that its task file has."""
+    for field, key in _IN_TASK_FILE:
+        text = field.sub(key, text)
+    return text
+
 
 def printable(text: str) -> str:
     """Return text without control characters: what a server or a file says must not drive the terminal."""
