@@ -123,11 +123,7 @@ class AdmissionServer:
 
     async def start(self) -> None:
         """Migrate the database, bind both ports, and begin the loops. Ready as soon as health says SERVING."""
-        try:
-            await self._prepare()
-        except BaseException:
-            await self.stop()
-            raise
+        await self._prepare()
         for loop in (
             self._dispatcher.run(),
             self._plan_watcher.run(),

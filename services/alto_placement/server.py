@@ -42,13 +42,6 @@ class PlacementServer:
 
     async def start(self) -> None:
         """Migrate the database, take up what it holds, and serve."""
-        try:
-            await self._begin()
-        except BaseException:
-            await self.stop()
-            raise
-
-    async def _begin(self) -> None:
         settings = self._settings
         with settings.needed("database_url", DATABASE_CURE):
             url = make_url(settings.database_url)

@@ -55,13 +55,6 @@ class NodeServer:
 
     async def start(self) -> None:
         """Serve, then look for placement. Raises SettingsError."""
-        try:
-            await self._begin()
-        except BaseException:
-            await self.stop()
-            raise
-
-    async def _begin(self) -> None:
         settings = self._settings
         with settings.needed("work_root", f"{FOLDER_CURE}, of this node alone"):
             self._lock = _lock(settings.work_root)

@@ -3,9 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 from alto.v1 import error_pb2
@@ -17,6 +14,7 @@ from alto_admission.store.keys import KeyStore
 from alto_admission.worker import Worker
 from alto_common.errors import DomainError
 from alto_common.rpc.authentication import Scope
+from processes import taken_address, why_it_does_not_start
 
 
 async def test_a_worker_that_dies_is_started_again():
@@ -115,19 +113,10 @@ def test_an_unknown_setting_is_refused(environment, monkeypatch):
 def test_why_it_cannot_start_is_its_last_line_with_the_setting_and_the_cure(tmp_path, setting, value, said):
     file = tmp_path / "file"
     file.touch()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with taken_address() as taken:
         settings = {"SERVICE_TOKEN": "t", "LISTEN": "127.0.0.1:0", "INTERNAL_LISTEN": "127.0.0.1:0"}
-        settings[setting] = value.format(file=file, taken=address)
-        environment = os.environ | {f"ALTO_ADMISSION_{name}": value for name, value in settings.items()}
-        environment["ALTO_HOME"] = str(tmp_path / "home")
-        command = [sys.executable, "-m", "alto_admission"]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 1
-    last = ended.stderr.splitlines()[-1]
+        settings[setting] = value.format(file=file, taken=taken)
+        named = {f"ALTO_ADMISSION_{name}": value for name, value in settings.items()}
+        last = why_it_does_not_start("alto_admission", tmp_path / "home", named)
     assert last.startswith(f"alto-admission: ALTO_ADMISSION_{setting}: ")
-    assert said.format(file=file, taken=address) in last
-    assert "Traceback" not in ended.stderr
-    assert "PASSWORD" not in ended.stderr
+    assert said.format(file=file, taken=taken) in last

@@ -4,6 +4,8 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,3 +51,23 @@ def standing_still(*process_ids):
     finally:
         for process_id in process_ids:
             os.kill(process_id, signal.SIGCONT)
+
+
+@contextmanager
+def taken_address():
+    """Give the address of a port that another program has."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+def why_it_does_not_start(module, home, settings):
+    """Run a service that cannot start, with these variables; return its last line, and see that it is no traceback."""
+    environment = os.environ | {"ALTO_HOME": str(home)} | settings
+    command = [sys.executable, "-m", module]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "PASSWORD" not in ended.stderr
+    return ended.stderr.splitlines()[-1]

@@ -77,12 +77,19 @@ async def run_until_signal(
     name: str,
     facts: Callable[[], Mapping[str, object]] = dict,
 ) -> None:
-    """Start a service, log what serves and its `facts`, wait for SIGTERM or SIGINT, and stop it."""
+    """Start a service, log what serves and its `facts`, wait for SIGTERM or SIGINT, and stop it.
+
+    One that cannot start is stopped, with what it has begun, and says why by what it raises.
+    """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    await start()
+    try:
+        await start()
+    except BaseException:
+        await stop()
+        raise
     log.info("serving", service=name, **facts())
     await stopping.wait()
     log.info("stopping", service=name)

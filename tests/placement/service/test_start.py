@@ -1,11 +1,7 @@
 """alto-placement as a process: why it cannot start is its last line, with the setting and the cure."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
+from processes import taken_address, why_it_does_not_start
 
 
 @pytest.mark.parametrize(
@@ -21,18 +17,9 @@ import pytest
 def test_why_it_cannot_start_is_its_last_line_with_the_setting_and_the_cure(tmp_path, setting, value, said):
     file = tmp_path / "file"
     file.touch()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        settings = {"SERVICE_TOKEN": "t", "LISTEN": "127.0.0.1:0", setting: value.format(file=file, taken=address)}
-        environment = os.environ | {f"ALTO_PLACEMENT_{name}": value for name, value in settings.items()}
-        environment["ALTO_HOME"] = str(tmp_path / "home")
-        command = [sys.executable, "-m", "alto_placement"]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 1
-    last = ended.stderr.splitlines()[-1]
+    with taken_address() as taken:
+        settings = {"SERVICE_TOKEN": "t", "LISTEN": "127.0.0.1:0", setting: value.format(file=file, taken=taken)}
+        named = {f"ALTO_PLACEMENT_{name}": value for name, value in settings.items()}
+        last = why_it_does_not_start("alto_placement", tmp_path / "home", named)
     assert last.startswith(f"alto-placement: ALTO_PLACEMENT_{setting}: ")
-    assert said.format(file=file, taken=address) in last
-    assert "Traceback" not in ended.stderr
-    assert "PASSWORD" not in ended.stderr
+    assert said.format(file=file, taken=taken) in last
