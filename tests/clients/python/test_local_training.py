@@ -2,6 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import pytest
 from alto_cli.app import app
@@ -284,3 +289,26 @@ def test_a_disk_without_room_is_said_and_what_was_whole_is_kept(task_file, monke
     assert "free some space" in result.stderr
     assert not list((task_file.parent / "half-way").glob("**/.*.partial"))
     assert train(task_file, "--work", str(task_file.parent / "half-way")).exit_code == 0
+
+
+# What `train-local` and `estimate --local` import of ours, where some packages are not installed.
+IMPORTS = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))
+import alto_admission.domain.search, alto_admission.search_wire
+import alto_training.executor.estimate, alto_training.executor.executor
+"""
+
+
+def test_the_training_part_alone_is_enough():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    extras = {name: names_of(needs) for name, needs in project["optional-dependencies"].items()}
+    # torch brings fsspec.
+    absent = extras["server"] - extras["training"] - names_of(project["dependencies"]) - {"fsspec"}
+    modules = [module for module, owners in packages_distributions().items() if absent & names_of(owners)]
+    assert {"sqlalchemy", "grpc_health"} <= set(modules)
+    subprocess.run([sys.executable, "-c", IMPORTS, *modules], check=True, timeout=120)
+
+
+def names_of(requirements):
+    return {re.match(r"[\w-]+", one).group().lower().replace("_", "-") for one in requirements}

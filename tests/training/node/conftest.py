@@ -158,6 +158,20 @@ class House:
         self._channel = service_channel(f"127.0.0.1:{self.placement_port}")
         self.stub = placement_service_pb2_grpc.PlacementServiceStub(self._channel)
 
+    @asynccontextmanager
+    async def given_up(self):
+        """A list that the tasks come into which placement gives up: those that have ended are told of once."""
+        tasks = []
+
+        async def watch():
+            request = placement_service_pb2.WatchPlanRequest()
+            async for response in self.stub.WatchPlan(request, metadata=METADATA, wait_for_ready=True):
+                tasks.extend(t for t in response.plan.tasks if t.state == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
+
+        watching = asyncio.create_task(watch())
+        yield tasks
+        watching.cancel()
+
     async def restart_placement(self, **settings):
         """Kill placement and start it again, with these settings changed."""
         await self.placement.kill()

@@ -1,12 +1,11 @@
 """An outage of the artifact store holds a task up and does not end it; one that lasts is named. Real processes."""
 
-import asyncio
 import errno
 import io
 from contextlib import contextmanager
 
 import pytest
-from alto.v1 import placement_pb2, placement_service_pb2, tuning_pb2
+from alto.v1 import placement_service_pb2, tuning_pb2
 from alto_common.artifacts import ArtifactStore
 from alto_training import outages
 
@@ -82,19 +81,12 @@ async def test_an_outage_that_lasts_ends_the_attempt_and_is_named(house, wait_un
         "from alto_training import outages\noutages.FIRST_WAIT_S, outages.LONGEST_OUTAGE_S = 0.1, 0.3\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(house.folder))
-    ended = []
-
-    async def watch():
-        async for response in house.stub.WatchPlan(wire.WatchPlanRequest(), metadata=metadata, wait_for_ready=True):
-            ended.extend(t for t in response.plan.tasks if t.state == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
-
-    watching = asyncio.create_task(watch())
     await house.start_node()
     work = house.work()
-    with outage(house.artifact_root):
-        await house.enqueue(work)
-        await wait_until(lambda: ended, what="the end")
-    watching.cancel()
+    async with house.given_up() as ended:
+        with outage(house.artifact_root):
+            await house.enqueue(work)
+            await wait_until(lambda: ended, what="the end")
     assert ended[0].attempts == 3
     assert ended[0].failure.message.endswith("the artifact store could not be reached; its node's log says more")
     # Its operator reads why.

@@ -1,9 +1,7 @@
 """What a node reports: texts that admission takes, and what becomes of reports that it refuses, or cannot be told."""
 
-import asyncio
-
 import pytest
-from alto.v1 import placement_pb2, placement_service_pb2, tuning_pb2
+from alto.v1 import placement_service_pb2, tuning_pb2
 from alto_training.wire import LONGEST_TEXT, carried
 
 wire = placement_service_pb2
@@ -62,17 +60,10 @@ async def test_a_failure_that_speaks_of_a_nul_is_told(house, wait_until, monkeyp
 
 async def test_a_report_that_admission_refuses_is_not_sent_for_ever(house, wait_until, monkeypatch, metadata):
     has_first(house, monkeypatch, UNREADABLE + AS_IT_IS)
-    given_up = []
-
-    async def watch():
-        async for response in house.stub.WatchPlan(wire.WatchPlanRequest(), metadata=metadata, wait_for_ready=True):
-            given_up.extend(t for t in response.plan.tasks if t.state == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
-
-    watching = asyncio.create_task(watch())
     await house.start_node()
-    await house.enqueue(house.work())
-    await wait_until(lambda: given_up, what="the end")
-    watching.cancel()
+    async with house.given_up() as given_up:
+        await house.enqueue(house.work())
+        await wait_until(lambda: given_up, what="the end")
     assert given_up[0].attempts == 3
     assert given_up[0].failure.message.endswith("admission refused a report of node node-a; that node's log says more")
     refusals = house.logged("node-a", "admission refuses a report")
