@@ -37,6 +37,12 @@ RUNTIME_BYTES = 6.5e8
 EVALUATION_LAYERS = 6.0
 # A forward pass without gradients, of the time of a whole training tick, when nothing was measured.
 EVALUATION_SHARE = 0.5
+# Tokens on a tick above which it gets no faster: matrix products are at their best speed and, on a GPU, outlast the
+# host's work of launching them. What a narrow layer computes is over sooner, so there it takes more tokens, up to so
+# many values of a hidden state [T, H] (measured on an H100: docs/design/010).
+ENOUGH_CPU_TOKENS = 1024
+ENOUGH_GPU_TOKENS = 8192
+ENOUGH_GPU_VALUES = ENOUGH_GPU_TOKENS * 2304
 # To move a coefficient by its whole prior value costs as much as a relative error of this size in one measurement. What
 # an adapter's buffers and its low-rank activations take follows from their shapes; gaps of the heap must not be taken
 # for them.
@@ -115,6 +121,22 @@ def adapter_shape(facts: ModelFacts, config: TrialConfig) -> AdapterShape:
 def adapter_parameters(facts: ModelFacts, config: TrialConfig) -> int:
     """Return the trainable parameters of a configuration's adapter: lora_rank x (in + out) over its modules."""
     return adapter_shape(facts, config).parameters
+
+
+def enough_tokens(on_cpu: bool, hidden_size: int) -> int:
+    """Return the tokens of a tick above which it gets no faster, a power of two.
+
+    >>> [enough_tokens(on_cpu=False, hidden_size=width) for width in (576, 1024, 4096)]
+    [32768, 16384, 8192]
+    """
+    if on_cpu:
+        return ENOUGH_CPU_TOKENS
+    return max(ENOUGH_GPU_TOKENS, power_of_two_below(ENOUGH_GPU_VALUES // hidden_size))
+
+
+def power_of_two_below(number: int) -> int:
+    """Return the largest power of two that is not above `number`, 0 where there is none."""
+    return 1 << (number.bit_length() - 1) if number > 0 else 0
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alto_common.base_models import ModelFacts
-from alto_common.cost_model import ADAPTER_BYTES_PER_PARAMETER, adapter_parameters, prior
+from alto_common.cost_model import ADAPTER_BYTES_PER_PARAMETER, adapter_parameters, enough_tokens, prior
 from alto_common.search_load import Machine, Row, expected_share, search_load
 from alto_common.tuning import EarlyExit, Evaluation, Trial
 
 # UTF-8 bytes a token takes, for English text under common vocabularies; used until the tokenizer has counted.
 BYTES_PER_TOKEN = 4
-# How nodes train unless they are told otherwise, on a CPU and on GPUs: bytes of a weight, tokens of one pass.
+# How nodes train unless they are told otherwise, on a CPU and on GPUs: bytes of a weight.
 CPU_KIND = "cpu"
 BYTES_PER_VALUE = {True: 4, False: 2}
-TOKENS_PER_TICK = {True: 1024, False: 8192}
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def peak_memory_bytes(
     By the cost model that a node begins with, of the model's shape alone.
     """
     on_cpu = gpu_kind == CPU_KIND
-    tokens = TOKENS_PER_TICK[on_cpu]
+    tokens = enough_tokens(on_cpu, facts.hidden_size)
     lengths = [Row(length, length // 2) for length in rows.token_lengths] or [Row(tokens, tokens // 2)]
     machine = Machine(len(trials), tokens, tokens, parked_beside=on_cpu)
     load = search_load(facts, trials, lengths, rows.train, lengths, rows.validation, evaluation, early_exit, machine)

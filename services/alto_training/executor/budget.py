@@ -9,14 +9,20 @@ from pathlib import Path
 import torch
 from alto_common.base_models import ModelFacts
 from alto_common.calibrations import CalibrationKey, load_calibration, shape_of
-from alto_common.cost_model import CostModel, Load, adapter_parameters, prior
+from alto_common.cost_model import (
+    ENOUGH_GPU_TOKENS,
+    CostModel,
+    Load,
+    adapter_parameters,
+    enough_tokens,
+    power_of_two_below,
+    prior,
+)
 from alto_common.tuning import TrialConfig
 
 from alto_training.executor.backbone import Backbone, layer_number
 from alto_training.executor.settings import BackboneDtype, ExecutorSettings
 
-# More tokens on a tick make it no faster: matrix products are at their best speed.
-_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FLOPS_PER_S = {"cpu": 1e11, "cuda": 4e14}
 _NF4_BYTES_PER_WEIGHT = 4.5 / 8
 _SHARE_OF_FREE_MEMORY = 0.85
@@ -42,20 +48,28 @@ def choose_budget(
     """Return the settings' own numbers where given, else the most that memory allows by the cost model.
 
     Tokens come first, up to where more would not be faster; then as many slots as fit beside them, one at the least.
+    But what a narrow backbone's ticks may have beyond others' is not taken from slots.
     """
     device = torch.device(settings.device)
     known = [config for config in configs if adapter_parameters(facts, config) > 0] or list(configs)
     costliest = max(known, key=lambda config: adapter_parameters(facts, config))
     limit = memory_limit_bytes(settings, facts, backbone_loaded)
+    parameters = [adapter_parameters(facts, config) for config in configs]
+
+    def slots_beside(tokens: int) -> int:
+        return settings.slots or costs.slots_that_fit(limit, Load.of(facts, [(costliest, tokens)]), parameters)
+
     tokens = settings.tokens_per_tick
     if tokens is None:
         each = Load.of(facts, [(costliest, 1.0)])
         fitting_tokens = costs.tokens_that_fit(limit, each, adapter_parameters(facts, costliest))
-        tokens = min(enough_tokens(device), _steady(fitting_tokens))
+        # A power of two: free memory is never twice the same, and two runs should have the same ticks.
+        tokens = min(enough_tokens(device.type == "cpu", facts.hidden_size), power_of_two_below(fitting_tokens))
+        while tokens > ENOUGH_GPU_TOKENS and slots_beside(tokens) < slots_beside(ENOUGH_GPU_TOKENS):
+            tokens //= 2
     tokens = max(1, tokens)
+    slots = slots_beside(tokens)
     full_tick = Load.of(facts, [(costliest, tokens)])
-    parameters = [adapter_parameters(facts, config) for config in configs]
-    slots = settings.slots or costs.slots_that_fit(limit, full_tick, parameters)
     spare_bytes = max(0, int(limit - costs.peak_bytes(full_tick, sum(parameters))))
     return Budget(tokens, max(1, min(slots, len(configs))), spare_bytes)
 
@@ -67,16 +81,6 @@ def memory_limit_bytes(settings: ExecutorSettings, facts: ModelFacts, backbone_l
     free = free_memory_bytes(torch.device(settings.device)) * _SHARE_OF_FREE_MEMORY
     # What is free is free beside the backbone.
     return int(free + (backbone_bytes(settings, facts) if backbone_loaded else 0))
-
-
-def _steady(tokens: int) -> int:
-    """Return the power of two below: free memory is never twice the same, and two runs should have the same ticks."""
-    return 1 << (tokens.bit_length() - 1) if tokens > 0 else 0
-
-
-def enough_tokens(device: torch.device) -> int:
-    """Return the tokens of a tick above which it gets no faster."""
-    return _ENOUGH_TOKENS[device.type]
 
 
 def backbone_facts(backbone: Backbone) -> ModelFacts:

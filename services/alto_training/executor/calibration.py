@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from alto_common.base_models import ModelFacts
 from alto_common.calibrations import save_calibration
-from alto_common.cost_model import CostModel, Load, Measurement, adapter_parameters, fit
+from alto_common.cost_model import CostModel, Load, Measurement, adapter_parameters, enough_tokens, fit
 from alto_common.tuning import TrialConfig
 
 from alto_training.executor import passes
@@ -25,7 +25,6 @@ from alto_training.executor.backends import choose_backend
 from alto_training.executor.budget import (
     backbone_facts,
     calibration_key,
-    enough_tokens,
     known_costs,
     prior_costs,
 )
@@ -87,7 +86,8 @@ def costs_of(settings: ExecutorSettings, backbone: Backbone, may_measure: bool) 
     backbone.use_backend(
         choose_backend(settings.backend, backbone.layers, PROFILE_SEATS, backbone.device, backbone.dtype)
     )
-    return calibrate(settings, backbone, enough_tokens(backbone.device), folder)
+    most_tokens = enough_tokens(backbone.device.type == "cpu", facts.hidden_size)
+    return calibrate(settings, backbone, most_tokens, folder)
 
 
 def calibrate(

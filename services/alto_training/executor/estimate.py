@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from alto_common.base_models import ModelFacts, inspect
-from alto_common.cost_model import CostModel
+from alto_common.cost_model import CostModel, enough_tokens
 from alto_common.search_load import Machine, Row, SearchLoad, search_load
 from alto_common.tuning import ObjectiveKind, TuningJob
 
 from alto_training.executor.backends import choose_backend
-from alto_training.executor.budget import choose_budget, enough_tokens, known_costs, prior_costs
+from alto_training.executor.budget import backbone_facts, choose_budget, known_costs, prior_costs
 from alto_training.executor.calibration import PROFILE_SEATS, calibrate
 from alto_training.executor.data import TokenisedDataset
 from alto_training.executor.loading import load_job_backbone, locate_base_model, open_job_data
@@ -80,7 +80,8 @@ def measure_costs(
     start_seconds = since_start()
     device = torch.device(settings.device)
     backbone.use_backend(choose_backend(settings.backend, backbone.layers, PROFILE_SEATS, device, backbone.dtype))
-    return calibrate(settings, backbone, enough_tokens(device), folder, clock, start_seconds)
+    most_tokens = enough_tokens(device.type == "cpu", backbone_facts(backbone).hidden_size)
+    return calibrate(settings, backbone, most_tokens, folder, clock, start_seconds)
 
 
 def _machine(job: TuningJob, settings: ExecutorSettings, facts: ModelFacts, costs: CostModel) -> Machine:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from alto_common.base_models import ModelFacts
 from alto_common.calibrations import load_calibration, save_calibration
 from alto_common.cost_model import CostModel, Load, adapter_parameters
 from alto_common.tuning import TrialConfig
@@ -55,6 +56,22 @@ def test_slots_shrink_with_memory_and_rank_but_one_is_always_left(backbone: Back
     wider = [replace(CONFIG, lora_rank=16)] * 40
     assert budget_of(settings, backbone, wider).slots < 6
     assert budget_of(replace(settings, memory_limit_bytes=1), backbone, wider).slots == 1
+
+
+def test_a_narrow_backbone_on_a_gpu_has_larger_ticks_but_not_at_the_cost_of_slots(backbone: Backbone) -> None:
+    settings = ExecutorSettings(device="cuda")
+    facts = replace(backbone_facts(backbone), hidden_size=576)
+    costs = replace(prior_costs(settings, facts), bytes_per_token=1e6)
+
+    def budget_within(limit: float, facts: ModelFacts = facts) -> Budget:
+        return choose_budget(replace(settings, memory_limit_bytes=int(limit)), facts, costs, [CONFIG] * 32)
+
+    assert budget_within(2**40) == replace(budget_within(2**40), tokens_per_tick=32768, slots=32)
+    assert budget_within(2**40, replace(facts, hidden_size=4096)).tokens_per_tick == 8192
+    each = adapter_parameters(facts, CONFIG) * costs.bytes_per_parameter
+    room = costs.peak_bytes(Load.of(facts, [(CONFIG, 16384)]), 0)
+    assert (budget_within(room + 32.5 * each).tokens_per_tick, budget_within(room + 32.5 * each).slots) == (16384, 32)
+    assert (budget_within(room + 31.5 * each).tokens_per_tick, budget_within(room + 31.5 * each).slots) == (8192, 32)
 
 
 def test_ticks_shrink_with_memory_in_steps_that_a_little_more_or_less_free_memory_does_not_move(
