@@ -141,7 +141,8 @@ def speed_of(run: Run, world: World | None, backbone: Any, cell: Cell) -> dict[s
     found: dict[str, Any] = {}
     if world is not None:
         backend = run.backend(run.dtype)
-        found = peak(run, partial(ours.measure, world, backbone, cell, backend, run.asked.tokens_per_tick))
+        measure = partial(ours.measure, world, backbone, cell, backend, run.asked.tokens_per_tick)
+        found = peak(run, measure, ours.symmetric_bytes(backbone))
         found["backend"] = str(backend)
     run.world.ranks.united({})
     return found
@@ -168,12 +169,17 @@ def plain(run: Run, strategy: str, those: list[Cell]) -> Results:
         yield {"strategy": strategy, "cell": cell, **found}
 
 
-def peak(run: Run, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what `measure` does, with the most memory that was in use on this rank's device."""
+def peak(run: Run, measure: Callable[[], dict[str, Any]], uncounted_bytes: int = 0) -> dict[str, Any]:
+    """Return what `measure` does, with the most memory that was in use on this rank's device.
+
+    `uncounted_bytes` are there all the time, and not in torch's own count.
+    """
     if run.device.type != "cuda":
         return measure()
     torch.cuda.reset_peak_memory_stats(run.device)
-    return {**measure(), "peak_gb": round(torch.cuda.max_memory_allocated(run.device) / 1e9, 2)}
+    found = measure()
+    bytes_in_use = torch.cuda.max_memory_allocated(run.device) + uncounted_bytes
+    return {**found, "peak_gb": round(bytes_in_use / 1e9, 2)}
 
 
 # Processes
