@@ -142,7 +142,7 @@ def speed_of(run: Run, world: World | None, backbone: Any, cell: Cell) -> dict[s
     if world is not None:
         backend = run.backend(run.dtype)
         measure = partial(ours.measure, world, backbone, cell, backend, run.asked.tokens_per_tick)
-        found = peak(run, measure, ours.symmetric_bytes(backbone))
+        found = peak(run, measure, backbone.weights.uncounted_bytes)
         found["backend"] = str(backend)
     run.world.ranks.united({})
     return found

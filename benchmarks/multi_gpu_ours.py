@@ -225,12 +225,6 @@ def gather_seconds(world: World, backbone: Any) -> float:
     return round((_now(world) - started) / 3, 5)
 
 
-def symmetric_bytes(backbone: Any) -> int:
-    """Return the bytes of this rank's shares that lie in symmetric memory, which torch's allocator does not count."""
-    order = getattr(backbone.weights.weights, "order", None)
-    return 0 if order is None or order.in_lock_step else int(order.shard_bytes)
-
-
 # Parity
 
 

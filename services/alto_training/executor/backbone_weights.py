@@ -16,12 +16,14 @@ class BackboneWeights(Protocol):
     """What a backbone asks of whoever keeps its weights.
 
     Layers and embeddings are seen to by hooks on the modules. `fingerprint` names the weights, wherever they are.
-    `in_lock_step`: every pass must be one of all ranks.
+    `in_lock_step`: every pass must be one of all ranks. `uncounted_bytes` of them lie where torch's allocator does not
+    count.
     """
 
     fingerprint: str
     parameters: int
     in_lock_step: bool
+    uncounted_bytes: int
 
     def head(self) -> AbstractContextManager[OutputHead]:
         """Return the output head, usable within the context."""
@@ -36,6 +38,7 @@ class WholeWeights:
     """All weights of `model`, a causal language model of transformers, in this process."""
 
     in_lock_step = False
+    uncounted_bytes = 0
 
     def __init__(self, model: Any) -> None:
         named = list(model.named_parameters())

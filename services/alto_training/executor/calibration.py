@@ -104,7 +104,7 @@ def calibrate(
     `start_seconds` is what passed until the backbone was loaded, where the caller knows.
     """
     facts = backbone_facts(backbone)
-    loading_bytes = float(_peak(backbone.device))
+    loading_bytes = float(_peak(backbone))
     while True:
         try:
             measurements = [_measure(backbone, facts, probe, most_tokens, clock) for probe in profile(facts)]
@@ -153,7 +153,7 @@ def _measure(
     pairs = [(config, float(tokens)) for config in probe.adapters]
     load = Load.of(facts, pairs, float(min(probe.length, tokens)), probe.target_share)
     parameters = sum(adapter_parameters(facts, config) for config in probe.adapters)
-    return Measurement(load, parameters, float(_peak(backbone.device)), seconds, probe.is_evaluation)
+    return Measurement(load, parameters, float(_peak(backbone)), seconds, probe.is_evaluation)
 
 
 def _items(tokens: int, probe: _Probe) -> list[Item]:
@@ -186,11 +186,11 @@ def _reset_peak(device: torch.device) -> None:
         return  # not this kind of system: the peak is that of the process's whole life
 
 
-def _peak(device: torch.device) -> int:
-    if device.type != "cuda":
+def _peak(backbone: Backbone) -> int:
+    if backbone.device.type != "cuda":
         try:
             lines = Path("/proc/self/status").read_text().splitlines()
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
         except (OSError, StopIteration):
             pass
-    return peak_memory_bytes(device)
+    return peak_memory_bytes(backbone)

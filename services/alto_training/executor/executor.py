@@ -396,7 +396,7 @@ class Executor:
 
     def _tell_progress(self, task: TaskRun) -> None:
         active = sum(self._roster.task_of(run) is task for run in self._roster)
-        self._emit(self._meter.measure(task, task.ticks, active, self._backbone.device, self._spare_bytes))
+        self._emit(self._meter.measure(task, task.ticks, active, self._backbone, self._spare_bytes))
 
 
 def job_folder(workdir: Path, jobs: Sequence[TuningJob], number: int) -> Path:

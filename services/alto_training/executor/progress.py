@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from alto_training.executor.backbone import Backbone
 from alto_training.executor.events import MeasuredWork, TaskProgress
 from alto_training.executor.task_run import TaskRun
 
@@ -71,7 +72,7 @@ class ProgressMeter:
         return True
 
     def measure(
-        self, task: TaskRun, tick: int, active_trials: int, device: torch.device, guest_memory_bytes: int
+        self, task: TaskRun, tick: int, active_trials: int, backbone: Backbone, guest_memory_bytes: int
     ) -> TaskProgress:
         """Return where a task stands. The time left assumes that no more trials are stopped early."""
         done = fraction_done(task)
@@ -90,7 +91,7 @@ class ProgressMeter:
             active_trials=active_trials,
             evaluation_seconds=evaluation_s,
             training_seconds=training_s,
-            peak_memory_bytes=peak_memory_bytes(device),
+            peak_memory_bytes=peak_memory_bytes(backbone),
             measured=MeasuredWork(
                 ticks=all_of_it.ticks - before.ticks,
                 train_tokens=all_of_it.trained_tokens - before.trained_tokens,
@@ -142,9 +143,9 @@ def _share(task: TaskRun, finished_is_whole: bool) -> float:
     return done / total
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the largest memory so far: of the accelerator, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_memory_bytes(backbone: Backbone) -> int:
+    """Return the largest memory so far: of the accelerator that the backbone is on, or of this process on a CPU."""
+    if backbone.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(backbone.device) + backbone.weights.uncounted_bytes
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

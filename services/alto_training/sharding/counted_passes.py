@@ -23,6 +23,7 @@ class CountedPasses:
         self.fingerprint = weights.fingerprint
         self.parameters = weights.parameters
         self.in_lock_step = weights.in_lock_step
+        self.uncounted_bytes = weights.uncounted_bytes
         self.training = 0
         self.inference = 0
         self.idle_training = 0

@@ -34,6 +34,8 @@ class ShardedWeights:
         self.order = order
         self.kept_bytes = order.shard_bytes + whole_bytes
         self.in_lock_step = order.in_lock_step
+        # Shares that other ranks read by themselves lie in symmetric memory.
+        self.uncounted_bytes = 0 if order.in_lock_step else order.shard_bytes
         self._model = model
         self._head = head
 

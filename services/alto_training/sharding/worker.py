@@ -257,7 +257,7 @@ def _report(
         inference_gather_bytes=order.gathered_bytes(training=False) if order else 0,
         kept_bytes=kept.kept_bytes if isinstance(kept, ShardedWeights) else whole,
         backbone_bytes=whole,
-        memory_bytes=peak_memory_bytes(backbone.device),
+        memory_bytes=peak_memory_bytes(backbone),
         idle_memory_bytes=idle_memory_bytes,
         training_passes=passes.training + passes.idle_training,
         inference_passes=passes.inference + passes.idle_inference,
