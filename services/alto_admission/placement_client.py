@@ -11,6 +11,7 @@ from alto_common.base_models import ModelFacts
 from alto_common.errors import DomainError
 from alto_common.rpc.channel import bearer_metadata, service_channel
 from alto_common.rpc.status import info_in
+from alto_common.rpc.tls import TlsFiles
 from alto_common.violations import Violation
 
 from alto_admission.domain.search import validation_fraction
@@ -22,10 +23,10 @@ CALL_TIMEOUT_S = 10.0
 
 
 class PlacementClient:
-    """Placement at one address. Calls raise grpc.aio.AioRpcError; each can be repeated without harm."""
+    """Placement at one address, over TLS with `tls`. Calls raise grpc.aio.AioRpcError; each can be repeated safely."""
 
-    def __init__(self, address: str, service_token: str) -> None:
-        self._channel = service_channel(address)
+    def __init__(self, address: str, service_token: str, tls: TlsFiles | None = None) -> None:
+        self._channel = service_channel(address, tls)
         self._stub = placement_service_pb2_grpc.PlacementServiceStub(self._channel)
         self._metadata = bearer_metadata(service_token)
 

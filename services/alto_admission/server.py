@@ -15,8 +15,10 @@ from alto_common.artifacts import ArtifactStore
 from alto_common.configuration import DATABASE_CURE, FOLDER_CURE, PORT_CURE, make_writable
 from alto_common.database import Database
 from alto_common.errors import DomainError
+from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import Scope, ServiceTokenAuthenticator
 from alto_common.rpc.server import Server
+from alto_common.rpc.tls import TlsFiles, service_tls, tls_files
 
 from alto_admission.access import ADMISSION_SERVICE, REPORT_SERVICE, SERVICE_SCOPES, TENANT_SCOPES
 from alto_admission.adapters import Adapters
@@ -24,6 +26,7 @@ from alto_admission.api_keys import KeyAuthenticator, kept_key, new_key
 from alto_admission.dispatcher import Dispatcher
 from alto_admission.event_hub import EventHub
 from alto_admission.heavy_work import ModelSources
+from alto_admission.metrics import SearchCounts, queue_metrics
 from alto_admission.models import Models
 from alto_admission.placement_client import PlacementClient
 from alto_admission.plan_watcher import PlanWatcher
@@ -56,12 +59,16 @@ class AdmissionServer:
 
     def __init__(self, settings: AdmissionSettings) -> None:
         self.settings = settings
+        tls = service_tls(settings)
+        public_tls = _public_tls(settings, tls)
         self.database = open_database(settings)
+        self._monitoring = Monitoring()
         self.keys = KeyStore(self.database)
-        self.tasks = TaskStore(self.database, clock_us, self._on_change, settings.events_kept)
+        counts = SearchCounts(self._monitoring)
+        self.tasks = TaskStore(self.database, clock_us, self._on_change, settings.events_kept, counts.take)
         self.hub = EventHub(self.tasks.last_sequences, settings.poll_s)
         datasets = DatasetStore(self.database)
-        outbox = Outbox(self.database)
+        outbox = self._outbox = Outbox(self.database)
         with settings.needed("artifact_root", "give a folder, or a URL whose fsspec package is installed"):
             artifacts = ArtifactStore(settings.artifact_root)
         self._artifacts = artifacts
@@ -79,7 +86,7 @@ class AdmissionServer:
             settings.max_stored_dataset_bytes,
             clock_us,
         )
-        self._placement = PlacementClient(settings.placement_address, settings.service_token)
+        self._placement = PlacementClient(settings.placement_address, settings.service_token, tls)
         tuning_tasks = TuningTasks(
             self.tasks,
             datasets,
@@ -99,12 +106,21 @@ class AdmissionServer:
             WatchSettings(settings.heartbeat_s, max_lag=settings.max_watch_lag, max_per_tenant=settings.max_watches),
         )
         adapters = Adapters(self.tasks, artifacts)
-        self.public = Server(settings.listen, KeyAuthenticator(self.keys, clock_us), TENANT_SCOPES, [ADMISSION_SERVICE])
+        self.public = Server(
+            settings.listen,
+            KeyAuthenticator(self.keys, clock_us),
+            TENANT_SCOPES,
+            [ADMISSION_SERVICE],
+            tls=public_tls,
+            monitoring=self._monitoring,
+        )
         self.internal = Server(
             settings.internal_listen,
             ServiceTokenAuthenticator(settings.service_token),
             SERVICE_SCOPES,
             [REPORT_SERVICE],
+            tls=tls,
+            monitoring=self._monitoring,
         )
         servicer = AdmissionServicer(
             tuning_tasks,
@@ -151,11 +167,15 @@ class AdmissionServer:
             await self.internal.start()
         with settings.needed("listen", PORT_CURE):
             await self.public.start()
+        self._monitoring.read_from(lambda: queue_metrics(self.tasks, self._outbox, clock_us()))
+        with settings.needed("metrics_listen", PORT_CURE):
+            self.metrics_port = self._monitoring.start(settings.metrics_listen)
 
     async def stop(self) -> None:
         """End gracefully: NOT_SERVING, every watch ended with its last token, calls in flight finished, then all."""
         for server in (self.public, self.internal):
             await server.set_serving(False)
+        await asyncio.to_thread(self._monitoring.stop)
         self.hub.close()
         for loop in self._loops:
             loop.cancel()
@@ -210,6 +230,14 @@ class AdmissionServer:
         with os.fdopen(descriptor, "w") as stream:
             stream.write(secret + "\n")
         aside.rename(file)
+
+
+def _public_tls(settings: AdmissionSettings, own: TlsFiles | None) -> TlsFiles | None:
+    """Return what tenants are shown. Raises SettingsError."""
+    public = tls_files(settings, "public_tls", settings.public_tls_certificate, settings.public_tls_key)
+    if public is None and own is not None:
+        return own.without_roots()
+    return public
 
 
 def open_database(settings: AdmissionSettings) -> Database:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from alto_common.base_models import default_models_root
 from alto_common.configuration import ServiceSettings, home_folder
 from alto_common.dataset_rows import DatasetLimits
-from pydantic import Field
+from pydantic import Field, model_validator
 
 
 class AdmissionSettings(ServiceSettings):
@@ -20,7 +20,8 @@ class AdmissionSettings(ServiceSettings):
     separator) are further roots of which tenants may name folders by absolute path. `local_key_file`, when set, gets a
     key of the tenant "local" if it is not there yet. Spans are in seconds; `plan_grace_s` is how long an unfinished
     task may be missing from placement's plan before it counts as forgotten. `max_stored_dataset_bytes`,
-    `max_unfinished_tasks` and `max_watches` are a tenant's.
+    `max_unfinished_tasks` and `max_watches` are a tenant's. `public_tls_certificate` and `public_tls_key` are what
+    tenants are shown, in place of the service's own; they are asked for no certificate, but for their API key.
     """
 
     prefix: ClassVar[str] = "ALTO_ADMISSION_"
@@ -35,6 +36,8 @@ class AdmissionSettings(ServiceSettings):
     allow_hub: bool = False
     placement_address: str = "127.0.0.1:7412"
     local_key_file: Path | None = None
+    public_tls_certificate: Path | None = None
+    public_tls_key: Path | None = None
 
     max_dataset_bytes: int = Field(default=1 << 30, ge=1)
     max_dataset_rows: int = Field(default=1_000_000, ge=1)
@@ -49,6 +52,11 @@ class AdmissionSettings(ServiceSettings):
     events_kept: int = Field(default=100_000, ge=1)
     drain_s: float = Field(default=5.0, ge=0)
     plan_grace_s: float = Field(default=15.0, gt=0)
+
+    @model_validator(mode="after")
+    def _public_tls_is_whole(self) -> Self:
+        self._require_pair("public_tls_certificate", "public_tls_key")
+        return self
 
     @property
     def allowed_folders(self) -> tuple[Path, ...]:

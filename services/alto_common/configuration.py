@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import StringConstraints, ValidationError
+from pydantic import StringConstraints, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 # What settings of several services need, see `ServiceSettings.needed`.
@@ -40,6 +40,11 @@ class ServiceSettings(BaseSettings):
     """Base of each service's settings. A subclass sets `prefix` and reads variables that begin with it.
 
     What is wrong with them is said without their values: some are secrets.
+
+    `tls_certificate` and `tls_key` (PEM files) are what the service shows to whom it serves and to services that it
+    connects to; without them it speaks plaintext. With `tls_roots` only services that show a certificate signed by
+    these may call what services alone use, and the services that it connects to are verified by them. At
+    `metrics_listen` (host:port; empty for none) Prometheus may read what the service measures, without a credential.
     """
 
     prefix: ClassVar[str] = "ALTO_"
@@ -47,10 +52,32 @@ class ServiceSettings(BaseSettings):
 
     service_token: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     log_format: Literal["json", "text"] = "json"
+    metrics_listen: str = ""
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_roots: Path | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__()
         cls.model_config = SettingsConfigDict(**{**ServiceSettings.model_config, "env_prefix": cls.prefix})
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        self._require_pair("tls_certificate", "tls_key")
+        if self.tls_roots is not None and self.tls_certificate is None:
+            raise ValueError(
+                f"{self._variable('tls_roots')} is set without a certificate: give "
+                f"{self._variable('tls_certificate')} and {self._variable('tls_key')} too, or leave it out"
+            )
+        return self
+
+    def _require_pair(self, certificate: str, key: str) -> None:
+        """Raise ValueError when one of two settings is given without the other."""
+        for given, missing in ((certificate, key), (key, certificate)):
+            if getattr(self, given) is not None and getattr(self, missing) is None:
+                raise ValueError(
+                    f"{self._variable(given)} is set without {self._variable(missing)}: give both, or leave both out"
+                )
 
     @classmethod
     def load(cls, **given: object) -> Self:
@@ -58,7 +85,7 @@ class ServiceSettings(BaseSettings):
 
         Raises SettingsError for variables that no setting has, and for those that will not do.
         """
-        known = {f"{cls.prefix}{name}".upper() for name in cls.model_fields}
+        known = {cls._variable(name) for name in cls.model_fields}
         unknown = sorted(name for name in os.environ if name.startswith(cls.prefix) and name not in known)
         if unknown:
             raise SettingsError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
@@ -82,7 +109,11 @@ class ServiceSettings(BaseSettings):
             return message
         name, *inner = path
         where = "".join(f"[{key!r}]" for key in inner)
-        return f"{cls.prefix}{name}".upper() + f"{where}: {message}"
+        return f"{cls._variable(str(name))}{where}: {message}"
+
+    @classmethod
+    def _variable(cls, name: str) -> str:
+        return f"{cls.prefix}{name}".upper()
 
 
 def _problem(error: Exception) -> str:

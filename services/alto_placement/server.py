@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 from alto.v1 import placement_service_pb2_grpc
 from alto_common.configuration import DATABASE_CURE, PORT_CURE
 from alto_common.database import Database
+from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import ServiceTokenAuthenticator
 from alto_common.rpc.server import Server
+from alto_common.rpc.tls import service_tls
+from prometheus_client.metrics_core import Metric
 from sqlalchemy import make_url
 
 from alto_placement.engine import PlacementEngine
+from alto_placement.metrics import cluster_metrics
 from alto_placement.servicer import SCOPES, SERVICE, PlacementServicer
 from alto_placement.settings import PlacementSettings
 from alto_placement.store import MIGRATIONS, PlacementStore
@@ -34,10 +40,13 @@ class PlacementServer:
 
     def __init__(self, settings: PlacementSettings) -> None:
         self._settings = settings
+        tls = service_tls(settings)
         with settings.needed("database_url", DATABASE_CURE):
             self._database = Database(settings.database_url, MIGRATIONS)
         self.engine = PlacementEngine(PlacementStore(self._database), settings)
-        self.server = Server(settings.listen, ServiceTokenAuthenticator(settings.service_token), SCOPES, [SERVICE])
+        authenticator = ServiceTokenAuthenticator(settings.service_token)
+        self._monitoring = Monitoring()
+        self.server = Server(settings.listen, authenticator, SCOPES, [SERVICE], tls=tls, monitoring=self._monitoring)
         self._health: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -54,9 +63,13 @@ class PlacementServer:
         with settings.needed("listen", PORT_CURE):
             await self.server.start()
         self._health = asyncio.create_task(self._look_after_health())
+        self._monitoring.read_from(self._read_metrics)
+        with settings.needed("metrics_listen", PORT_CURE):
+            self.metrics_port = self._monitoring.start(settings.metrics_listen)
 
     async def stop(self) -> None:
         """End sessions and watches, then serve no more."""
+        await asyncio.to_thread(self._monitoring.stop)
         if self._health is not None:
             self._health.cancel()
             with suppress(asyncio.CancelledError):
@@ -65,6 +78,11 @@ class PlacementServer:
         await self.engine.stop()
         await self.server.stop(GRACE_S)
         await self._database.close()
+
+    async def _read_metrics(self) -> Iterable[Metric]:
+        # In a thread, over a copy: counting a long queue takes longer than a heartbeat may wait.
+        view = self.engine.view()
+        return await asyncio.to_thread(cluster_metrics, replace(view, state=view.state.copy()))
 
     async def _look_after_health(self) -> None:
         """SERVING while the database answers with the latest schema and the engine's loops run."""

@@ -14,13 +14,17 @@ import grpc
 import structlog
 from alto.v1 import placement_pb2, training_node_service_pb2_grpc
 from alto_common.configuration import FOLDER_CURE, PORT_CURE, make_writable
+from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import ServiceTokenAuthenticator
 from alto_common.rpc.channel import service_channel
 from alto_common.rpc.server import Server
+from alto_common.rpc.tls import service_tls
 from alto_common.version import package_version
+from prometheus_client.metrics_core import Metric
 
 from alto_training.assignments import StopReason
 from alto_training.devices import Devices, find_devices
+from alto_training.metrics import node_metrics
 from alto_training.node import TrainingNode
 from alto_training.servicer import SCOPES, SERVICE, TrainingNodeServicer
 from alto_training.session import PlacementSession, SupersededError
@@ -39,13 +43,18 @@ log = structlog.get_logger("alto.node")
 class NodeServer:
     """The service as one thing to start and stop. `superseded` is set when another process has taken this node's id.
 
-    `facts` are, once it has started, what an operator wants to read of it.
+    `facts` are, once it has started, what an operator wants to read of it. Constructing it may raise SettingsError.
     """
 
     def __init__(self, settings: NodeSettings) -> None:
         self.superseded = asyncio.Event()
         self.facts: dict[str, object] = {}
-        self.server = Server(settings.listen, ServiceTokenAuthenticator(settings.service_token), SCOPES, [SERVICE])
+        self._tls = service_tls(settings)
+        authenticator = ServiceTokenAuthenticator(settings.service_token)
+        self._monitoring = Monitoring()
+        self.server = Server(
+            settings.listen, authenticator, SCOPES, [SERVICE], tls=self._tls, monitoring=self._monitoring
+        )
         self._settings = settings
         self._loops: list[asyncio.Task[None]] = []
         self._channels: list[grpc.aio.Channel] = []
@@ -59,7 +68,9 @@ class NodeServer:
         with settings.needed("work_root", f"{FOLDER_CURE}, of this node alone"):
             self._lock = _lock(settings.work_root)
         devices = await asyncio.to_thread(find_devices, settings.gpus, settings.gpu_kind, settings.device)
-        self._channels = [service_channel(settings.placement_address), service_channel(settings.report_address)]
+        self._channels = [
+            service_channel(address, self._tls) for address in (settings.placement_address, settings.report_address)
+        ]
         node = self._node = TrainingNode(settings, devices, self._channels[1])
         await asyncio.to_thread(node.sweep)
         described = _described(settings, devices)
@@ -73,6 +84,13 @@ class NodeServer:
         training_node_service_pb2_grpc.add_TrainingNodeServiceServicer_to_server(servicer, self.server.grpc)
         with settings.needed("listen", PORT_CURE):
             await self.server.start()
+
+        async def read_metrics() -> list[Metric]:
+            return node_metrics(node.assignments, devices.places, node.clock())
+
+        self._monitoring.read_from(read_metrics)
+        with settings.needed("metrics_listen", PORT_CURE):
+            self.metrics_port = self._monitoring.start(settings.metrics_listen)
         incarnation = secrets.token_hex(8)
         session = PlacementSession(node, described, incarnation, self._channels[0], settings.service_token)
         self._session = session
@@ -86,6 +104,7 @@ class NodeServer:
     async def stop(self) -> None:
         """Have the workers write their checkpoints, tell placement, and end."""
         await self.server.set_serving(False)
+        await asyncio.to_thread(self._monitoring.stop)
         node, session = self._node, self._session
         if node is not None and session is not None:
             node.leave(StopReason.DRAINED)

@@ -7,14 +7,15 @@ from pathlib import Path
 from alto_cli.connection import connect
 from alto_cli.extras import needs_extra
 from alto_cli.failures import CommandError
+from alto_cli.options import Target
 from alto_cli.output import print_json, print_table, say
 from alto_cli.view.wording import count_text
 from alto_cli.wire_json import as_json
 
 
-def list_models(server: str, api_key: str, json_output: bool) -> None:
+def list_models(target: Target, json_output: bool) -> None:
     """List the base models that the server has."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         models = client.base_models()
     if json_output:
         print_json({"base_models": [as_json(model) for model in models]})

@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from alto_cli.connection import connect, connect_as_operator
 from alto_cli.newest import task_or_newest
+from alto_cli.options import Target
 from alto_cli.output import print_facts, print_json, print_message, print_table, say
 from alto_cli.view.gantt import RUNNING, gantt_lines, task_letters
 from alto_cli.view.why import why_facts
@@ -76,9 +77,9 @@ def print_plan(plan: placement_pb2.Plan) -> None:
         say(f"all done in {duration_text(makespan)}{gap if bound > 0 else ''}")
 
 
-def why(task_id: str, server: str, api_key: str, json_output: bool) -> None:
+def why(task_id: str, target: Target, json_output: bool) -> None:
     """Print why a task is where it is."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         task = client.get_task(task_or_newest(client, task_id))
     if json_output:
         print_message(task)

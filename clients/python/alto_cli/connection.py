@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING
 from alto_cli import exit_codes
 from alto_cli.client_file import ClientFile
 from alto_cli.failures import CommandError
+from alto_cli.options import Target
 
 if TYPE_CHECKING:
     from alto_client import AltoClient, OperatorClient
 
 
-def connect(server: str, api_key: str) -> AltoClient:
-    """Return a client of `server`; what is not given comes from the file of `alto up`.
+def connect(target: Target) -> AltoClient:
+    """Return a client of a server; what is not given comes from the file of `alto up`.
 
-    The local key goes to the local server only: naming another server without a key is refused.
+    The local key goes to the local server only: naming another server without a key is refused. That server speaks
+    plaintext: root certificates are for others.
     """
     from alto_client import AltoClient
 
     local = ClientFile.load()
+    server, api_key = target.server, target.api_key
     if not server:
         if local is None:
             raise CommandError(
@@ -35,7 +38,14 @@ def connect(server: str, api_key: str) -> AltoClient:
                 f"no API key for {server}", "give one with --api-key or ALTO_API_KEY", exit_code=exit_codes.PERMISSION
             )
         api_key = local.api_key
-    return AltoClient(server, api_key)
+    if target.root_certificates is None or (local is not None and server == local.address):
+        return AltoClient(server, api_key)
+    try:
+        return AltoClient(server, api_key, root_certificates=target.root_certificates.read_bytes())
+    except ValueError as error:
+        raise CommandError(
+            f"{target.root_certificates}: {error}", "name another file: --root-certificates, ALTO_ROOT_CERTIFICATES"
+        ) from None
 
 
 def connect_as_operator() -> OperatorClient:

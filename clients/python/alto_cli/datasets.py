@@ -8,15 +8,16 @@ from pathlib import Path
 from alto.v1 import dataset_pb2
 
 from alto_cli.connection import connect
+from alto_cli.options import Target
 from alto_cli.output import print_json, print_message, print_table, say
 from alto_cli.transfers import transfer
 from alto_cli.view.wording import bytes_text, plural
 from alto_cli.wire_json import as_json, enum_word
 
 
-def list_datasets(server: str, api_key: str, json_output: bool) -> None:
+def list_datasets(target: Target, json_output: bool) -> None:
     """List the datasets, newest first."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         found = list(client.datasets())
         usage = client.dataset_usage()
     if json_output:
@@ -38,9 +39,9 @@ def list_datasets(server: str, api_key: str, json_output: bool) -> None:
         say(f"{bytes_text(usage.used_bytes)} of {bytes_text(usage.quota_bytes)} used")
 
 
-def upload(path: Path, name: str, server: str, api_key: str, json_output: bool) -> None:
+def upload(path: Path, name: str, target: Target, json_output: bool) -> None:
     """Upload a file."""
-    with connect(server, api_key) as client, transfer(f"uploading {path.name}") as progress:
+    with connect(target) as client, transfer(f"uploading {path.name}") as progress:
         dataset = client.upload_dataset(path, display_name=name, on_progress=progress)
     if json_output:
         print_message(dataset)
@@ -50,9 +51,9 @@ def upload(path: Path, name: str, server: str, api_key: str, json_output: bool) 
     say(f"{plural(dataset.row_count, 'row')} of {_format(dataset)}, {bytes_text(dataset.size_bytes)}{duplicates}")
 
 
-def delete(dataset_id: str, server: str, api_key: str, json_output: bool) -> None:
+def delete(dataset_id: str, target: Target, json_output: bool) -> None:
     """Delete a dataset."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         client.delete_dataset(dataset_id)
     if json_output:
         print_json({"deleted": dataset_id})

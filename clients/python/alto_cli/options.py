@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,14 @@ ApiKey = Annotated[
     str,
     typer.Option(envvar="ALTO_API_KEY", show_default=False, help="Your API key. Default: the key of `alto up`."),
 ]
+RootCertificates = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="ALTO_ROOT_CERTIFICATES",
+        show_default=False,
+        help="PEM file of who signed the server's certificate. Default: the public authorities.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 TaskFileArgument = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The task file.", show_default=False)]
 Task = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.", show_default=False)]
@@ -29,3 +38,12 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda 
 Dtype = Annotated[str, typer.Option(help="Number format of the frozen model: float32, bfloat16 or nf4.")]
 Slots = Annotated[int | None, typer.Option(min=1, help="Most trials trained together.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: what torch chooses.")]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which server a command talks to, and as whom; what is empty comes from the file of `alto up`."""
+
+    server: str
+    api_key: str
+    root_certificates: Path | None

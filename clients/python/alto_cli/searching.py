@@ -16,6 +16,7 @@ from alto_cli.connection import connect
 from alto_cli.following import follow, show_result
 from alto_cli.local_folders import check_writable
 from alto_cli.newest import task_or_newest
+from alto_cli.options import Target
 from alto_cli.output import print_facts, print_message, say
 from alto_cli.transfers import transfer
 from alto_cli.view.story import Story
@@ -28,12 +29,12 @@ END_CODES = {
 }
 
 
-def tune_file(path: Path, output: Path | None, server: str, api_key: str, json_output: bool) -> None:
+def tune_file(path: Path, output: Path | None, target: Target, json_output: bool) -> None:
     """Go the whole way: upload, submit, watch, download, and exit with what the task's end means."""
     task_file = load_task_file(path)
     folder = output.resolve() if output else task_file.output
     check_writable(folder)
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         task = client.create_task(uploaded_spec(client, task_file))
         if not json_output:
             say(f"submitted {task.task_id}: {plural(task.trial_count, 'trial')} over {task_file.base_model}")
@@ -42,10 +43,10 @@ def tune_file(path: Path, output: Path | None, server: str, api_key: str, json_o
         _finish(story, downloaded, json_output)
 
 
-def submit_file(path: Path, request_id: str, check: bool, server: str, api_key: str, json_output: bool) -> None:
+def submit_file(path: Path, request_id: str, check: bool, target: Target, json_output: bool) -> None:
     """Submit a search, or only have it checked."""
     task_file = load_task_file(path)
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         spec = uploaded_spec(client, task_file)
         task = client.create_task(spec, request_id=request_id, validate_only=check)
         if json_output:
@@ -57,17 +58,17 @@ def submit_file(path: Path, request_id: str, check: bool, server: str, api_key: 
             say(f"{plural(task.trial_count, 'trial')}, {task_state_word(task)}; follow it: alto watch {task.task_id}")
 
 
-def watch_task(task_id: str, resume_token: str, server: str, api_key: str, json_output: bool) -> None:
+def watch_task(task_id: str, resume_token: str, target: Target, json_output: bool) -> None:
     """Follow a task to its end, and exit with what that means."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         story = _follow(client, task_or_newest(client, task_id), resume_token, json_output)
         _finish(story, "", json_output)
 
 
-def estimate_file(path: Path, server: str, api_key: str, json_output: bool) -> None:
+def estimate_file(path: Path, target: Target, json_output: bool) -> None:
     """Print what a search would take."""
     task_file = load_task_file(path)
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         estimate = client.estimate(uploaded_spec(client, task_file))
         if json_output:
             print_message(estimate)

@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from alto_cli.connection import connect
 from alto_cli.failures import CommandError
 from alto_cli.newest import task_or_newest
+from alto_cli.options import Target
 from alto_cli.output import print_facts, print_json, print_message, print_table, say
 from alto_cli.transfers import transfer
 from alto_cli.view.leaderboard import leaderboard_columns, leaderboard_rows
@@ -21,10 +22,10 @@ from alto_cli.view.wording import bytes_text, duration_text, loss_text, percent_
 from alto_cli.wire_json import as_json, enum_word
 
 
-def list_tasks(states: list[str], labels: list[str], limit: int, server: str, api_key: str, json_output: bool) -> None:
+def list_tasks(states: list[str], labels: list[str], limit: int, target: Target, json_output: bool) -> None:
     """List tasks, newest first."""
     wanted = [_state(word) for word in states]
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         tasks = list(itertools.islice(client.tasks(states=wanted, labels=_labels(labels)), limit))
     if json_output:
         print_json({"tasks": [as_json(task) for task in tasks]})
@@ -45,9 +46,9 @@ def list_tasks(states: list[str], labels: list[str], limit: int, server: str, ap
     print_table(columns, rows, empty="no tasks; submit one: alto tune FILE.yaml")
 
 
-def show(task_id: str, server: str, api_key: str, json_output: bool) -> None:
+def show(task_id: str, target: Target, json_output: bool) -> None:
     """Show one task."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         task = client.get_task(task_or_newest(client, task_id))
     if json_output:
         print_message(task)
@@ -55,9 +56,9 @@ def show(task_id: str, server: str, api_key: str, json_output: bool) -> None:
         print_facts(_facts(task))
 
 
-def trials(task_id: str, server: str, api_key: str, json_output: bool) -> None:
+def trials(task_id: str, target: Target, json_output: bool) -> None:
     """List a task's trials, best first."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         found = sorted(client.trials(task_or_newest(client, task_id)), key=best_loss)
     if json_output:
         print_json({"trials": [as_json(trial) for trial in found]})
@@ -65,9 +66,9 @@ def trials(task_id: str, server: str, api_key: str, json_output: bool) -> None:
         print_table(leaderboard_columns(found), leaderboard_rows(found, most=len(found)), empty="no trials")
 
 
-def change(verb: str, task_id: str, server: str, api_key: str, json_output: bool) -> None:
+def change(verb: str, task_id: str, target: Target, json_output: bool) -> None:
     """Cancel, pause or resume a task."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         calls = {"cancel": client.cancel_task, "pause": client.pause_task, "resume": client.resume_task}
         task = calls[verb](task_id)
     if json_output:
@@ -76,9 +77,9 @@ def change(verb: str, task_id: str, server: str, api_key: str, json_output: bool
         say(f"{task.task_id} is {task_state_word(task)}")
 
 
-def stop_trial(task_id: str, trial_id: str, server: str, api_key: str, json_output: bool) -> None:
+def stop_trial(task_id: str, trial_id: str, target: Target, json_output: bool) -> None:
     """Stop one trial."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         trial = client.stop_trial(task_id, trial_id)
     if json_output:
         print_message(trial)
@@ -92,11 +93,9 @@ def stop_trial(task_id: str, trial_id: str, server: str, api_key: str, json_outp
             say(f"{trial_id} has ended already{stays}")
 
 
-def download(
-    task_id: str, trial_id: str, output: Path, force: bool, server: str, api_key: str, json_output: bool
-) -> None:
+def download(task_id: str, trial_id: str, output: Path, force: bool, target: Target, json_output: bool) -> None:
     """Download an adapter."""
-    with connect(server, api_key) as client:
+    with connect(target) as client:
         task_id = task_or_newest(client, task_id)
         with transfer("downloading") as progress:
             downloaded = client.download_adapter(

@@ -27,8 +27,9 @@ CHECK_TIMEOUT_S = 300.0
 class AltoClient:
     """A connection to ALTO, to be used as a context manager; safe to share between threads.
 
-    `address` is "host:port" or "https://host:port". Calls raise `AltoError`; each has a deadline (`timeout_s`, in
-    seconds), and is tried again while the server cannot be reached, safely, because each create carries a request_id.
+    `address` is "host:port" or "https://host:port"; `root_certificates` (PEM) are those of a private authority. Calls
+    raise `AltoError`; each has a deadline (`timeout_s`, in seconds), and is tried again while the server cannot be
+    reached, safely, because each create carries a request_id.
     """
 
     def __init__(

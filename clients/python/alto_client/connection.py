@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
@@ -45,17 +46,30 @@ CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
 class Connection:
     """One channel and its credential. Failed calls raise `AltoError`.
 
-    `address` is "host:port", or "https://host:port" for TLS with the system's (or the given) root certificates.
-    `timeout_s` (seconds) is the deadline of calls that name none.
+    `address` is "host:port", or "https://host:port" for TLS with the certificates of public authorities, or with
+    `root_certificates` (PEM), which imply it. `client_certificate` is a chain and its key (PEM), for a server that asks
+    for one. `timeout_s` (seconds) is the deadline of calls that name none. Raises ValueError for roots that are none.
     """
 
     def __init__(
-        self, address: str, bearer_token: str, *, timeout_s: float = 30.0, root_certificates: bytes | None = None
+        self,
+        address: str,
+        bearer_token: str,
+        *,
+        timeout_s: float = 30.0,
+        root_certificates: bytes | None = None,
+        client_certificate: tuple[bytes, bytes] | None = None,
     ) -> None:
         self.timeout_s = timeout_s
         self.target = address.removeprefix("https://").removeprefix("http://").rstrip("/")
-        if address.startswith("https://") or root_certificates is not None:
-            credentials = grpc.ssl_channel_credentials(root_certificates)
+        if root_certificates is not None:
+            _check_roots(root_certificates)
+        self._over_tls = address.startswith("https://") or (
+            root_certificates is not None and not address.startswith("http://")
+        )
+        if self._over_tls:
+            chain, key = client_certificate or (None, None)
+            credentials = grpc.ssl_channel_credentials(root_certificates, key, chain)
             self.channel = grpc.secure_channel(self.target, credentials, options=CHANNEL_OPTIONS)
         else:
             self.channel = grpc.insecure_channel(self.target, options=CHANNEL_OPTIONS)
@@ -66,7 +80,7 @@ class Connection:
         try:
             return method(request, timeout=self.timeout_s if timeout_s is None else timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise error_from_call(error, self.target) from None
+            raise error_from_call(error, self.target, over_tls=self._over_tls) from None
 
     def stream(
         self, method: Callable[..., Iterable[Response]], request: Any, timeout_s: float
@@ -76,10 +90,19 @@ class Connection:
         try:
             yield from call
         except grpc.RpcError as error:
-            raise error_from_call(error, self.target) from None
+            raise error_from_call(error, self.target, over_tls=self._over_tls) from None
         finally:
             call.cancel()
 
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
         self.channel.close()
+
+
+def _check_roots(root_certificates: bytes) -> None:
+    """Raise ValueError unless there is a certificate: gRPC would only say that it cannot connect."""
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=root_certificates.decode("ascii", "replace"))
+    except ssl.SSLError:
+        raise ValueError("no certificate in PEM") from None

@@ -11,6 +11,8 @@ from alto.v1 import error_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from alto_client.handshake import handshake_fault, may_speak_tls
+
 ERROR_DOMAIN = "alto.v1"
 REASON_PREFIX = "ERROR_REASON_"
 
@@ -65,14 +67,22 @@ class AltoError(Exception):
         return self.status_code in cut and self.reason == error_pb2.ERROR_REASON_UNSPECIFIED
 
 
-def error_from_call(error: grpc.RpcError, address: str = "") -> AltoError:
+class HandshakeError(AltoError):
+    """There is a server, and no TLS connection with it: another attempt fails as this one did."""
+
+    @property
+    def is_connection_loss(self) -> bool:
+        """False: a person has to do something."""
+        return False
+
+
+def error_from_call(error: grpc.RpcError, address: str = "", *, over_tls: bool = False) -> AltoError:
     """Return the error of a failed call; `address` is named when the server could not be reached."""
     code, text = _code(error), _text(error)
     status = _status(error)
     if status is None:
         if code is grpc.StatusCode.UNAVAILABLE:
-            text = f"cannot reach {address or 'the server'} ({text})"
-            return AltoError(text, reason=error_pb2.ERROR_REASON_UNAVAILABLE, status_code=code)
+            return _unreachable(text, address or "the server", over_tls)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             text = f"no answer from {address or 'the server'} in time"
         return AltoError(text, status_code=code)
@@ -99,6 +109,16 @@ def error_from_call(error: grpc.RpcError, address: str = "") -> AltoError:
         retry_after_s=retry_after_s,
         metadata=dict(info.metadata),
     )
+
+
+def _unreachable(details: str, address: str, over_tls: bool) -> AltoError:
+    reason, code = error_pb2.ERROR_REASON_UNAVAILABLE, grpc.StatusCode.UNAVAILABLE
+    if over_tls and (fault := handshake_fault(details, address)):
+        return HandshakeError(fault, reason=reason, status_code=code)
+    text = f"cannot reach {address} ({details})"
+    if not over_tls and may_speak_tls(details):
+        text += f"; if it speaks TLS, name it https://{address}"
+    return AltoError(text, reason=reason, status_code=code)
 
 
 def _reason(info: Any) -> ErrorReason:

@@ -15,10 +15,27 @@ WATCH_TIMEOUT_S = 24 * 3600.0
 
 
 class OperatorClient:
-    """A connection to placement under the services' own token, to be used as a context manager."""
+    """A connection to placement under the services' own token, to be used as a context manager.
 
-    def __init__(self, address: str, service_token: str, *, timeout_s: float = 30.0) -> None:
-        self._connection = Connection(address, service_token, timeout_s=timeout_s)
+    Over TLS as `Connection` says: a placement that has root certificates asks for a `client_certificate`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        service_token: str,
+        *,
+        timeout_s: float = 30.0,
+        root_certificates: bytes | None = None,
+        client_certificate: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        self._connection = Connection(
+            address,
+            service_token,
+            timeout_s=timeout_s,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
+        )
         self._stub = PlacementServiceStub(self._connection.channel)
 
     def __enter__(self) -> Self:

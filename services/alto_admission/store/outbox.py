@@ -77,6 +77,11 @@ class Outbox:
         async with self._database.transaction() as connection:
             await connection.execute(outbox.delete().where(outbox.c.outbox_id == delivery.outbox_id))
 
+    async def size(self) -> int:
+        """Return how many deliveries have not been made."""
+        async with self._database.snapshot() as connection:
+            return int((await connection.execute(sa.select(sa.func.count()).select_from(outbox))).scalar_one())
+
     async def holds(self, task_id: str) -> bool:
         """Return whether placement has still to hear something of a task."""
         query = sa.select(outbox.c.outbox_id).where(outbox.c.task_id == task_id).limit(1)

@@ -35,17 +35,23 @@ class TaskFilter:
 
 class TaskStore:
     """Keeps tasks. `on_change(task_id, last_event_sequence)` is called after each commit that added events or
-    deliveries.
+    deliveries, `on_events` with the events.
 
     Of each task about the last `events_kept` events are kept, so that a task of many trials cannot fill the disk.
     """
 
     def __init__(
-        self, database: Database, clock_us: Callable[[], int], on_change: Callable[[str, int], None], events_kept: int
+        self,
+        database: Database,
+        clock_us: Callable[[], int],
+        on_change: Callable[[str, int], None],
+        events_kept: int,
+        on_events: Callable[[Sequence[event_pb2.TaskEvent]], None] = lambda events: None,
     ) -> None:
         self._database = database
         self._clock_us = clock_us
         self._on_change = on_change
+        self._on_events = on_events
         self._events_kept = events_kept
 
     async def create(self, story: Story, labels: Mapping[str, str]) -> bool:
@@ -119,6 +125,16 @@ class TaskStore:
         async with self._database.snapshot() as connection:
             return int((await connection.execute(query)).scalar_one())
 
+    async def count_by_state(self) -> list[tuple[State, int, int]]:
+        """Return, for each state of unfinished tasks, how many are in it, and when the first was created (us)."""
+        query = (
+            sa.select(tasks.c.state, sa.func.count(), sa.func.min(tasks.c.create_us))
+            .where(tasks.c.state.not_in(TERMINAL))
+            .group_by(tasks.c.state)
+        )
+        async with self._database.snapshot() as connection:
+            return [(state, count, first_us) for state, count, first_us in await connection.execute(query)]
+
     async def trial(self, task_id: str, trial_id: str) -> Trial:
         """Return a trial; raise RESOURCE_NOT_FOUND."""
         query = sa.select(trials).where(trials.c.task_id == task_id, trials.c.trial_id == trial_id)
@@ -183,6 +199,7 @@ class TaskStore:
                 task.revision += 1
                 await connection.execute(tasks.update().where(tasks.c.task_id == task_id).values(**asdict(task)))
         if story.events or story.deliveries:
+            self._on_events(story.events)
             self._on_change(task_id, task.last_event_sequence)
 
     async def _add(self, connection: AsyncConnection, story: Story) -> None:

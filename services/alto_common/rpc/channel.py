@@ -7,6 +7,8 @@ import json
 import grpc
 
 from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES
+from alto_common.rpc.renewed_channel import RenewedChannel
+from alto_common.rpc.tls import CurrentTls, TlsFiles
 
 # Only UNAVAILABLE is tried again: every call that changes something is idempotent by an id.
 SERVICE_CONFIG = json.dumps(
@@ -35,9 +37,11 @@ CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
-def service_channel(address: str) -> grpc.aio.Channel:
-    """Return a channel to another service at `address` (host:port)."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def service_channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
+    """Return a channel to another service at `address` (host:port), over TLS with `tls`. Raises TlsError."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return RenewedChannel(address, CurrentTls(tls), CHANNEL_OPTIONS)
 
 
 def bearer_metadata(token: str) -> tuple[tuple[str, str], ...]:

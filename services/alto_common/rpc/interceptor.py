@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from itertools import chain, islice
@@ -16,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
 from alto_common.errors import DomainError, invalid_fields
+from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import (
     OPEN_SERVICES,
     Authenticator,
@@ -31,6 +34,9 @@ from alto_common.violations import Violation
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 # A violation takes a tenth of a millisecond to put together, and every caller waits for it.
 ALL_NAMED_BYTES = 4096
+
+# What a context says once a call was refused, as a number or as the code itself.
+_CODES = {key: code for code in grpc.StatusCode for key in (code, code.value[0])}
 
 log = structlog.get_logger("alto.rpc")
 
@@ -95,9 +101,10 @@ if TYPE_CHECKING:  # generic in the type stubs only
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server. `scopes` maps each method to the scope it needs; a missing method is denied."""
 
-    def __init__(self, authenticator: Authenticator, scopes: Mapping[str, Scope]) -> None:
+    def __init__(self, authenticator: Authenticator, scopes: Mapping[str, Scope], monitoring: Monitoring) -> None:
         self._authenticator = authenticator
         self._scopes = scopes
+        self._monitoring = monitoring
 
     async def intercept_service(
         self,
@@ -112,7 +119,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._wrapped(method, handler)
 
     @asynccontextmanager
-    async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def _around(self, method: str, context: Context, streams: bool = False) -> AsyncIterator[None]:
+        """Authenticate, authorise, turn what is raised inside into a status, and count the call."""
+        started_s = time.perf_counter()
+        self._monitoring.stream_opened(method, int(streams))
+        code = grpc.StatusCode.OK
+        try:
+            async with self._answering(method, context):
+                yield
+        except (asyncio.CancelledError, GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except BaseException:
+            code = _CODES.get(context.code(), grpc.StatusCode.UNKNOWN)
+            raise
+        finally:
+            self._monitoring.stream_opened(method, -int(streams))
+            self._monitoring.call_ended(method, code.name, None if streams else time.perf_counter() - started_s)
+
+    @asynccontextmanager
+    async def _answering(self, method: str, context: Context) -> AsyncIterator[None]:
         """Authenticate, authorise, and turn what is raised inside into a status."""
         metadata = dict(context.invocation_metadata() or ())
         call_id = secrets.token_hex(6)
@@ -146,7 +172,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return await behaviour(read(request, deserialize), context)
 
         async def unary_stream(request: bytes, context: Context) -> AsyncIterator[Any]:
-            async with self._around(method, context):
+            async with self._around(method, context, streams=True):
                 async for response in behaviour(read(request, deserialize), context):
                     yield response
 
@@ -155,7 +181,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return await behaviour(read_all(requests, deserialize), context)
 
         async def stream_stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-            async with self._around(method, context):
+            async with self._around(method, context, streams=True):
                 async for response in behaviour(read_all(requests, deserialize), context):
                     yield response
 

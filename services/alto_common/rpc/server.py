@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -11,8 +12,10 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import Authenticator, Scope
 from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES, CallInterceptor
+from alto_common.rpc.tls import TlsFiles, server_credentials
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
     # What gRPC itself refuses carries no ErrorInfo, so a request that is not much too large gets as far as a handler.
@@ -31,7 +34,10 @@ log = structlog.get_logger("alto.server")
 
 
 class Server:
-    """One listening port with its services. `stop` says NOT_SERVING first, then gives calls `grace_s` seconds."""
+    """One listening port with its services, over TLS with `tls`, its calls counted by `monitoring`.
+
+    Constructing it may raise TlsError. `stop` says NOT_SERVING first, then gives calls `grace_s` seconds.
+    """
 
     def __init__(
         self,
@@ -39,24 +45,39 @@ class Server:
         authenticator: Authenticator,
         scopes: Mapping[str, Scope],
         service_names: Sequence[str],
+        tls: TlsFiles | None = None,
+        monitoring: Monitoring | None = None,
     ) -> None:
         self.listen = listen
         self.port = 0
-        self.grpc = grpc.aio.server(interceptors=[CallInterceptor(authenticator, scopes)], options=SERVER_OPTIONS)
+        interceptor = CallInterceptor(authenticator, scopes, monitoring or Monitoring())
+        self.grpc = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc)
         self._service_names = tuple(service_names)
+        self._credentials = None if tls is None else server_credentials(tls)
 
     async def start(self) -> None:
         """Bind the port and serve, NOT_SERVING until `set_serving`. Raises RuntimeError when the port is taken."""
         await self.set_serving(False)
         try:
-            self.port = self.grpc.add_insecure_port(self.listen)
+            if self._credentials is None:
+                self.port = self.grpc.add_insecure_port(self.listen)
+            else:
+                self.port = self.grpc.add_secure_port(self.listen, self._credentials)
         except RuntimeError as error:
             await self.grpc.stop(None)
             raise RuntimeError(f"cannot listen on {self.listen!r}") from error
+        if self._credentials is None and not is_loopback(self.listen):
+            log.warning(
+                "listening without TLS where other machines may come: who is on the way can read and change all that "
+                "is sent, API keys, the service token, datasets and adapters included",
+                listen=self.listen,
+                cure="give the service a certificate (ALTO_..._TLS_CERTIFICATE and _TLS_KEY, see docs/tls.md), or "
+                "listen on 127.0.0.1 behind a proxy that speaks TLS",
+            )
         await self.grpc.start()
 
     async def set_serving(self, serving: bool) -> None:
@@ -69,6 +90,17 @@ class Server:
         """Stop serving."""
         await self.set_serving(False)
         await self.grpc.stop(grace_s)
+
+
+def is_loopback(listen: str) -> bool:
+    """Return whether only this machine can connect to an address that a server listens on."""
+    if listen.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def run_until_signal(

@@ -275,8 +275,8 @@ def own_home(tmp_path, monkeypatch):
     """A home folder of the test's own, and no server named by the environment."""
     home = tmp_path / "home"
     monkeypatch.setenv("ALTO_HOME", str(home))
-    monkeypatch.delenv("ALTO_SERVER", raising=False)
-    monkeypatch.delenv("ALTO_API_KEY", raising=False)
+    for name in ("ALTO_SERVER", "ALTO_API_KEY", "ALTO_ROOT_CERTIFICATES"):
+        monkeypatch.delenv(name, raising=False)
     return home
 
 

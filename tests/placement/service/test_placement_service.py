@@ -41,6 +41,7 @@ def settings(tmp_path, lease_s):
         retry_delay_s=0.05,
         refresh_s=0.2,
         decision_budget_s=0,
+        metrics_listen="127.0.0.1:0",
     )
 
 

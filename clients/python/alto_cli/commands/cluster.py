@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from alto_cli.failures import failures
-from alto_cli.options import ApiKey, Json, Server, TaskOrNewest
+from alto_cli.options import ApiKey, Json, RootCertificates, Server, Target, TaskOrNewest
 
 Node = Annotated[str, typer.Argument(metavar="NODE", help="The node's id.", show_default=False)]
 
@@ -23,12 +23,18 @@ def plan(
         (cluster.watch_plan if watch else cluster.show_plan)(json_output)
 
 
-def why(task: TaskOrNewest = "", server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
+def why(
+    task: TaskOrNewest = "",
+    server: Server = "",
+    api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
+    json_output: Json = False,
+) -> None:
     """Tell why a task waits, until when, what would help."""
     with failures(json_output):
         from alto_cli import cluster
 
-        cluster.why(task, server, api_key, json_output)
+        cluster.why(task, Target(server, api_key, root_certificates), json_output)
 
 
 def nodes(json_output: Json = False) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from alto_cli.failures import failures
-from alto_cli.options import ApiKey, Json, Server
+from alto_cli.options import ApiKey, Json, RootCertificates, Server, Target
 
 app = typer.Typer(help="Check, upload, list and delete datasets.", no_args_is_help=True)
 DatasetFile = Annotated[Path, typer.Argument(metavar="FILE", help="A JSONL or Parquet file.", show_default=False)]
@@ -31,12 +31,14 @@ def check(
 
 
 @app.command("list")
-def list_datasets(server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
+def list_datasets(
+    server: Server = "", api_key: ApiKey = "", root_certificates: RootCertificates = None, json_output: Json = False
+) -> None:
     """List the uploaded datasets, newest first."""
     with failures(json_output):
         from alto_cli import datasets
 
-        datasets.list_datasets(server, api_key, json_output)
+        datasets.list_datasets(Target(server, api_key, root_certificates), json_output)
 
 
 @app.command()
@@ -45,13 +47,14 @@ def upload(
     name: Annotated[str, typer.Option(help="A name for people. Default: the file's.")] = "",
     server: Server = "",
     api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
     """Upload a file; the same file again is the same dataset."""
     with failures(json_output):
         from alto_cli import datasets
 
-        datasets.upload(file, name, server, api_key, json_output)
+        datasets.upload(file, name, Target(server, api_key, root_certificates), json_output)
 
 
 @app.command()
@@ -59,10 +62,11 @@ def delete(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="The dataset's id.", show_default=False)],
     server: Server = "",
     api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
     """Delete a dataset that no unfinished task uses."""
     with failures(json_output):
         from alto_cli import datasets
 
-        datasets.delete(dataset, server, api_key, json_output)
+        datasets.delete(dataset, Target(server, api_key, root_certificates), json_output)

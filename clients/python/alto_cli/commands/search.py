@@ -13,8 +13,10 @@ from alto_cli.options import (
     Device,
     Dtype,
     Json,
+    RootCertificates,
     Server,
     Slots,
+    Target,
     TaskFileArgument,
     TaskOrNewest,
     Threads,
@@ -26,13 +28,14 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="Folder for the best adapter, in place of the file's.")] = None,
     server: Server = "",
     api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
     """Search, and fetch the best adapter: submit, watch, download."""
     with failures(json_output):
         from alto_cli.searching import tune_file
 
-        tune_file(file, output, server, api_key, json_output)
+        tune_file(file, output, Target(server, api_key, root_certificates), json_output)
 
 
 def submit(
@@ -41,13 +44,14 @@ def submit(
     check: Annotated[bool, typer.Option("--check", help="Have everything checked, and admit nothing.")] = False,
     server: Server = "",
     api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
     """Submit a search and print its task id."""
     with failures(json_output):
         from alto_cli.searching import submit_file
 
-        submit_file(file, request_id, check, server, api_key, json_output)
+        submit_file(file, request_id, check, Target(server, api_key, root_certificates), json_output)
 
 
 def watch(
@@ -55,13 +59,14 @@ def watch(
     resume_token: Annotated[str, typer.Option(help="Carry on after the message that had this token.")] = "",
     server: Server = "",
     api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
     """Follow a search until it ends. Ctrl-C leaves it running."""
     with failures(json_output):
         from alto_cli.searching import watch_task
 
-        watch_task(task, resume_token, server, api_key, json_output)
+        watch_task(task, resume_token, Target(server, api_key, root_certificates), json_output)
 
 
 def estimate(
@@ -73,6 +78,7 @@ def estimate(
     threads: Threads = None,
     server: Server = "",
     api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
     """Tell what a search would take; nothing is spent."""
@@ -90,4 +96,4 @@ def estimate(
             )
         from alto_cli.searching import estimate_file
 
-        estimate_file(file, server, api_key, json_output)
+        estimate_file(file, Target(server, api_key, root_certificates), json_output)

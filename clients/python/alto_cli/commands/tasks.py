@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from alto_cli.failures import failures
-from alto_cli.options import ApiKey, Json, Server, Task, TaskOrNewest
+from alto_cli.options import ApiKey, Json, RootCertificates, Server, Target, Task, TaskOrNewest
 
 
 def list_tasks(
@@ -17,53 +17,84 @@ def list_tasks(
     limit: Annotated[int, typer.Option(min=1, help="Most tasks to list.")] = 50,
     server: Server = "",
     api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
     """List the tasks, newest first."""
     with failures(json_output):
         from alto_cli import tasks
 
-        tasks.list_tasks(state or [], label or [], limit, server, api_key, json_output)
+        tasks.list_tasks(state or [], label or [], limit, Target(server, api_key, root_certificates), json_output)
 
 
-def show(task: TaskOrNewest = "", server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
+def show(
+    task: TaskOrNewest = "",
+    server: Server = "",
+    api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
+    json_output: Json = False,
+) -> None:
     """Show one task."""
     with failures(json_output):
         from alto_cli import tasks
 
-        tasks.show(task, server, api_key, json_output)
+        tasks.show(task, Target(server, api_key, root_certificates), json_output)
 
 
-def trials(task: TaskOrNewest = "", server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
+def trials(
+    task: TaskOrNewest = "",
+    server: Server = "",
+    api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
+    json_output: Json = False,
+) -> None:
     """List a task's trials, best first."""
     with failures(json_output):
         from alto_cli import tasks
 
-        tasks.trials(task, server, api_key, json_output)
+        tasks.trials(task, Target(server, api_key, root_certificates), json_output)
 
 
-def cancel(task: Task, server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
+def cancel(
+    task: Task,
+    server: Server = "",
+    api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
+    json_output: Json = False,
+) -> None:
     """End a task. Adapters that it has found stay."""
     with failures(json_output):
         from alto_cli import tasks
 
-        tasks.change("cancel", task, server, api_key, json_output)
+        tasks.change("cancel", task, Target(server, api_key, root_certificates), json_output)
 
 
-def pause(task: Task, server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
+def pause(
+    task: Task,
+    server: Server = "",
+    api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
+    json_output: Json = False,
+) -> None:
     """Free a task's resources at its next checkpoint."""
     with failures(json_output):
         from alto_cli import tasks
 
-        tasks.change("pause", task, server, api_key, json_output)
+        tasks.change("pause", task, Target(server, api_key, root_certificates), json_output)
 
 
-def resume(task: Task, server: Server = "", api_key: ApiKey = "", json_output: Json = False) -> None:
+def resume(
+    task: Task,
+    server: Server = "",
+    api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
+    json_output: Json = False,
+) -> None:
     """Carry on with a paused task."""
     with failures(json_output):
         from alto_cli import tasks
 
-        tasks.change("resume", task, server, api_key, json_output)
+        tasks.change("resume", task, Target(server, api_key, root_certificates), json_output)
 
 
 def stop_trial(
@@ -71,13 +102,14 @@ def stop_trial(
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The trial, such as trial-003.", show_default=False)],
     server: Server = "",
     api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
     """Stop one trial. Its best adapter stays."""
     with failures(json_output):
         from alto_cli import tasks
 
-        tasks.stop_trial(task, trial, server, api_key, json_output)
+        tasks.stop_trial(task, trial, Target(server, api_key, root_certificates), json_output)
 
 
 def download(
@@ -87,10 +119,11 @@ def download(
     force: Annotated[bool, typer.Option("--force", help="Replace another adapter that lies there.")] = False,
     server: Server = "",
     api_key: ApiKey = "",
+    root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
     """Download an adapter (PEFT), each file checked."""
     with failures(json_output):
         from alto_cli import tasks
 
-        tasks.download(task, trial, output, force, server, api_key, json_output)
+        tasks.download(task, trial, output, force, Target(server, api_key, root_certificates), json_output)

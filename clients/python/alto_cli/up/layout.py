@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from alto_cli.failures import CommandError
 
 HOST = "127.0.0.1"
 NODE_ID = "local"
+TLS_SETTING = re.compile("ALTO_(ADMISSION|PLACEMENT|NODE)_(PUBLIC_)?TLS_.+")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,15 @@ class Layout:
             raise CommandError(
                 f"{error.filename}: {error.strerror}", "name another folder for ALTO's state with ALTO_HOME"
             ) from None
+
+    def check_environment(self) -> None:
+        """Raise `CommandError` naming the settings for TLS: on one machine the services speak plaintext."""
+        if given := sorted(filter(TLS_SETTING.fullmatch, os.environ)):
+            raise CommandError(
+                f"`alto up` serves this machine alone, without TLS, and {', '.join(given)} would have it otherwise",
+                f"leave them out: env {' '.join(f'-u {name}' for name in given)} alto up",
+                "or start each service by itself: alto-admission, alto-placement, alto-node",
+            )
 
     def check_ports(self) -> None:
         """Raise `CommandError` naming the ports that something else listens on."""

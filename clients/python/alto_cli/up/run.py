@@ -36,6 +36,7 @@ class LocalServices:
         if not self._lock.acquire():
             raise already_running(self._layout.home)
         try:
+            self._layout.check_environment()
             self._layout.check_ports()
             token = self._layout.service_token()
             self._supervisor = Supervisor(self._layout.services(token), self._screen.tell)
