@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from alto_common.base_models import default_models_root
-from alto_common.configuration import ServiceSettings, home_folder
+from alto_common.configuration import GivenPath, ServiceSettings, home_folder
 from alto_common.dataset_rows import DatasetLimits
 from pydantic import Field, model_validator
 
@@ -36,8 +36,8 @@ class AdmissionSettings(ServiceSettings):
     allow_hub: bool = False
     placement_address: str = "127.0.0.1:7412"
     local_key_file: Path | None = None
-    public_tls_certificate: Path | None = None
-    public_tls_key: Path | None = None
+    public_tls_certificate: GivenPath = None
+    public_tls_key: GivenPath = None
 
     max_dataset_bytes: int = Field(default=1 << 30, ge=1)
     max_dataset_rows: int = Field(default=1_000_000, ge=1)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import StringConstraints, ValidationError, model_validator
+from pydantic import BeforeValidator, StringConstraints, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 # What settings of several services need, see `ServiceSettings.needed`.
@@ -30,6 +30,10 @@ def make_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+# Empty is as good as not given.
+GivenPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 
 
 class SettingsError(ValueError):
@@ -53,9 +57,9 @@ class ServiceSettings(BaseSettings):
     service_token: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     log_format: Literal["json", "text"] = "json"
     metrics_listen: str = ""
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-    tls_roots: Path | None = None
+    tls_certificate: GivenPath = None
+    tls_key: GivenPath = None
+    tls_roots: GivenPath = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__()
@@ -92,7 +96,10 @@ class ServiceSettings(BaseSettings):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            faults = [cls._fault(fault["loc"], fault["msg"]) for fault in error.errors(include_input=False)]
+            faults = [
+                cls._fault(fault["loc"], fault["msg"].removeprefix("Value error, "))
+                for fault in error.errors(include_input=False)
+            ]
             raise SettingsError("; ".join(faults)) from None
 
     @contextmanager

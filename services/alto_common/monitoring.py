@@ -7,13 +7,16 @@ is read when the page is asked for, on the service's own event loop, so that it 
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from collections.abc import Awaitable, Callable, Iterable
-from threading import Thread
-from typing import TypeAlias
-from wsgiref.simple_server import WSGIServer
+from socketserver import TCPServer, ThreadingMixIn
+from threading import BoundedSemaphore, Lock, Thread
+from typing import Any, TypeAlias
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.metrics_core import Metric
@@ -23,6 +26,10 @@ from prometheus_client.registry import Collector
 
 # The page is asked for every 15 s or so, and Prometheus waits 10 s for it.
 READ_TIMEOUT_S = 5.0
+# Readers that come together see one state, and one that says or takes nothing is let go of.
+FRESH_S = 1.0
+MOST_READERS = 8
+SILENCE_S = 10.0
 _CALL_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 Read: TypeAlias = Callable[[], Awaitable[Iterable[Metric]]]
@@ -55,7 +62,7 @@ class Monitoring:
             "alto_open_streams", "Streams of responses that are open", ["method"], registry=self.registry
         )
         self._unread = Counter("alto_unread_states", "Times that the state could not be read", registry=self.registry)
-        self._server: WSGIServer | None = None
+        self._server: _PageServer | None = None
         self._thread: Thread | None = None
 
     def call_ended(self, method: str, code: str, seconds: float | None) -> None:
@@ -78,8 +85,13 @@ class Monitoring:
         if not listen:
             return 0
         host, _, port = listen.rpartition(":")
-        self._server, self._thread = start_http_server(int(port), host.strip("[]"), self.registry)
-        return int(self._server.server_port)
+        if not host or not port.isdecimal():
+            raise ValueError(f"{listen!r} is not host:port")
+        self._server = _PageServer(host.strip("[]"), int(port), make_wsgi_app(self.registry))
+        self._thread = Thread(target=self._server.serve_forever, daemon=True, name="metrics")
+        self._thread.start()
+        log.info("metrics can be read", host=host, port=self._server.server_port)
+        return self._server.server_port
 
     def stop(self) -> None:
         """Serve it no more."""
@@ -90,6 +102,48 @@ class Monitoring:
         self._server = None
 
 
+class _PageServer(ThreadingMixIn, WSGIServer):
+    """Serves the page to a few readers at a time. Raises OSError, OverflowError for a port that none can have."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, app: Any) -> None:
+        self._places = BoundedSemaphore(MOST_READERS)
+        self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        super().__init__((host, port), _PageHandler)
+        self.set_app(app)
+
+    def server_bind(self) -> None:
+        """Bind without asking for this host's name, which may take long."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]  # host and port of TCP
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, or hang up where too many are being answered."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and make room for another."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a reader has gone away, or was too slow."""
+
+
+class _PageHandler(WSGIRequestHandler):
+    timeout = SILENCE_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing of each reading."""
+
+
 class _OnLoop(Collector):
     """Asks an event loop, from the thread of whoever reads the page. What cannot be read now is left out."""
 
@@ -97,13 +151,23 @@ class _OnLoop(Collector):
         self._loop = loop
         self._read = read
         self._unread = unread
+        self._lock = Lock()
+        self._state: Iterable[Metric] = ()
+        self._read_s = float("-inf")
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: what there is to read is known when it is read."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """Return what is there now."""
+        """Return what is there now, or was a moment ago."""
+        with self._lock:
+            if time.monotonic() - self._read_s >= FRESH_S:
+                self._state = self._asked()
+                self._read_s = time.monotonic()
+            return self._state
+
+    def _asked(self) -> Iterable[Metric]:
         asked = asyncio.run_coroutine_threadsafe(self._reading(), self._loop)
         try:
             return asked.result(READ_TIMEOUT_S)

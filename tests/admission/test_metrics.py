@@ -6,6 +6,7 @@ import grpc
 import pytest
 from alto.v1 import admission_service_pb2 as messages
 from alto.v1 import tuning_pb2
+from alto_common.monitoring import FRESH_S
 from alto_common.rpc.channel import bearer_metadata
 from metrics_page import metrics_of
 
@@ -51,6 +52,15 @@ async def test_a_stream_is_open_until_its_caller_leaves(admission):
     assert value("alto_calls_total", method="WatchTuningTask", code="CANCELLED") == 1
     assert value("alto_call_seconds_count", method="WatchTuningTask") is None
 
+    request = messages.WatchTuningTaskRequest(task_id=task.task_id)
+    late = client.stub.WatchTuningTask(request, metadata=client.metadata, timeout=0.3)
+    with pytest.raises(grpc.aio.AioRpcError):
+        async for _ in late:
+            pass
+    while not value("alto_calls_total", method="WatchTuningTask", code="DEADLINE_EXCEEDED"):
+        await asyncio.sleep(0.02)
+        value = await metrics_of(admission.server.metrics_port)
+
 
 async def test_what_is_queued_and_what_ended_and_why(admission, placement):
     client = await admission.client()
@@ -79,6 +89,7 @@ async def test_what_is_queued_and_what_ended_and_why(admission, placement):
 
     failed = task_state(tuning_pb2.TASK_STATE_FAILED, tuning_pb2.Failure(reason="EXECUTION_FAILED", message="broken"))
     await admission.report(numbered(first.task_id, 1, [failed], first=len(events) + 1))
+    await asyncio.sleep(FRESH_S)
     value = await metrics_of(admission.server.metrics_port)
     assert value("alto_tasks_ended_total", state="failed") == 1
     assert value("alto_tasks", state="running") is None

@@ -97,7 +97,7 @@ def test_what_is_wrong_with_the_public_pair_is_told_by_its_variables(settings_of
 
 async def test_a_public_key_of_another_certificate_is_told(started, authority):
     files = replace(authority.issue("public"), key=authority.issue("other").key)
-    with pytest.raises(SettingsError, match=r"^ALTO_ADMISSION_PUBLIC_TLS_KEY: .*is not the key of the certificate"):
+    with pytest.raises(SettingsError, match=r"^ALTO_ADMISSION_PUBLIC_TLS_KEY: .*is not the key of the first"):
         await started(public_tls_certificate=files.certificate, public_tls_key=files.key)
 
 

@@ -1,9 +1,12 @@
 """The page itself, over a real port: what is counted, what is read on the loop, and what cannot be read."""
 
 import asyncio
+import socket
+import threading
+import time
 
 import pytest
-from alto_common.monitoring import Monitoring, gauge
+from alto_common.monitoring import FRESH_S, MOST_READERS, SILENCE_S, Monitoring, gauge
 from metrics_page import metrics_of
 
 
@@ -23,8 +26,30 @@ async def test_what_is_there_at_the_moment_is_read_on_the_loop_that_owns_it(moni
 
     monitoring.read_from(read)
     port = monitoring.start("127.0.0.1:0")
-    assert [(await metrics_of(port))("alto_answer") for _ in range(2)] == [1, 2]
+    pages = await asyncio.gather(*(metrics_of(port) for _ in range(5)))
+    assert {page("alto_answer") for page in pages} == {1}, "readers that come together see one state"
+    await asyncio.sleep(FRESH_S)
+    assert (await metrics_of(port))("alto_answer") == 2
     assert seen == [loop, loop]
+
+
+async def test_readers_that_say_nothing_leave_room_for_others_and_are_let_go_of(monitoring):
+    port = monitoring.start("127.0.0.1:0")
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(3 * MOST_READERS)]
+    try:
+        threads = [thread for thread in threading.enumerate() if "process_request" in thread.name]
+        assert len(threads) <= MOST_READERS
+        deadline = time.monotonic() + 6 * SILENCE_S
+        while True:
+            try:
+                await metrics_of(port)
+                break
+            except OSError:  # hung up on, as long as the idle ones are there
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.2)
+    finally:
+        for one in idle:
+            one.close()
 
 
 async def test_what_cannot_be_read_is_left_out_and_counted(monitoring):
@@ -47,5 +72,15 @@ async def test_without_an_address_there_is_no_page_and_a_taken_one_is_an_error(m
     other = Monitoring()
     with pytest.raises(OSError, match="in use"):
         other.start(f"127.0.0.1:{port}")
-    with pytest.raises(ValueError, match="nowhere"):
-        other.start("nowhere")
+    for nowhere in ("nowhere", "9000", ":9000", "127.0.0.1:port"):
+        with pytest.raises(ValueError, match=f"'{nowhere}' is not host:port"):
+            other.start(nowhere)
+    with pytest.raises(OverflowError):
+        other.start("127.0.0.1:70000")
+
+
+async def test_an_address_may_be_of_ip_version_6(monitoring):
+    port = monitoring.start("[::1]:0")
+    with socket.create_connection(("::1", port)) as reader:
+        reader.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert b"200 OK" in await asyncio.to_thread(reader.recv, 1000)

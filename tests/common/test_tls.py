@@ -165,7 +165,7 @@ async def test_a_pair_that_is_replaced_by_halves_or_broken_is_not_shown(authorit
             assert await asyncio.to_thread(shown, address) == kept_in(files) != before
         told = [line["error"] for line in logs if line["log_level"] == "warning"]
         assert len(told) == 3, "once for each state of the files"
-        assert "is not the key of the certificate" in told[0]
+        assert "is not the key of the first certificate" in told[0]
         assert "holds no private key in PEM" in told[1]
         assert "No such file" in told[2]
 
@@ -286,7 +286,7 @@ def test_files_that_are_mixed_up_are_told(load, authority):
 
 def test_a_key_of_another_certificate_is_told(load, authority):
     files, other = authority.issue("service"), authority.issue("other")
-    with pytest.raises(SettingsError, match=r"^ALTO_SAMPLE_TLS_KEY: .*other.key is not the key of the certificate"):
+    with pytest.raises(SettingsError, match=r"^ALTO_SAMPLE_TLS_KEY: .*other.key is not the key of the first"):
         load(tls_certificate=files.certificate, tls_key=other.key)
 
 
@@ -295,13 +295,41 @@ def test_an_encrypted_key_is_told_and_nobody_is_asked_for_its_password(load, aut
     encrypted = tmp_path / "encrypted.key"
     command = ["openssl", "pkey", "-in", files.key, "-aes128", "-passout", "pass:PASSWORD", "-out", encrypted]
     subprocess.run(command, check=True, capture_output=True)
-    with pytest.raises(SettingsError, match=r"^ALTO_SAMPLE_TLS_KEY: .*it is encrypted: give .* not encrypted"):
+    with pytest.raises(SettingsError, match=r"^ALTO_SAMPLE_TLS_KEY: .*encrypted.key is encrypted: give .*"):
         load(tls_certificate=files.certificate, tls_key=encrypted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [
+        (("RSA", "rsa_keygen_bits:2048"), True),
+        (("RSA", "rsa_keygen_bits:1024"), False),
+        (("EC", "ec_paramgen_curve:P-384"), True),
+        (("EC", "ec_paramgen_curve:P-521"), False),
+        (("ED25519",), False),
+    ],
+)
+def test_a_key_of_a_kind_that_every_handshake_would_fail_with_is_told(load, tmp_path, kind, fits):
+    algorithm, *options = kind
+    key, certificate = tmp_path / "service.key", tmp_path / "service.pem"
+    make = ["openssl", "genpkey", "-algorithm", algorithm, "-out", key]
+    subprocess.run([*make, *(word for option in options for word in ("-pkeyopt", option))], check=True)
+    sign = ["openssl", "req", "-x509", "-key", key, "-out", certificate, "-subj", "/CN=service"]
+    subprocess.run(sign, check=True)
+    if fits:
+        assert load(tls_certificate=certificate, tls_key=key) is not None
+        return
+    with pytest.raises(SettingsError, match=r"^ALTO_SAMPLE_TLS_KEY: .*service.key is a key of a kind .*: make one"):
+        load(tls_certificate=certificate, tls_key=key)
+
+
+def test_a_setting_that_is_empty_is_not_given(load):
+    assert load(tls_certificate="", tls_key="", tls_roots="") is None
 
 
 async def test_a_server_does_not_begin_with_files_that_cannot_be_used(authority):
     files = replace(authority.issue("server"), key=authority.issue("other").key)
-    with pytest.raises(TlsError, match="is not the key of the certificate"):
+    with pytest.raises(TlsError, match="is not the key of the first certificate"):
         Server("127.0.0.1:0", ServiceTokenAuthenticator(TOKEN), {}, [SERVICE], tls=files)
 
 

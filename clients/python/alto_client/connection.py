@@ -48,7 +48,8 @@ class Connection:
 
     `address` is "host:port", or "https://host:port" for TLS with the certificates of public authorities, or with
     `root_certificates` (PEM), which imply it. `client_certificate` is a chain and its key (PEM), for a server that asks
-    for one. `timeout_s` (seconds) is the deadline of calls that name none. Raises ValueError for roots that are none.
+    for one, and implies it too. `timeout_s` (seconds) is the deadline of calls that name none. Raises ValueError for
+    roots that are none.
     """
 
     def __init__(
@@ -61,12 +62,15 @@ class Connection:
         client_certificate: tuple[bytes, bytes] | None = None,
     ) -> None:
         self.timeout_s = timeout_s
-        self.target = address.removeprefix("https://").removeprefix("http://").rstrip("/")
+        scheme, separator, rest = address.partition("://")
+        scheme = scheme.lower() if separator else ""
+        self.target = (rest if scheme in ("http", "https") else address).rstrip("/")
         if root_certificates is not None:
             _check_roots(root_certificates)
-        self._over_tls = address.startswith("https://") or (
-            root_certificates is not None and not address.startswith("http://")
-        )
+        if client_certificate is not None and scheme == "http":
+            raise ValueError("client_certificate: is for TLS, which http:// is not")
+        has_certificates = root_certificates is not None or client_certificate is not None
+        self._over_tls = scheme == "https" or (has_certificates and scheme != "http")
         if self._over_tls:
             chain, key = client_certificate or (None, None)
             credentials = grpc.ssl_channel_credentials(root_certificates, key, chain)
@@ -103,6 +107,7 @@ def _check_roots(root_certificates: bytes) -> None:
     """Raise ValueError unless there is a certificate: gRPC would only say that it cannot connect."""
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(cadata=root_certificates.decode("ascii", "replace"))
-    except ssl.SSLError:
+        # Beside certificates a file may hold comments, in any encoding.
+        context.load_verify_locations(cadata=root_certificates.decode("ascii", "ignore"))
+    except (ssl.SSLError, ValueError):
         raise ValueError("no certificate in PEM") from None

@@ -14,6 +14,8 @@ def handshake_fault(details: str, address: str) -> str | None:
     """Return what to tell of a handshake that every attempt will fail; None for any other failure."""
     if "WRONG_VERSION_NUMBER" in details:
         return f"{address} does not speak TLS: name it without https://, and without root certificates"
+    if "Failed to create security handshaker" in details:
+        return f"the certificate for {address} cannot be used: give PEM, a chain and the key of its first certificate"
     if "Hostname Verification Check failed" in details:
         return f"{address} shows a certificate for other names: name it as its certificate does"
     _, found, rest = details.partition("CERTIFICATE_VERIFY_FAILED")

@@ -122,19 +122,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _around(self, method: str, context: Context, streams: bool = False) -> AsyncIterator[None]:
         """Authenticate, authorise, turn what is raised inside into a status, and count the call."""
         started_s = time.perf_counter()
-        self._monitoring.stream_opened(method, int(streams))
-        code = grpc.StatusCode.OK
+        if streams:
+            self._monitoring.stream_opened(method, 1)
+        code = grpc.StatusCode.UNKNOWN
         try:
             async with self._answering(method, context):
                 yield
+            code = _CODES.get(context.code(), grpc.StatusCode.OK)
         except (asyncio.CancelledError, GeneratorExit):
-            code = grpc.StatusCode.CANCELLED
+            left_s = context.time_remaining()
+            in_time = left_s is None or left_s > 0
+            code = grpc.StatusCode.CANCELLED if in_time else grpc.StatusCode.DEADLINE_EXCEEDED
             raise
         except BaseException:
-            code = _CODES.get(context.code(), grpc.StatusCode.UNKNOWN)
+            code = _CODES.get(context.code(), code)
             raise
         finally:
-            self._monitoring.stream_opened(method, -int(streams))
+            if streams:
+                self._monitoring.stream_opened(method, -1)
             self._monitoring.call_ended(method, code.name, None if streams else time.perf_counter() - started_s)
 
     @asynccontextmanager

@@ -18,7 +18,8 @@ class RenewedChannel(grpc.aio.Channel):
     """A channel to `address`. A call that begins after the files were replaced has a connection made with the new ones.
 
     Calls under way keep the connection they have, which is closed when the last of them has ended: cutting them off
-    would cost the services their sessions at every renewal.
+    would cost the services their sessions at every renewal. So a stream that nobody wants any more must be cancelled:
+    to drop it is not enough.
     """
 
     def __init__(self, address: str, tls: CurrentTls, options: Sequence[tuple[str, int | str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -14,9 +15,14 @@ import structlog
 from alto_common.configuration import ServiceSettings
 
 Part: TypeAlias = Literal["certificate", "key", "roots"]
+Stamp: TypeAlias = tuple[int, ...]
 
 CERTIFICATE_CURE = "give a PEM file with the certificate first and those that lead to its root after it"
 KEY_CURE = "give the PEM file of the certificate's private key, not encrypted"
+# What gRPC's TLS takes: others pass its start and fail every handshake.
+LEAST_RSA_BITS = 2048
+CURVES = ("secp256r1", "secp384r1")
+KIND_CURE = f"make one of RSA with {LEAST_RSA_BITS} bits or more, or of ECDSA over P-256 or P-384"
 ROOTS_CURE = "give a PEM file with the certificates of the authorities that the services' own are signed by"
 
 log = structlog.get_logger("alto.tls")
@@ -72,19 +78,22 @@ class TlsFiles:
             raise TlsError("certificate", "its files were replaced while they were read", "try again")
         return content
 
-    def stamps(self) -> tuple[tuple[int, int, int] | None, ...]:
+    def stamps(self) -> tuple[Stamp | None, ...]:
         """Return what tells whether the files have been replaced; None for one that is not there."""
         return tuple(_stamp(path) for path in (self.certificate, self.key, self.roots) if path is not None)
 
     def _check_pair(self) -> None:
+        _check_kind(self.key)
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate, self.key, password=_no_password)
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":
-                message = f"{self.key} is not the key of the certificate in {self.certificate}"
-                raise TlsError("key", message, "give the two that were made together") from error
-            raise TlsError("key", f"{self.key} holds no private key in PEM", KEY_CURE) from error
+                message = f"{self.key} is not the key of the first certificate in {self.certificate}"
+                raise TlsError(
+                    "key", message, "give the two that were made together, that certificate first"
+                ) from error
+            raise TlsError("key", f"{self.key} cannot be used ({error.reason})", KEY_CURE) from error
         except (OSError, ValueError) as error:
             raise TlsError("key", f"{self.key}: {error}", KEY_CURE) from error
 
@@ -92,7 +101,8 @@ class TlsFiles:
 class CurrentTls:
     """The newest content of TLS files that could be used. Threads may share it: gRPC asks from its own.
 
-    Raises TlsError when the files cannot be used to begin with. Files that cannot be used later are logged, once.
+    Raises TlsError when the files cannot be used to begin with. Files that cannot be used later are read again each
+    time, until they can be; what is wrong with them is logged when it changes.
     """
 
     def __init__(self, files: TlsFiles) -> None:
@@ -100,27 +110,30 @@ class CurrentTls:
         self._lock = threading.Lock()
         self._stamps = files.stamps()
         self._content = files.read()
+        self._fault = ""
 
     def newest(self) -> TlsContent:
         """Return the content; files that have been replaced are read."""
         with self._lock:
             stamps = self._files.stamps()
             if stamps != self._stamps:
-                self._stamps = stamps
-                self._take_over()
+                self._take_over(stamps)
             return self._content
 
-    def _take_over(self) -> None:
+    def _take_over(self, stamps: tuple[Stamp | None, ...]) -> None:
         try:
             self._content = self._files.read()
         except TlsError as error:
-            log.warning(
-                "TLS files were replaced and cannot be used; those before are kept",
-                error=str(error),
-                cure=error.cure,
-                certificate=str(self._files.certificate),
-            )
+            if str(error) != self._fault:
+                log.warning(
+                    "TLS files were replaced and cannot be used; those before are kept",
+                    error=str(error),
+                    cure=error.cure,
+                    certificate=str(self._files.certificate),
+                )
+            self._fault = str(error)
         else:
+            self._stamps, self._fault = stamps, ""
             log.info("TLS files were replaced and are used from now on", certificate=str(self._files.certificate))
 
 
@@ -184,10 +197,31 @@ def _read(part: Part, path: Path, cure: str) -> bytes:
 
 
 def _check_certificates(part: Part, path: Path, cure: str) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    with suppress(OSError):  # an SSLError is one
+        context.load_verify_locations(path)
+    if context.cert_store_stats()["x509"] == 0:
+        raise TlsError(part, f"{path} holds no certificate in PEM", cure)
+
+
+def _check_kind(path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except OSError as error:  # an SSLError is one
-        raise TlsError(part, f"{path} holds no certificate in PEM", cure) from error
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except TypeError as error:
+        raise TlsError("key", f"{path} is encrypted", KEY_CURE) from error
+    except OSError as error:
+        raise TlsError("key", f"{path}: {error.strerror}", KEY_CURE) from error
+    except Exception as error:  # of many kinds, for what is no key
+        raise TlsError("key", f"{path} holds no private key in PEM", KEY_CURE) from error
+    if isinstance(key, rsa.RSAPrivateKey):
+        fits = key.key_size >= LEAST_RSA_BITS
+    else:
+        fits = isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in CURVES
+    if not fits:
+        raise TlsError("key", f"{path} is a key of a kind that gRPC does not take", KIND_CURE)
 
 
 def _no_password() -> str:
@@ -195,9 +229,10 @@ def _no_password() -> str:
     raise ValueError("it is encrypted")
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> Stamp | None:
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    # The change of its rights, too, that lets it be read.
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -6,10 +6,13 @@ from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
-from alto.v1.admission_service_pb2_grpc import add_AdmissionServiceServicer_to_server
+from alto.v1.admission_service_pb2 import ListBaseModelsRequest
+from alto.v1.admission_service_pb2_grpc import AdmissionServiceStub, add_AdmissionServiceServicer_to_server
 from alto_cli.app import app
 from alto_cli.client_file import ClientFile
 from alto_client import AltoClient, AltoError
+from alto_client.connection import Connection
+from alto_client.errors import HandshakeError
 from certificates import Authority
 from typer.testing import CliRunner
 
@@ -109,9 +112,33 @@ def test_an_upload_does_not_wait_for_a_certificate_to_become_another(secured, tm
         client.upload_dataset(rows)
 
 
-def test_roots_that_are_none():
+@pytest.mark.parametrize("content", [b"", b"nonsense", "Autorit\u00e9".encode(), b"\x30\x82\x01\x0a\x02\xff"])
+def test_roots_that_are_none(content):
     with pytest.raises(ValueError, match="no certificate in PEM"):
-        AltoClient("https://127.0.0.1:1", API_KEY, root_certificates=b"nonsense")
+        AltoClient("https://127.0.0.1:1", API_KEY, root_certificates=content)
+
+
+def test_roots_may_have_comments_and_the_scheme_capitals(secured, authority):
+    roots = "# Autorit\u00e9 priv\u00e9e\n".encode() + authority.roots.read_bytes()
+    with AltoClient(f"HTTPS://{secured}", API_KEY, root_certificates=roots) as client:
+        assert client.get_task("task-1").task_id == "task-1"
+
+
+def test_a_certificate_of_the_callers_own_is_for_tls(secured, authority):
+    files = authority.issue("operator")
+    pair = files.certificate.read_bytes(), files.key.read_bytes()
+    with pytest.raises(HandshakeError, match="is not trusted here"):
+        list_models(Connection(secured, "token", client_certificate=pair))
+    with pytest.raises(ValueError, match="http:// is not"):
+        Connection("http://127.0.0.1:1", "token", client_certificate=pair)
+    mixed_up = pair[0], authority.issue("other").key.read_bytes()
+    with pytest.raises(HandshakeError, match="give PEM, a chain and the key"):
+        list_models(Connection(secured, "token", client_certificate=mixed_up))
+
+
+def list_models(connection):
+    stub = AdmissionServiceStub(connection.channel)
+    return connection.call(stub.ListBaseModels, ListBaseModelsRequest())
 
 
 def test_the_command_takes_roots_as_an_option_or_a_variable(secured, authority, monkeypatch):
