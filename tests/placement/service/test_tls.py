@@ -61,4 +61,6 @@ def test_a_key_of_another_certificate_is_told(tmp_path, authority):
     named = {"ALTO_PLACEMENT_SERVICE_TOKEN": "PASSWORD", **as_settings(files, "ALTO_PLACEMENT_")}
     named["ALTO_PLACEMENT_TLS_KEY"] = str(other.key)
     last = why_it_does_not_start("alto_placement", tmp_path / "home", named)
-    assert last.startswith(f"alto-placement: ALTO_PLACEMENT_TLS_KEY: {other.key} is not the key of the certificate")
+    assert last.startswith(
+        f"alto-placement: ALTO_PLACEMENT_TLS_KEY: {other.key} is not the key of the first certificate"
+    )
