@@ -4,17 +4,10 @@ import asyncio
 
 from metrics_page import metrics_of
 
-from .test_placement_service import (  # noqa: F401  # fixtures
-    TestNode,
-    enqueue,
-    lease_s,
-    placement,
-    settings,
-    stub,
-)
+from .test_placement_service import TestNode, enqueue
 
 
-async def test_the_cluster_is_told_as_it_stands(placement, stub):  # noqa: F811
+async def test_the_cluster_is_told_as_it_stands(placement, stub):
     value = await metrics_of(placement.metrics_port)
     assert value("alto_longest_wait_seconds") == 0
     node = await TestNode(stub, gpus=2).connect()

@@ -14,7 +14,6 @@ from alto_placement import engine, servicer
 from alto_placement.policy import ObjectiveWeights, TenantShare
 from alto_placement.server import PlacementServer
 from alto_placement.servicer import SCOPES
-from alto_placement.settings import PlacementSettings
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 METADATA = bearer_metadata("secret")
@@ -23,40 +22,6 @@ wire = placement_service_pb2
 
 # For tests of what silence does: nodes here heartbeat when a test has them do it, and else are never lost.
 SHORT_LEASE = pytest.mark.parametrize("lease_s", [0.8])
-
-
-@pytest.fixture
-def lease_s():
-    return 60.0
-
-
-@pytest.fixture
-def settings(tmp_path, lease_s):
-    return PlacementSettings(
-        listen="127.0.0.1:0",
-        database_url=f"sqlite+aiosqlite:///{tmp_path / 'placement.db'}",
-        service_token="secret",
-        lease_s=lease_s,
-        heartbeat_s=0.2,
-        retry_delay_s=0.05,
-        refresh_s=0.2,
-        decision_budget_s=0,
-        metrics_listen="127.0.0.1:0",
-    )
-
-
-@pytest.fixture
-async def placement(settings):
-    server = PlacementServer(settings)
-    await server.start()
-    yield server
-    await server.stop()
-
-
-@pytest.fixture
-async def stub(placement):
-    async with service_channel(f"127.0.0.1:{placement.server.port}") as channel:
-        yield placement_service_pb2_grpc.PlacementServiceStub(channel)
 
 
 def work(task_id="task"):
