@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
 from alto_training.executor.kernel_backend import KernelBackend
-from alto_training.executor.lora_linear import FrozenLinear, LoraBackend, frozen_plus_low_rank
+from alto_training.executor.lora_backend import FrozenLinear, LoraBackend
 from alto_training.executor.tick import Item, PackedSequence, Share, Tick, build_tick
 
 RANKS = (8, 16, 32, 64)
@@ -47,22 +47,25 @@ class FrozenOnly:
     def begin(self, tick: Tick) -> None:
         pass
 
-    def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
-        return frozen_plus_low_rank(x_TK, frozen, self, module_index, tick)
-
-    def forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor, module_index: int, tick: Tick) -> None:
-        return None
+    def forward(
+        self, x_TK: torch.Tensor, frozen: Sequence[FrozenLinear], module_indices: Sequence[int], tick: Tick
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return [one.product(x_TK) for one in frozen], []
 
     def backward(
         self,
-        dy_TN: torch.Tensor,
+        dys_TN: Sequence[torch.Tensor],
         x_TK: torch.Tensor,
-        saved: Any,
-        module_index: int,
+        kept: Sequence[torch.Tensor],
+        frozen: Sequence[FrozenLinear],
+        module_indices: Sequence[int],
         tick: Tick,
-        dx_TK: torch.Tensor | None,
-    ) -> None:
-        return None
+        needs_dx: bool,
+    ) -> torch.Tensor | None:
+        dx_TK = None
+        for dy_TN, one in zip(dys_TN, frozen, strict=True):
+            dx_TK = one.input_gradient(dy_TN, dx_TK) if needs_dx else None
+        return dx_TK
 
 
 def load(layers: int, device: torch.device) -> Backbone:

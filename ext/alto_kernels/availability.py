@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -26,6 +27,7 @@ class CudaKernels(enum.StrEnum):
     GROUPED = "grouped"
 
 
+@cache
 def compiled_module() -> ModuleType | None:
     """Return `alto_kernels._kernels`, or None where the extension was not built."""
     try:

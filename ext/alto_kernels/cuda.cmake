@@ -38,6 +38,7 @@ target_sources(alto_kernels_module PRIVATE
   csrc/cuda/grouped_gradients_float16.cu
   csrc/cuda/grouped_up_bfloat16.cu
   csrc/cuda/grouped_up_float16.cu
+  csrc/cuda/norm.cu
   csrc/cuda/pools.cu
   csrc/cuda/schedule.cpp
   csrc/cuda/tensor_map.cpp

@@ -1,52 +1,102 @@
 """What a decoder does between its products, in one launch each: rotation of queries and keys, and the gated SiLU.
 
 In 16 bits on a GPU that the CUDA build is for; anything else goes through torch, in as many operators as that takes.
-Both compute in fp32 and round once.
+Both compute in fp32 and round once. `rotated` and `gated_silu` are differentiable; the others are their passes, for
+whoever sees to gradients himself.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alto_kernels.availability import cuda_kernels, require_compiled
+from alto_kernels.availability import require_compiled
+from alto_kernels.lines import LINE, in_lines, takes_lines
 from alto_kernels.streams import current_stream
-
-_LINE = 8  # elements that are read at once
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return q [1, Hq, T, D] and k [1, Hk, T, D], each times cos plus (minus its second half, its first) times sin.
 
-    cos and sin are [1, T, D]. Differentiable by q and k. What is returned lies in memory as [1, T, H, D].
+    cos and sin are [1, T, D]. Differentiable by q and k. What the kernel returns lies in memory as [1, T, H, D].
     """
-    alike = q.dtype == k.dtype == cos.dtype == sin.dtype and q.shape[2:] == k.shape[2:]
-    fits = q.shape[0] == k.shape[0] == 1 and cos.shape == sin.shape == (1, *q.shape[2:])
-    if _takes(q) and alike and fits and q.shape[-1] % (2 * _LINE) == 0:
-        q_rotated, k_rotated = _Rotated.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]  # torch has no types for it
-        return q_rotated, k_rotated
+    q_THD, k_THD = (one.squeeze(0).transpose(0, 1) if one.shape[0] == 1 else one for one in (q, k))
+    if _rotates(q_THD, k_THD, cos, sin):
+        turned = _Rotated.apply(q_THD, k_THD, cos, sin)  # type: ignore[no-untyped-call]  # torch has no types for it
+        return turned[0].transpose(0, 1).unsqueeze(0), turned[1].transpose(0, 1).unsqueeze(0)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
 
 
+def rotate(q_THD: Tensor, k_THD: Tensor, cos: Tensor, sin: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    """Return q [T, Hq, D] and k [T, Hk, D] rotated as by `rotated`, contiguous; cos and sin are [1, T, D].
+
+    `backwards`: the transposed map, from gradients of what is rotated to those of q and k.
+    """
+    if _rotates(q_THD, k_THD, cos, sin):
+        return _rotate(q_THD, k_THD, in_lines(cos), in_lines(sin), backwards)
+    cos_T1D, sin_T1D = cos.transpose(0, 1), sin.transpose(0, 1)
+    if backwards:
+        return q_THD * cos_T1D - _turned(q_THD * sin_T1D), k_THD * cos_T1D - _turned(k_THD * sin_T1D)
+    return q_THD * cos_T1D + _turned(q_THD) * sin_T1D, k_THD * cos_T1D + _turned(k_THD) * sin_T1D
+
+
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up, of one shape. Differentiable; gate and up are all that is kept for backward."""
-    if _takes(gate) and up.dtype == gate.dtype and gate.shape == up.shape and gate.numel() % _LINE == 0:
-        out: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]  # nor for this
-        return out
-    return torch.nn.functional.silu(gate) * up
+    if not _gates(gate, up):
+        return torch.nn.functional.silu(gate) * up
+    out: Tensor = _GatedSilu.apply(in_lines(gate), in_lines(up))  # type: ignore[no-untyped-call]  # nor for this
+    return out
 
 
-def _takes(tensor: Tensor) -> bool:
-    return tensor.is_cuda and _has_kernels(tensor.dtype)
+def gated_silu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, of one shape."""
+    if not _gates(gate, up):
+        return torch.nn.functional.silu(gate) * up
+    gate, up = in_lines(gate), in_lines(up)
+    out = torch.empty_like(gate)
+    require_compiled().gated_silu(
+        gate.data_ptr(),
+        up.data_ptr(),
+        out.data_ptr(),
+        gate.numel(),
+        gate.dtype == torch.float16,
+        current_stream(gate.device),
+    )
+    return out
 
 
-@cache
-def _has_kernels(dtype: torch.dtype) -> bool:
-    return bool(cuda_kernels(dtype))
+def gated_silu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up."""
+    if not _gates(gate, up):
+        open_ = torch.sigmoid(gate)
+        return gradient * up * open_ * (1.0 + gate * (1.0 - open_)), gradient * gate * open_
+    gate, up, gradient = in_lines(gate), in_lines(up), in_lines(gradient)
+    gate_gradient, up_gradient = torch.empty_like(gate), torch.empty_like(up)
+    require_compiled().gated_silu_backward(
+        gradient.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        gate_gradient.data_ptr(),
+        up_gradient.data_ptr(),
+        gate.numel(),
+        gate.dtype == torch.float16,
+        current_stream(gate.device),
+    )
+    return gate_gradient, up_gradient
+
+
+def _rotates(q_THD: Tensor, k_THD: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    if not takes_lines(q_THD) or not q_THD.dtype == k_THD.dtype == cos.dtype == sin.dtype or q_THD.dim() != 3:
+        return False
+    tokens, _, width = q_THD.shape
+    return cos.shape == sin.shape == (1, tokens, width) and k_THD.shape[::2] == (tokens, width) and width % 16 == 0
+
+
+def _gates(gate: Tensor, up: Tensor) -> bool:
+    return takes_lines(gate) and up.dtype == gate.dtype and gate.shape == up.shape and gate.numel() % LINE == 0
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -58,79 +108,51 @@ class _Rotated(torch.autograd.Function):
     """Differentiable by what is rotated alone: backward rotates back."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = _aligned(cos), _aligned(sin)
+    def forward(ctx: Any, q_THD: Tensor, k_THD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = in_lines(cos), in_lines(sin)
         ctx.save_for_backward(cos, sin)
-        return _rotate(q, k, cos, sin, backwards=False)
+        return _rotate(q_THD, k_THD, cos, sin, backwards=False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        dq, dk = _rotate(gradients[0], gradients[1], cos, sin, backwards=True)
-        return dq, dk, None, None
+        dq_THD, dk_THD = _rotate(gradients[0], gradients[1], cos, sin, backwards=True)
+        return dq_THD, dk_THD, None, None
 
 
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
-    _, _, tokens, width = q.shape
-    q, k = _by_lines(q), _by_lines(k)
-    outputs = [torch.empty(1, tokens, one.shape[1], width, dtype=one.dtype, device=one.device) for one in (q, k)]
+def _rotate(q_THD: Tensor, k_THD: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
+    tokens, _, width = q_THD.shape
+    q_THD, k_THD = _by_lines(q_THD), _by_lines(k_THD)
+    outputs = tuple(torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (q_THD, k_THD))
     require_compiled().rotate(
         *(
-            (one.data_ptr(), one.stride(2), one.stride(1), out.data_ptr(), one.shape[1])
-            for one, out in zip((q, k), outputs, strict=True)
+            (one.data_ptr(), one.stride(0), one.stride(1), out.data_ptr(), one.shape[1])
+            for one, out in zip((q_THD, k_THD), outputs, strict=True)
         ),
         cos.data_ptr(),
         sin.data_ptr(),
         tokens,
         width,
         backwards,
-        q.dtype == torch.float16,
-        current_stream(q.device),
+        q_THD.dtype == torch.float16,
+        current_stream(q_THD.device),
     )
-    return outputs[0].transpose(1, 2), outputs[1].transpose(1, 2)
+    return outputs[0], outputs[1]
 
 
-def _by_lines(x: Tensor) -> Tensor:
+def _by_lines(x_THD: Tensor) -> Tensor:
     """Return x with each token's head in one piece, at an address and strides that lines of it can be read by."""
-    _, head_stride, token_stride, stride = x.stride()
-    together = stride == 1 and head_stride % _LINE == 0 and token_stride % _LINE == 0 and x.data_ptr() % 16 == 0
-    return x if together else x.clone(memory_format=torch.contiguous_format)
+    token_stride, head_stride, stride = x_THD.stride()
+    together = stride == 1 and head_stride % LINE == 0 and token_stride % LINE == 0 and x_THD.data_ptr() % 16 == 0
+    return x_THD if together else x_THD.clone(memory_format=torch.contiguous_format)
 
 
 class _GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = _aligned(gate), _aligned(up)
         ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        require_compiled().gated_silu(
-            gate.data_ptr(),
-            up.data_ptr(),
-            out.data_ptr(),
-            gate.numel(),
-            gate.dtype == torch.float16,
-            current_stream(gate.device),
-        )
-        return out
+        return gated_silu_forward(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        gradient = _aligned(gradients[0])
-        gate_gradient, up_gradient = torch.empty_like(gate), torch.empty_like(up)
-        require_compiled().gated_silu_backward(
-            gradient.data_ptr(),
-            gate.data_ptr(),
-            up.data_ptr(),
-            gate_gradient.data_ptr(),
-            up_gradient.data_ptr(),
-            gate.numel(),
-            gate.dtype == torch.float16,
-            current_stream(gate.device),
-        )
-        return gate_gradient, up_gradient
-
-
-def _aligned(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+        return gated_silu_backward(gradients[0], *ctx.saved_tensors)

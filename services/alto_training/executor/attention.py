@@ -6,7 +6,9 @@ itself alone, so no sequence can see, or be made not finite by, another.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +20,18 @@ from alto_training.executor.tick import CurrentTick, Tick
 IMPLEMENTATION = "alto_varlen"
 PLAIN_IMPLEMENTATION = "eager"  # every model's own, in plain torch, and what ours is checked against
 _TICK_ATTRIBUTE = "alto_current_tick"
+
+
+class AttentionOptions(NamedTuple):
+    """What a layer asks of attention.
+
+    Scores are multiplied by `scaling` (None: D^-0.5) and, with a `softcap` c, mapped to c tanh(score / c); a token sees
+    itself and at most `window - 1` before it (None: all).
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
 
 
 def register() -> None:
@@ -48,37 +62,98 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence: query [1, Hq, T, D], key and value [1, Hkv, T, D] give [1, T, Hq, D].
 
-    A token sees itself and at most `sliding_window - 1` tokens before it. `softcap` c maps scores to c tanh(score / c).
+    See `AttentionOptions` for `scaling`, `sliding_window` and `softcap`.
     """
     if s_aux is not None:
         raise UnsupportedBackboneError("the model uses attention sinks", "choose a model without them")
     tick = getattr(module, _TICK_ATTRIBUTE).require()
-    lengths = tick.sequence_lengths
-    window = sliding_window if sliding_window is not None and sliding_window < tick.longest else None
+    options = AttentionOptions(scaling, sliding_window, softcap)
+    if flash_serves(query, options):
+        query_THD, key_THD, value_THD = (
+            (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).squeeze(0).transpose(0, 1)
+            for tensor in (query, key, value)
+        )
+        attended_THD: torch.Tensor = _FlashAttention.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
+            query_THD, key_THD, value_THD, tick, options
+        )
+        return attended_THD.unsqueeze(0), None
+    return _attend_each(query, key, value, tick, options).transpose(1, 2), None
+
+
+@contextmanager
+def options_seen() -> Iterator[list[AttentionOptions]]:
+    """Within the context, put down what each call of the implementation was asked for."""
+    from transformers import AttentionInterface
+
+    seen: list[AttentionOptions] = []
+
+    def noting(*tensors: Any, **options: Any) -> Any:
+        seen.append(AttentionOptions(options.get("scaling"), options.get("sliding_window"), options.get("softcap")))
+        return varlen_attention(*tensors, **options)
+
+    AttentionInterface.register(IMPLEMENTATION, noting)
+    try:
+        yield seen
+    finally:
+        register()
+
+
+def attend(
+    query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, tick: Tick, options: AttentionOptions
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return [T, Hq, D], and what `attend_backward` needs: the pass by itself, outside of autograd."""
+    if flash_serves(query_THD, options):
+        return _flash_forward(query_THD, key_THD, value_THD, tick, options)
+    attended_THD = _attend_packed(query_THD, key_THD, value_THD, tick, options)
+    return attended_THD, [query_THD, key_THD, value_THD]
+
+
+def attend_backward(
+    gradient_THD: torch.Tensor, kept: Sequence[torch.Tensor], tick: Tick, options: AttentionOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key and value, contiguous."""
+    if flash_serves(kept[0], options):
+        return _flash_backward(gradient_THD, kept, tick, options)
+    with torch.enable_grad():
+        leaves = [one.detach().requires_grad_() for one in kept]
+        attended_THD = _attend_packed(leaves[0], leaves[1], leaves[2], tick, options)
+    dq_THD, dk_THD, dv_THD = torch.autograd.grad(attended_THD, leaves, gradient_THD)
+    return dq_THD.contiguous(), dk_THD.contiguous(), dv_THD.contiguous()
+
+
+def flash_serves(query: torch.Tensor, options: AttentionOptions) -> bool:
+    """Return whether one kernel attends over all sequences, however many (CUDA, half precision)."""
     half_precision = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half_precision and softcap is None and query.shape[-1] % 8 == 0:
-        return _varlen_kernel(query, key, value, tick, scaling, window), None
+    return query.is_cuda and half_precision and options.softcap is None and query.shape[-1] % 8 == 0
+
+
+def _attend_packed(
+    query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, tick: Tick, options: AttentionOptions
+) -> torch.Tensor:
+    query, key, value = (one.transpose(0, 1).unsqueeze(0) for one in (query_THD, key_THD, value_THD))
+    return _attend_each(query, key, value, tick, options).squeeze(0).transpose(0, 1).contiguous()
+
+
+def _attend_each(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tick: Tick, options: AttentionOptions
+) -> torch.Tensor:
+    """Attend sequence by sequence: [1, Hq, T, D], [1, Hkv, T, D] twice, give [1, Hq, T, D]."""
     # split and cat, not slices: the backward pass of a slice would fill all T tokens with zeros for each sequence.
-    queries, keys, values = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
+    lengths = tick.sequence_lengths
+    queries, keys, values = (torch.split(tensor, list(lengths), 2) for tensor in (query, key, value))
     attended = [
-        _attend(one_query, one_key, one_value, scaling, window, softcap)
+        _attend(one_query, one_key, one_value, options)
         for one_query, one_key, one_value in zip(queries, keys, values, strict=True)
     ]
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+    return torch.cat(attended, dim=2)
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
     length = query.shape[2]
+    scaling, window, softcap = options
     grouped = query.shape[1] != key.shape[1]
     if softcap is not None:
-        return _attend_softcapped(query, key, value, scaling, window, softcap)
+        return _attend_softcapped(query, key, value, scaling, window or length, softcap)
     if window is None or window >= length:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
     mask = _window_mask(length, window, query.device)
@@ -90,7 +165,7 @@ def _attend_softcapped(
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float | None,
-    window: int | None,
+    window: int,
     softcap: float,
 ) -> torch.Tensor:
     length, depth = query.shape[2], query.shape[3]
@@ -98,7 +173,7 @@ def _attend_softcapped(
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     scores = query @ key.transpose(2, 3) * (depth**-0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_window_mask(length, window or length, query.device), float("-inf"))
+    scores = scores.masked_fill(~_window_mask(length, window, query.device), float("-inf"))
     return torch.softmax(scores.float(), dim=-1).to(query.dtype) @ value
 
 
@@ -108,58 +183,68 @@ def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor
     return (distance >= 0) & (distance < window)
 
 
-def _varlen_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    tick: Tick,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """Attend in one kernel over all sequences, however many (CUDA, half precision)."""
-    query_THD, key_THD, value_THD = (
-        (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).squeeze(0).transpose(0, 1)
-        for tensor in (query, key, value)
-    )
-    left = -1 if window is None else window - 1
-    attended_THD: torch.Tensor = _FlashAttention.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
-        query_THD, key_THD, value_THD, tick.sequence_offsets, tick.longest, scaling, left
-    )
-    return attended_THD.unsqueeze(0)
-
-
-class _FlashAttention(torch.autograd.Function):
-    """torch's flash attention over packed sequences: each token sees itself and what lies before it, `left` at most.
+def _flash_forward(
+    query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, tick: Tick, options: AttentionOptions
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Attend by torch's flash attention over packed sequences.
 
     It is what `torch.nn.attention.varlen.varlen_attn` calls within a Python operator, whose dispatch takes the host a
     quarter of a millisecond a layer: as long as the device has work at a thousand tokens.
     """
+    found = torch.ops.aten._flash_attention_forward(
+        query_THD, key_THD, value_THD, *_lengths(tick, options), False, **_flash_options(tick, options)
+    )
+    attended_THD, logsumexp, random_state, unused, _ = found
+    return attended_THD, [query_THD, key_THD, value_THD, attended_THD, logsumexp, random_state, unused]
 
+
+def _flash_backward(
+    gradient_THD: torch.Tensor, kept: Sequence[torch.Tensor], tick: Tick, options: AttentionOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *saved, random_state, unused = kept
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.aten._flash_attention_backward(
+        gradient_THD.contiguous(),
+        *saved,
+        *_lengths(tick, options),
+        random_state,
+        unused,
+        **_flash_options(tick, options),
+    )
+    return found
+
+
+def _lengths(tick: Tick, options: AttentionOptions) -> tuple[Any, ...]:
+    """Return offsets and longest sequences of queries and keys, the probability of dropout, and whether all is seen."""
+    whole = _window(tick, options) is None
+    return tick.sequence_offsets, tick.sequence_offsets, tick.longest, tick.longest, 0.0, whole
+
+
+def _flash_options(tick: Tick, options: AttentionOptions) -> dict[str, Any]:
+    window = _window(tick, options)
+    left = -1 if window is None else window - 1
+    return {"scale": options.scaling, "window_size_left": left, "window_size_right": 0}
+
+
+def _window(tick: Tick, options: AttentionOptions) -> int | None:
+    """Return the window, None where no sequence is longer."""
+    return options.window if options.window is not None and options.window < tick.longest else None
+
+
+class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         query_THD: torch.Tensor,
         key_THD: torch.Tensor,
         value_THD: torch.Tensor,
-        offsets: torch.Tensor,
-        longest: int,
-        scaling: float | None,
-        left: int,
+        tick: Tick,
+        options: AttentionOptions,
     ) -> torch.Tensor:
-        ctx.lengths = (offsets, offsets, longest, longest, 0.0, left == -1)
-        ctx.options = {"scale": scaling, "window_size_left": left, "window_size_right": 0}
-        found = torch.ops.aten._flash_attention_forward(
-            query_THD, key_THD, value_THD, *ctx.lengths, False, **ctx.options
-        )
-        attended_THD: torch.Tensor = found[0]
-        logsumexp, random_state, unused, _ = found[1:]
-        ctx.save_for_backward(query_THD, key_THD, value_THD, attended_THD, logsumexp, random_state, unused)
+        attended_THD, kept = _flash_forward(query_THD, key_THD, value_THD, tick, options)
+        ctx.save_for_backward(*kept)
+        ctx.tick, ctx.options = tick, options
         return attended_THD
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *saved, random_state, unused = ctx.saved_tensors
-        found = torch.ops.aten._flash_attention_backward(
-            gradients[0].contiguous(), *saved, *ctx.lengths, random_state, unused, **ctx.options
-        )
-        return *found, None, None, None, None
+        return *_flash_backward(gradients[0], list(ctx.saved_tensors), ctx.tick, ctx.options), None, None

@@ -20,11 +20,13 @@ from alto_training.executor.backbone_weights import BackboneWeights, WholeWeight
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
 from alto_training.executor.frozen_linear import frozen_linear
 from alto_training.executor.fused_gate import fuse_gates
+from alto_training.executor.fused_layer import fuse_layers
 from alto_training.executor.fused_norm import fuse_norms
 from alto_training.executor.fused_rotary import fuse_rotary
-from alto_training.executor.lora_linear import LoraBackend, MultiLoraLinear, ReferenceBackend
+from alto_training.executor.lora_backend import LoraBackend, ReferenceBackend
+from alto_training.executor.lora_linear import MultiLoraLinear
 from alto_training.executor.nf4 import quantise_layers
-from alto_training.executor.shared_input import shared_inputs_found
+from alto_training.executor.projections import shared_inputs_found
 from alto_training.executor.tick import CurrentTick, Item, PackedSequence, Share, Tick, build_tick
 
 _SUPPORTED = "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model"
@@ -205,6 +207,8 @@ def prepare_backbone(
     backbone.fan_in_fan_out = any(type(module).__name__ == "Conv1D" for module in decoder.modules())
     backbone.layers = _install_layers(decoder, backbone.module_prefix, backbone.backend, current)
     with shared_inputs_found(backbone.layers):
+        _verify_packing(backbone, probe_ids, expected_SV)
+    if device.type == "cuda" and model.dtype.itemsize == 2 and fuse_layers(decoder):
         _verify_packing(backbone, probe_ids, expected_SV)
     return backbone
 

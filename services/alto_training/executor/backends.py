@@ -10,7 +10,8 @@ from alto_kernels import CudaKernels
 
 from alto_training.executor.frozen_linear import DenseLinear
 from alto_training.executor.kernel_backend import KernelBackend
-from alto_training.executor.lora_linear import LoraBackend, MultiLoraLinear, ReferenceBackend
+from alto_training.executor.lora_backend import LoraBackend, ReferenceBackend
+from alto_training.executor.lora_linear import MultiLoraLinear
 from alto_training.executor.settings import Backend
 
 

@@ -11,13 +11,10 @@ from alto_training.executor.nf4 import Nf4Linear
 
 
 class DenseLinear:
-    """A frozen dense layer; its weight is looked up at each use.
+    """A frozen dense layer; its weight is looked up at each use, for a sharded backbone lets go of it between passes.
 
-    `module` holds `weight` as [N, K], or as [K, N] where `transposed`, and `bias` [N] or None. `comes_and_goes` says
-    that nobody may keep the weight from the forward to the backward pass: a sharded backbone lets go of it between.
+    `module` holds `weight` as [N, K], or as [K, N] where `transposed`, and `bias` [N] or None.
     """
-
-    comes_and_goes = False
 
     def __init__(self, module: Any, in_features: int, out_features: int, transposed: bool = False) -> None:
         self.in_features, self.out_features = in_features, out_features
@@ -40,9 +37,9 @@ class DenseLinear:
         """Return W x + bias, a new [T, N]."""
         return torch.nn.functional.linear(x_TK, self.weight_NK, self.bias_N)
 
-    def input_gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        """Return dY W, a new [T, K]."""
-        return dy_TN @ self.weight_NK
+    def input_gradient(self, dy_TN: torch.Tensor, onto_TK: torch.Tensor | None = None) -> torch.Tensor:
+        """Return dY W, [T, K]: a new tensor, or `onto_TK` with it added."""
+        return _product_onto(dy_TN, self.weight_NK, onto_TK)
 
 
 class QuantisedLinear:
@@ -57,9 +54,9 @@ class QuantisedLinear:
         y_TN: torch.Tensor = self.module(x_TK)
         return y_TN
 
-    def input_gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
-        """Return dY W, a new [T, K]."""
-        return dy_TN @ self.module.weight
+    def input_gradient(self, dy_TN: torch.Tensor, onto_TK: torch.Tensor | None = None) -> torch.Tensor:
+        """Return dY W, [T, K]: a new tensor, or `onto_TK` with it added."""
+        return _product_onto(dy_TN, self.module.weight, onto_TK)
 
 
 def frozen_linear(module: nn.Module) -> DenseLinear | QuantisedLinear | None:
@@ -74,3 +71,7 @@ def frozen_linear(module: nn.Module) -> DenseLinear | QuantisedLinear | None:
     if isinstance(module, Conv1D):
         return DenseLinear(module, module.nx, module.nf, transposed=True)
     return None
+
+
+def _product_onto(dy_TN: torch.Tensor, weight_NK: torch.Tensor, onto_TK: torch.Tensor | None) -> torch.Tensor:
+    return dy_TN @ weight_NK if onto_TK is None else onto_TK.addmm_(dy_TN, weight_NK)

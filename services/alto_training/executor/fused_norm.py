@@ -21,11 +21,17 @@ def fuse_norms(decoder: nn.Module) -> int:
     """
     fused = 0
     for module in decoder.modules():
-        name = _epsilon_name(module)
-        if name is not None:
-            object.__setattr__(module, "forward", partial(_normalised, module, getattr(module, name)))
+        epsilon = rms_epsilon(module)
+        if epsilon is not None:
+            object.__setattr__(module, "forward", partial(_normalised, module, epsilon))
             fused += 1
     return fused
+
+
+def rms_epsilon(module: nn.Module) -> float | None:
+    """Return the epsilon of an RMSNorm; None for what is none, or another (Gemma's adds 1 to weights)."""
+    name = _epsilon_name(module)
+    return None if name is None else float(getattr(module, name))
 
 
 def _normalised(module: Any, epsilon: float, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -37,7 +43,7 @@ def _normalised(module: Any, epsilon: float, hidden_states: torch.Tensor) -> tor
 
 
 def _epsilon_name(module: nn.Module) -> str | None:
-    """Return the attribute with a norm's epsilon; None for what is no RMSNorm, or another (Gemma's adds 1 to weights).
+    """Return the attribute with a norm's epsilon; None for what does not do the same as torch's.
 
     Asked of a copy with a weight of its own: the module's may be elsewhere.
     """

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from alto_kernels import (
     AdapterTable,
     CudaKernels,
     TickPlan,
-    lora_linears,
     low_rank_backward,
     low_rank_forward,
 )
@@ -19,7 +17,7 @@ from alto_kernels.linear import linears_backward, linears_forward
 
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.frozen_linear import DenseLinear
-from alto_training.executor.lora_linear import FrozenLinear, clear_gradients, frozen_plus_low_rank
+from alto_training.executor.lora_backend import FrozenLinear, clear_gradients
 from alto_training.executor.tick import Tick
 
 
@@ -53,7 +51,8 @@ class KernelBackend:
         self.name = name
         self._table = AdapterTable(module_shapes, seats, device, backend=name, dtype=dtype, kernels=kernels)
         self._seated: list[_Seated | None] = [None] * seats
-        self._overwrites = may_overwrite and self._table.kernels == CudaKernels.HOPPER
+        self._fuses_products = self._table.kernels == CudaKernels.HOPPER
+        self._overwrites = may_overwrite and self._fuses_products
         self._planned: tuple[Tick, TickPlan] | None = None
         self._prepared: tuple[Tick, TickPlan] | None = None
 
@@ -69,46 +68,51 @@ class KernelBackend:
         if not self._overwrites:
             clear_gradients(tick)
 
-    def linear(self, x_TK: torch.Tensor, frozen: FrozenLinear, module_index: int, tick: Tick) -> torch.Tensor:
-        """See `LoraBackend.linear`. On Hopper the frozen product and the low-rank part are one kernel."""
-        if self._table.kernels == CudaKernels.HOPPER and isinstance(frozen, DenseLinear):
-            return self.linears(x_TK, [frozen], [module_index], tick)[0]
-        return frozen_plus_low_rank(x_TK, frozen, self, module_index, tick)
-
-    def shares_input(self, frozen: Sequence[FrozenLinear]) -> bool:
-        """See `InputSharing`: the kernels for Hopper add up the gradient of a shared input by themselves."""
-        return self._table.kernels == CudaKernels.HOPPER and all(isinstance(one, DenseLinear) for one in frozen)
-
-    def linears(
+    def forward(
         self, x_TK: torch.Tensor, frozen: Sequence[FrozenLinear], module_indices: Sequence[int], tick: Tick
-    ) -> list[torch.Tensor]:
-        """See `InputSharing.linears`."""
-        dense = [one for one in frozen if isinstance(one, DenseLinear)]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """See `LoraBackend.forward`. On Hopper frozen products and low-rank parts are one kernel."""
         plan = self._plan(tick)
-        if any(one.comes_and_goes for one in dense):
-            return list(_LentProducts.apply(x_TK, tick.anchor, dense, plan, module_indices))  # type: ignore[no-untyped-call]
-        return lora_linears(x_TK, [one.weight_NK for one in dense], plan, module_indices, [one.bias_N for one in dense])
-
-    def forward(self, y_TN: torch.Tensor, x_TK: torch.Tensor, module_index: int, tick: Tick) -> torch.Tensor:
-        """See `LowRankProducts.forward`."""
-        return low_rank_forward(y_TN, x_TK, self._plan(tick), module_index)
+        if self._fuses_products:
+            dense = [one for one in frozen if isinstance(one, DenseLinear)]
+            weights_NK, biases_N = [one.weight_NK for one in dense], [one.bias_N for one in dense]
+            found = linears_forward(x_TK, weights_NK, biases_N, plan, module_indices)
+            return found[: len(dense)], found[len(dense) :]
+        outputs = [one.product(x_TK) for one in frozen]
+        kept = [
+            low_rank_forward(y_TN, x_TK, plan, module_index)
+            for y_TN, module_index in zip(outputs, module_indices, strict=True)
+        ]
+        return outputs, kept
 
     def backward(
         self,
-        dy_TN: torch.Tensor,
+        dys_TN: Sequence[torch.Tensor],
         x_TK: torch.Tensor,
-        saved: torch.Tensor,
-        module_index: int,
+        kept: Sequence[torch.Tensor],
+        frozen: Sequence[FrozenLinear],
+        module_indices: Sequence[int],
         tick: Tick,
-        dx_TK: torch.Tensor | None,
-    ) -> None:
-        """See `LowRankProducts.backward`."""
-        low_rank_backward(dy_TN, x_TK, saved, self._plan(tick), module_index, dx_TK)
+        needs_dx: bool,
+    ) -> torch.Tensor | None:
+        """See `LoraBackend.backward`."""
+        plan = self._plan(tick)
+        if self._fuses_products:
+            weights_NK = [one.weight_NK for one in frozen if isinstance(one, DenseLinear)]
+            return linears_backward(dys_TN, x_TK, weights_NK, kept, plan, module_indices, needs_dx)
+        dx_TK = None
+        for dy_TN, s_TR, one, module_index in zip(dys_TN, kept, frozen, module_indices, strict=True):
+            if needs_dx:
+                dx_TK = one.input_gradient(dy_TN, dx_TK)
+            low_rank_backward(dy_TN, x_TK, s_TR, plan, module_index, dx_TK)
+        return dx_TK
 
     def _plan(self, tick: Tick) -> TickPlan:
         if self._planned is None or self._planned[0] is not tick:
             self._planned = (tick, self.make_plan(tick))
-        return self._planned[1]
+        plan = self._planned[1]
+        plan.check_current()
+        return plan
 
     def make_plan(self, tick: Tick) -> TickPlan:
         """Seat the tick's adapters and plan it; the layers' calls do so by themselves, once a tick."""
@@ -165,36 +169,3 @@ class KernelBackend:
         self._seated[seat] = None  # until it is done: memory may run out on the way
         self._table.set_slot(seat, rank=adapter.lora_rank, scale=adapter.scaling, weights=weights, dropout=dropout)
         self._seated[seat] = _Seated(adapter, adapter.param, dropout)
-
-
-class _LentProducts(torch.autograd.Function):
-    """`lora_linears` on Hopper, with weights that are looked up again for the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TK: torch.Tensor,
-        anchor: torch.Tensor,
-        frozen: Sequence[DenseLinear],
-        plan: TickPlan,
-        module_indices: Sequence[int],
-    ) -> tuple[torch.Tensor, ...]:
-        weights_NK, biases_N = [one.weight_NK for one in frozen], [one.bias_N for one in frozen]
-        results = linears_forward(x_TK, weights_NK, biases_N, plan, module_indices)
-        ctx.save_for_backward(x_TK, *results[len(frozen) :])
-        ctx.frozen, ctx.plan, ctx.module_indices = frozen, plan, module_indices
-        return tuple(results[: len(frozen)])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
-        x_TK, *saved = ctx.saved_tensors
-        dx_TK = linears_backward(
-            [dy_TN.contiguous() for dy_TN in grad_outputs],
-            x_TK,
-            [one.weight_NK for one in ctx.frozen],
-            saved,
-            ctx.plan,
-            ctx.module_indices,
-            ctx.needs_input_grad[0],
-        )
-        return dx_TK, None, None, None, None

@@ -13,7 +13,6 @@ from torch import nn
 from alto_training.executor import attention
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backbone_weights import fingerprint, fingerprint_part, output_head
-from alto_training.executor.frozen_linear import DenseLinear
 from alto_training.executor.losses import OutputHead
 from alto_training.sharding.gather_order import GatherOrder
 from alto_training.sharding.units import ShardedUnit, ShardingEngine, layers_kept_whole, plan_units, tensor_bytes
@@ -132,16 +131,11 @@ def shard_model(
     for modules, unit in layers:
         _hook_layer(modules[0], unit, order)
     _hook_whole(model.get_output_embeddings(), head, order)
-    come_and_go = {module for modules, _ in layers for module in modules.modules()}
     model.to(device)
     digest = fingerprint([parts[name] for name, _ in named])
     whole_bytes = sum(tensor_bytes(list(plan.layers[index][1].parameters())) for index in whole)
     weights = ShardedWeights(model, order, head, digest, parameters, whole_bytes)
-    backbone = prepare_backbone(model, name_or_path, device, weights)
-    for layer in backbone.layers:
-        assert isinstance(layer.frozen, DenseLinear)
-        layer.frozen.comes_and_goes = layer.frozen.module in come_and_go
-    return backbone
+    return prepare_backbone(model, name_or_path, device, weights)
 
 
 def _hook_embeddings(embeddings: list[tuple[nn.Sequential, ShardedUnit]], order: GatherOrder) -> None:

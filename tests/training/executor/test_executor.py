@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from alto_training.executor.events import (
     TrialStarted,
 )
 from alto_training.executor.executor import Executor
-from alto_training.executor.lora_linear import ReferenceBackend
+from alto_training.executor.lora_backend import ReferenceBackend
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.tick import Tick
 from tiny_jobs import MemoryDataset, adapter_weights, assert_same_bits, job, open_memory, run
@@ -184,15 +184,17 @@ def scarce_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def limit(tokens: int) -> None:
         forward, backward = ReferenceBackend.forward, ReferenceBackend.backward
 
-        def scarce_forward(self: Any, y_TN: Any, x_TK: Any, module_index: int, tick: Tick) -> Any:
+        def scarce_forward(self: Any, x: Any, frozen: Any, indices: Sequence[int], tick: Tick) -> Any:
             if tick.tokens > tokens and not tick.training:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-            return forward(self, y_TN, x_TK, module_index, tick)
+            return forward(self, x, frozen, indices, tick)
 
-        def scarce_backward(self: Any, dy: Any, x: Any, saved: Any, module_index: int, tick: Tick, dx: Any) -> None:
-            if tick.tokens > tokens and module_index == 6:
+        def scarce_backward(
+            self: Any, dys: Any, x: Any, kept: Any, frozen: Any, indices: Sequence[int], tick: Tick, needs_dx: bool
+        ) -> Any:
+            if tick.tokens > tokens and 6 in indices:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            backward(self, dy, x, saved, module_index, tick, dx)
+            return backward(self, dys, x, kept, frozen, indices, tick, needs_dx)
 
         monkeypatch.setattr(ReferenceBackend, "forward", scarce_forward)
         monkeypatch.setattr(ReferenceBackend, "backward", scarce_backward)

@@ -15,6 +15,7 @@ from alto_training.executor.backbone import load_backbone, prepare_backbone
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
 from alto_training.executor.events import TrialProgress
 from alto_training.executor.fused_gate import fuse_gates
+from alto_training.executor.fused_layer import fuse_layers
 from alto_training.executor.fused_norm import fuse_norms
 from alto_training.executor.fused_rotary import fuse_rotary
 from alto_training.executor.settings import Backend, ExecutorSettings
@@ -62,6 +63,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "neox": ("GPTNeoX", DECODER),
 }
+LAYERS_OF_LLAMAS_KIND = {"llama", "qwen2", "qwen3", "mistral"}
 
 
 def make(family: str) -> Any:
@@ -81,7 +83,10 @@ def test_trials_over_each_family_equal_peft(tmp_path: Path, family: str, fused: 
         fuse_norms(model.base_model)
         fuse_gates(model.base_model)
         assert fuse_rotary(model.base_model) == (0 if family == "gpt2" else 2)
-    outcome, _ = run(task, tmp_path, backbone=prepare_backbone(model, family, torch.device("cpu")))
+    backbone = prepare_backbone(model, family, torch.device("cpu"))
+    if fused:
+        assert fuse_layers(backbone.decoder) == (2 if family in LAYERS_OF_LLAMAS_KIND else 0)
+    outcome, _ = run(task, tmp_path, backbone=backbone)
     alone = train_alone(make(family), MemoryDataset(23, seed=1), config)
     weights = adapter_weights(outcome.trials[0].adapter_path)
     for side, letter in enumerate("AB"):

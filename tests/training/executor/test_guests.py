@@ -24,7 +24,7 @@ from alto_training.executor.events import (
     TrialProgress,
 )
 from alto_training.executor.executor import Executor
-from alto_training.executor.lora_linear import ReferenceBackend
+from alto_training.executor.lora_backend import ReferenceBackend
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.tick import Tick
 from tiny_jobs import MemoryDataset, adapter_weights, job, open_memory, run, tiny_backbone
@@ -217,12 +217,12 @@ def test_where_memory_does_not_do_for_both_the_host_goes_on_alone(
     forward = ReferenceBackend.forward
     shared = Shared(tmp_path / "host", {4: [Join(guest(), tmp_path / "guest")]})
 
-    def scarce_forward(self: Any, y_TN: Any, x_TK: Any, module_index: int, tick: Tick) -> Any:
+    def scarce_forward(self: Any, x: Any, frozen: Any, indices: Any, tick: Tick) -> Any:
         started = shared.of("guest", TrialProgress)
         left = any(isinstance(event, TaskLeft) for event in shared.events)
         if started and not left and tick.training == (what == "train"):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, y_TN, x_TK, module_index, tick)
+        return forward(self, x, frozen, indices, tick)
 
     monkeypatch.setattr(ReferenceBackend, "forward", scarce_forward)
     outcome = shared.run()

@@ -147,9 +147,9 @@ def test_layers_take_an_eighth_and_nothing_dense_lives_until_the_backward_pass(
 
 
 def _counted(method: Any, count: Any) -> Any:
-    def counted(self: Any, dy_TN: torch.Tensor) -> torch.Tensor:
+    def counted(self: Any, dy_TN: torch.Tensor, onto_TK: torch.Tensor | None = None) -> torch.Tensor:
         count()
-        gradient: torch.Tensor = method(self, dy_TN)
+        gradient: torch.Tensor = method(self, dy_TN, onto_TK)
         return gradient
 
     return counted

@@ -2,32 +2,12 @@
 #include <cuda_fp16.h>
 
 #include "elementwise.hpp"
+#include "lines.cuh"
 
 namespace alto::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLine = 8;  // elements that a thread reads or writes at once: 16 bytes
-
-template <typename Element>
-struct alignas(16) Line {
-    Element elements[kLine];
-};
-
-template <typename Element>
-__device__ __forceinline__ void load(float (&values)[kLine], const void* from, std::int64_t at) {
-    const auto line = *reinterpret_cast<const Line<Element>*>(static_cast<const Element*>(from) + at);
-#pragma unroll
-    for (int i = 0; i < kLine; ++i) values[i] = static_cast<float>(line.elements[i]);
-}
-
-template <typename Element>
-__device__ __forceinline__ void store(void* to, std::int64_t at, const float (&values)[kLine]) {
-    Line<Element> line;
-#pragma unroll
-    for (int i = 0; i < kLine; ++i) line.elements[i] = static_cast<Element>(values[i]);
-    *reinterpret_cast<Line<Element>*>(static_cast<Element*>(to) + at) = line;
-}
 
 // A thread rotates 8 elements of the first half of a head with the 8 of the second that belong to them.
 template <typename Element>

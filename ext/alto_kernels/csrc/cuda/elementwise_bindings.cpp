@@ -7,6 +7,7 @@
 
 #include "bindings.hpp"
 #include "elementwise.hpp"
+#include "norm.hpp"
 
 namespace py = pybind11;
 
@@ -63,12 +64,41 @@ void silu_backward(Address gradient, Address gate, Address up, Address gate_grad
           "gated_silu_backward");
 }
 
+NormShape norm_shape(std::int64_t rows, int width) {
+    if (width % kLine != 0 || width <= 0 || width > kWidestNorm)
+        throw std::invalid_argument("width: must be a multiple of 8, at most " + std::to_string(kWidestNorm));
+    return {rows, width};
+}
+
+void norm_forward(Address x, Address y, Address weight, Address sum, Address out, Address scales, std::int64_t rows,
+                  int width, float epsilon, bool is_float16, Address stream) {
+    const NormArguments arguments{
+        norm_shape(rows, width), aligned(x, "x"),     aligned(y, "y"),        aligned(weight, "weight"),
+        aligned(sum, "sum"),     aligned(out, "out"), pointer<float>(scales), epsilon};
+    check(rms_norm(arguments, is_float16, pointer<CUstream_st>(stream)), "rms_norm");
+}
+
+void norm_backward(Address gradient, Address sum, Address weight, Address scales, Address beside, Address sum_gradient,
+                   std::int64_t rows, int width, bool is_float16, Address stream) {
+    const NormGradientArguments arguments{norm_shape(rows, width),
+                                          aligned(gradient, "gradient"),
+                                          aligned(sum, "sum"),
+                                          aligned(weight, "weight"),
+                                          pointer<float>(scales),
+                                          aligned(beside, "beside"),
+                                          aligned(sum_gradient, "sum_gradient")};
+    check(rms_norm_backward(arguments, is_float16, pointer<CUstream_st>(stream)), "rms_norm_backward");
+}
+
 }  // namespace
 
 void bind_elementwise(py::module_& module) {
     module.def("rotate", &rotate_heads);
     module.def("gated_silu", &silu_forward);
     module.def("gated_silu_backward", &silu_backward);
+    module.def("rms_norm", &norm_forward);
+    module.def("rms_norm_backward", &norm_backward);
+    module.attr("WIDEST_NORM") = kWidestNorm;
 }
 
 }  // namespace alto::cuda

@@ -13,12 +13,10 @@ struct Matrix {
     std::int64_t rows = 0;
     std::int64_t columns = 0;
     std::int64_t stride = 0;
-
-    bool operator==(const Matrix&) const = default;
 };
 
 // Returns the map; throws std::invalid_argument that names the matrix where TMA cannot address it. The driver takes
-// microseconds to encode one and a launch has up to 14, so each thread keeps those that it asked for lately.
+// microseconds to encode one and a launch has up to 14, so each thread keeps those of the shapes that it met lately.
 CUtensorMap tensor_map(const Matrix& matrix, int box_rows, bool is_float16, const char* name);
 
 }  // namespace alto::cuda

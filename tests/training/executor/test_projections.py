@@ -13,9 +13,8 @@ from alto_common.tuning import TrialConfig
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.events import Event, TrialProgress
 from alto_training.executor.kernel_backend import KernelBackend
-from alto_training.executor.lora_linear import FrozenLinear
 from alto_training.executor.settings import Backend, ExecutorSettings
-from tiny_jobs import adapter_weights, job, run
+from tiny_jobs import adapter_weights, job, run, tiny_backbone
 
 CONFIG = TrialConfig(lora_rank=4, learning_rate=2e-3, batch_size=3, max_steps=6, max_length=32, adam_epsilon=3e-4)
 MIX = (
@@ -28,8 +27,8 @@ MIX = (
 def names(backbone: Backbone) -> list[tuple[str, ...]]:
     found = []
     for layer in backbone.layers:
-        if layer.shared_input is not None and layer.shared_input.layers[0] is layer:
-            found.append(tuple(one.path.rsplit(".", 1)[-1] for one in layer.shared_input.layers))
+        if layer.shared_input is not None and layer.shared_input.projections.layers[0] is layer:
+            found.append(tuple(one.path.rsplit(".", 1)[-1] for one in layer.shared_input.projections.layers))
     return found
 
 
@@ -53,44 +52,37 @@ def test_one_projection_for_all_shares_with_nobody() -> None:
     assert names(found) == []
 
 
+@pytest.mark.parametrize("name", [Backend.REFERENCE, Backend.CPU])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_together_they_are_what_each_is_by_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
-) -> None:
-    settings = ExecutorSettings(tokens_per_tick=96, backend=Backend.CPU, recompute=recompute)
-    alone, alone_events = run(job(*MIX), tmp_path / "alone", settings=settings)
-    widths: list[int] = []
-    original = KernelBackend.linears
-
-    def counted(self: KernelBackend, x: Any, frozen: Sequence[FrozenLinear], indices: Any, tick: Any) -> Any:
-        widths.append(len(frozen))
-        return original(self, x, frozen, indices, tick)
-
-    monkeypatch.setattr(KernelBackend, "shares_input", lambda self, frozen: True)
-    monkeypatch.setattr(KernelBackend, "linears", counted)
+def test_together_they_are_what_each_is_by_itself(tmp_path: Path, name: Backend, recompute: bool) -> None:
+    settings = ExecutorSettings(tokens_per_tick=96, backend=name, recompute=recompute)
+    apart = tiny_backbone()
+    for layer in apart.layers:
+        layer.shared_input = None
+    alone, alone_events = run(job(*MIX), tmp_path / "alone", settings=settings, backbone=apart)
     together, together_events = run(job(*MIX), tmp_path / "together", settings=settings)
-    assert set(widths) == {2, 3}
     assert losses(together_events) == pytest.approx(losses(alone_events), rel=1e-5)
     for one, other in zip(alone.trials, together.trials, strict=True):
         expected, found = adapter_weights(one.adapter_path), adapter_weights(other.adapter_path)
-        for name, tensor in expected.items():
-            assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm()
+        for weights, tensor in expected.items():
+            assert (found[weights] - tensor).norm() <= 1e-5 * tensor.norm()
 
 
-def test_only_the_layers_that_a_tick_adapts_are_multiplied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_are_multiplied_with_the_layers_that_a_tick_adapts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, ...]] = []
-    original = KernelBackend.linears
+    original = KernelBackend.forward
 
     def noted(self: KernelBackend, x: Any, frozen: Any, indices: Sequence[int], tick: Any) -> Any:
         seen.append(tuple(indices))
         return original(self, x, frozen, indices, tick)
 
-    monkeypatch.setattr(KernelBackend, "shares_input", lambda self, frozen: True)
-    monkeypatch.setattr(KernelBackend, "linears", noted)
+    monkeypatch.setattr(KernelBackend, "forward", noted)
     settings = ExecutorSettings(tokens_per_tick=96, backend=Backend.CPU)
     run(job(MIX[2]), tmp_path, settings=settings)
-    q, v, next_q, next_v = 0, 2, 7, 9
-    assert set(seen) == {(q, v), (next_q, next_v)}
+    q, v, up, next_q, next_v, next_up = 0, 2, 5, 7, 9, 12
+    assert set(seen) == {(q, v), (up,), (next_q, next_v), (next_up,)}
 
 
 def losses(events: list[Event]) -> list[float]:
