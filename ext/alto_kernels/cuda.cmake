@@ -43,6 +43,7 @@ target_sources(alto_kernels_module PRIVATE
   csrc/cuda/schedule.cpp
   csrc/cuda/tensor_map.cpp
   csrc/cuda/tick_layout.cpp
+  csrc/cuda/token_nll.cu
 )
 alto_cuda_settings(alto_kernels_module)
 set_target_properties(alto_kernels_module PROPERTIES CUDA_ARCHITECTURES "${ALTO_CUDA_ARCHITECTURES}")

@@ -21,15 +21,16 @@ def linears_forward(
     x_TK: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], plan: TickPlan, modules: Sequence[int]
 ) -> list[Tensor]:
     """Return the outputs of the modules and then their S blocks, see `linear`. All tensors are of the pools' dtype."""
-    dtype = _dtype(plan)
+    dtype, device = _dtype(plan), x_TK.device
     x_TK = _matrix(x_TK, "x_TK", dtype)
-    outputs = [_empty(x_TK, x_TK.shape[0], weight.shape[0]) for weight in weights]
-    saved = [_empty(x_TK, plan.saved_rows, plan.saved_columns) for _ in weights]
+    tokens = x_TK.shape[0]
+    outputs = [torch.empty(tokens, weight.shape[0], dtype=dtype, device=device) for weight in weights]
+    saved = [torch.empty(plan.saved_rows, plan.saved_columns, dtype=dtype, device=device) for _ in weights]
     if plan.tokens == 0:
         return outputs + saved
     weights = [_matrix(weight, "weight_NK", dtype) for weight in weights]
     given = [None if bias is None else _matrix(bias, "bias_N", dtype) for bias in biases]
-    stream = current_stream(x_TK.device)
+    stream = current_stream(device)
     for part in _parts(len(weights), _MAX_MODULES):
         _launch(plan, tuple(modules[part]), backward=False, wants_output=True).forward(
             x_TK.data_ptr(),
@@ -58,7 +59,7 @@ def linears_backward(
     """
     dtype = _dtype(plan)
     x_TK = _matrix(x_TK, "x_TK", dtype)
-    dx_TK = _empty(x_TK, *x_TK.shape)
+    dx_TK = torch.empty_like(x_TK)
     if plan.tokens == 0:
         return dx_TK if needs_dx else None
     dys = [_matrix(dy, "dy_TN", dtype) for dy in dys]
@@ -137,10 +138,6 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 def _dtype(plan: TickPlan) -> torch.dtype:
     return plan.table.dtype
-
-
-def _empty(like: Tensor, rows: int, columns: int) -> Tensor:
-    return torch.empty(rows, columns, dtype=like.dtype, device=like.device)
 
 
 def _matrix(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:

@@ -89,10 +89,12 @@ def gated_silu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
 
 
 def _rotates(q_THD: Tensor, k_THD: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    if not takes_lines(q_THD) or not q_THD.dtype == k_THD.dtype == cos.dtype == sin.dtype or q_THD.dim() != 3:
+    dtype, width = q_THD.dtype, q_THD.shape[-1]
+    alike = k_THD.dtype == dtype and cos.dtype == dtype and sin.dtype == dtype and q_THD.dim() == 3
+    if not alike or not takes_lines(q_THD) or width % (2 * LINE) or k_THD.shape[-1] != width:
         return False
-    tokens, _, width = q_THD.shape
-    return cos.shape == sin.shape == (1, tokens, width) and k_THD.shape[::2] == (tokens, width) and width % 16 == 0
+    angles = (1, q_THD.shape[0], width)
+    return k_THD.shape[0] == angles[1] and cos.shape == angles and sin.shape == angles
 
 
 def _gates(gate: Tensor, up: Tensor) -> bool:
@@ -121,14 +123,14 @@ class _Rotated(torch.autograd.Function):
 
 
 def _rotate(q_THD: Tensor, k_THD: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> tuple[Tensor, Tensor]:
-    tokens, _, width = q_THD.shape
     q_THD, k_THD = _by_lines(q_THD), _by_lines(k_THD)
-    outputs = tuple(torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (q_THD, k_THD))
+    q_out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k_THD, memory_format=torch.contiguous_format)
+    tokens, query_heads, width = q_THD.shape
+    q_strides, k_strides = q_THD.stride(), k_THD.stride()
     require_compiled().rotate(
-        *(
-            (one.data_ptr(), one.stride(0), one.stride(1), out.data_ptr(), one.shape[1])
-            for one, out in zip((q_THD, k_THD), outputs, strict=True)
-        ),
+        (q_THD.data_ptr(), q_strides[0], q_strides[1], q_out.data_ptr(), query_heads),
+        (k_THD.data_ptr(), k_strides[0], k_strides[1], k_out.data_ptr(), k_THD.shape[1]),
         cos.data_ptr(),
         sin.data_ptr(),
         tokens,
@@ -137,7 +139,7 @@ def _rotate(q_THD: Tensor, k_THD: Tensor, cos: Tensor, sin: Tensor, backwards: b
         q_THD.dtype == torch.float16,
         current_stream(q_THD.device),
     )
-    return outputs[0], outputs[1]
+    return q_out, k_out
 
 
 def _by_lines(x_THD: Tensor) -> Tensor:

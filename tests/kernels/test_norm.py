@@ -51,30 +51,29 @@ def test_values_and_gradient(device: str, dtype: torch.dtype, shape: tuple[int, 
     x = (torch.randn(shape, device=device) * scale).to(dtype)
     added = (torch.randn(shape, device=device) * scale).to(dtype) if sums else None
     weight, upstream, beside = (torch.randn(size, device=device).to(dtype) for size in (shape[1], shape, shape))
-    normed = rms_norm(x, weight, EPSILON, added)
-    expected_total = x if added is None else x + added
-    assert torch.equal(normed.total, expected_total)
-    exact = normed.total.double().requires_grad_()
+    total, normed = rms_norm(x, weight, EPSILON, added)
+    assert torch.equal(total, x if added is None else x + added)
+    exact = total.double().requires_grad_()
     out = exactly(exact, weight.double())
-    torch.testing.assert_close(normed.out.double(), out, **CLOSE[dtype])
-    found = rms_norm_backward(upstream, normed.total, weight, normed.scales, beside if sums else None)
+    torch.testing.assert_close(normed.double(), out, **CLOSE[dtype])
+    found = rms_norm_backward(upstream, total, weight, EPSILON, beside if sums else None)
     (expected,) = torch.autograd.grad(out, exact, upstream.double())
     expected = expected + beside.double() if sums else expected
     # Rows of small numbers have large gradients.
     rows = expected.abs().amax(-1, keepdim=True).clamp_min(1.0)
     torch.testing.assert_close(found.double() / rows, expected / rows, **CLOSE[dtype])
-    assert found.dtype == normed.out.dtype == dtype
+    assert found.dtype == normed.dtype == dtype
 
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 def test_heads_are_rows_and_no_rows_are_no_trouble(device: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     heads, weight = torch.randn(5, 3, 16, device=device).to(dtype), torch.randn(16, device=device).to(dtype)
-    normed = rms_norm(heads, weight, EPSILON)
-    assert normed.out.shape == heads.shape
-    assert torch.equal(normed.out[2, 1], rms_norm(heads[2, 1:2], weight, EPSILON).out[0])
-    nothing = rms_norm(heads[:0], weight, EPSILON)
-    assert rms_norm_backward(nothing.out, nothing.total, weight, nothing.scales).shape == (0, 3, 16)
+    _, normed = rms_norm(heads, weight, EPSILON)
+    assert normed.shape == heads.shape
+    assert torch.equal(normed[2, 1], rms_norm(heads[2, 1:2], weight, EPSILON)[1][0])
+    total, nothing = rms_norm(heads[:0], weight, EPSILON)
+    assert rms_norm_backward(nothing, total, weight, EPSILON).shape == (0, 3, 16)
 
 
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
@@ -82,9 +81,9 @@ def test_a_row_that_is_not_finite_stays_alone(device: str, dtype: torch.dtype) -
     x = torch.ones(6, 32, device=device).to(dtype)
     x[2, 5] = float("nan")
     weight = torch.ones(32, device=device).to(dtype)
-    normed = rms_norm(x, weight, EPSILON, added=x)
-    gradient = rms_norm_backward(torch.ones_like(x), normed.total, weight, normed.scales, beside=x)
-    for values in (normed.out, gradient):
+    total, normed = rms_norm(x, weight, EPSILON, added=x)
+    gradient = rms_norm_backward(torch.ones_like(x), total, weight, EPSILON, beside=x)
+    for values in (normed, gradient):
         assert values.isnan().any(-1).tolist() == [False, False, True, False, False, False]
 
 
@@ -95,10 +94,10 @@ def test_operands_at_any_address() -> None:
     x, weight = torch.randn(321, device="cuda").bfloat16(), torch.randn(41, device="cuda").bfloat16()[1:]
     shifted, apart = x[1:161].view(4, 40), x[:320].view(4, 80)[:, ::2]
     for one in (shifted, apart):
-        found = rms_norm(one, weight, EPSILON, added=one)
-        whole = rms_norm(one.clone(), weight.clone(), EPSILON, added=one.clone())
-        assert torch.equal(found.out, whole.out)
-        gradient = rms_norm_backward(one, found.total, weight, found.scales, beside=one)
+        total, normed = rms_norm(one, weight, EPSILON, added=one)
+        expected_total, expected = rms_norm(one.clone(), weight.clone(), EPSILON, added=one.clone())
+        assert torch.equal(normed, expected)
+        gradient = rms_norm_backward(one, total, weight, EPSILON, beside=one)
         assert torch.equal(
-            gradient, rms_norm_backward(one.clone(), whole.total, weight.clone(), whole.scales, one.clone())
+            gradient, rms_norm_backward(one.clone(), expected_total, weight.clone(), EPSILON, beside=one.clone())
         )

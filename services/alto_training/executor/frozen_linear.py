@@ -19,19 +19,20 @@ class DenseLinear:
     def __init__(self, module: Any, in_features: int, out_features: int, transposed: bool = False) -> None:
         self.in_features, self.out_features = in_features, out_features
         self.module = module
+        self._held: dict[str, torch.Tensor | None] = module._parameters  # a module's attributes are found slowly
         self._transposed = transposed
 
     @property
     def weight_NK(self) -> torch.Tensor:
         """The weight, [N, K]: a view."""
-        weight: torch.Tensor = self.module.weight
+        weight = self._held["weight"]
+        assert weight is not None
         return weight.t() if self._transposed else weight
 
     @property
     def bias_N(self) -> torch.Tensor | None:
         """The bias, [N], None without one."""
-        bias: torch.Tensor | None = self.module.bias
-        return bias
+        return self._held["bias"]
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         """Return W x + bias, a new [T, N]."""

@@ -92,35 +92,24 @@ class FusedLayer:
         self, x_TH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, tick: Tick
     ) -> tuple[torch.Tensor, list[Sequence[torch.Tensor]]]:
         """Return y and what `backward` needs; cos and sin are [1, T, D]."""
-        normed = rms_norm(x_TH, self._input_norm.weight, self._input_norm.epsilon)
-        projected, of_qkv = self._qkv.forward(normed.out, tick)
+        _, normed_TH = rms_norm(x_TH, self._input_norm.weight, self._input_norm.epsilon)
+        projected, of_qkv = self._qkv.forward(normed_TH, tick)
         q_THD, k_THD, v_THD = (one.view(one.shape[0], -1, self.head_width) for one in projected)
         of_heads: list[torch.Tensor] = []
         if self._head_norms:
-            q_normed, k_normed = (
-                rms_norm(heads, norm.weight, norm.epsilon)
-                for heads, norm in zip((q_THD, k_THD), self._head_norms, strict=True)
+            of_heads = [q_THD, k_THD]
+            q_THD, k_THD = (
+                rms_norm(heads, norm.weight, norm.epsilon)[1]
+                for heads, norm in zip(of_heads, self._head_norms, strict=True)
             )
-            of_heads = [q_THD, q_normed.scales, k_THD, k_normed.scales]
-            q_THD, k_THD = q_normed.out, k_normed.out
         q_THD, k_THD = rotate(q_THD, k_THD, cos, sin)
         attended_THD, of_attention = attend(q_THD, k_THD, v_THD, tick, self._options)
         (attended_TH,), of_output = self._output.forward(attended_THD.view(x_TH.shape[0], -1), tick)
-        middle = rms_norm(attended_TH, self._mlp_norm.weight, self._mlp_norm.epsilon, added=x_TH)
-        (gate_TN, up_TN), of_gate_up = self._gate_up.forward(middle.out, tick)
+        h_TH, normed_TH = rms_norm(attended_TH, self._mlp_norm.weight, self._mlp_norm.epsilon, added=x_TH)
+        (gate_TN, up_TN), of_gate_up = self._gate_up.forward(normed_TH, tick)
         (y_TH,), of_down = self._down.forward(gated_silu_forward(gate_TN, up_TN), tick)
-        y_TH.add_(middle.total)
-        return y_TH, [
-            (x_TH, normed.scales),
-            of_qkv,
-            of_heads,
-            of_attention,
-            of_output,
-            (middle.total, middle.scales),
-            of_gate_up,
-            (gate_TN, up_TN),
-            of_down,
-        ]
+        y_TH.add_(h_TH)
+        return y_TH, [(x_TH, h_TH), of_qkv, of_heads, of_attention, of_output, of_gate_up, (gate_TN, up_TN), of_down]
 
     def backward(
         self,
@@ -132,7 +121,7 @@ class FusedLayer:
         needs_dx: bool,
     ) -> torch.Tensor | None:
         """Add the adapters' gradients; return that of x, None where nobody needs it. Goes no further than needed."""
-        of_input, of_qkv, of_heads, of_attention, of_output, of_middle, of_gate_up, gate_and_up, of_down = kept
+        (x_TH, h_TH), of_qkv, of_heads, of_attention, of_output, of_gate_up, gate_and_up, of_down = kept
         needs_qkv = needs_dx or self._qkv.adapted_in(tick)
         needs_output = needs_qkv or self._output.adapted_in(tick)
         needs_gate_up = needs_output or self._gate_up.adapted_in(tick)
@@ -144,8 +133,8 @@ class FusedLayer:
         d_normed = self._gate_up.backward(d_gate_up, of_gate_up, tick, needs_output)
         if d_normed is None:
             return None
-        d_middle = rms_norm_backward(d_normed, of_middle[0], self._mlp_norm.weight, of_middle[1], beside=dy_TH)
-        d_attended = self._output.backward([d_middle], of_output, tick, needs_qkv)
+        dh_TH = rms_norm_backward(d_normed, h_TH, self._mlp_norm.weight, self._mlp_norm.epsilon, beside=dy_TH)
+        d_attended = self._output.backward([dh_TH], of_output, tick, needs_qkv)
         if d_attended is None:
             return None
         tokens = dy_TH.shape[0]
@@ -153,14 +142,15 @@ class FusedLayer:
         dq_THD, dk_THD, dv_THD = attend_backward(d_attended, of_attention, tick, self._options)
         dq_THD, dk_THD = rotate(dq_THD, dk_THD, cos, sin, backwards=True)
         if self._head_norms:
-            (q_norm, k_norm), (q_THD, q_scales, k_THD, k_scales) = self._head_norms, of_heads
-            dq_THD = rms_norm_backward(dq_THD, q_THD, q_norm.weight, q_scales)
-            dk_THD = rms_norm_backward(dk_THD, k_THD, k_norm.weight, k_scales)
+            dq_THD, dk_THD = (
+                rms_norm_backward(gradient, heads, norm.weight, norm.epsilon)
+                for gradient, heads, norm in zip((dq_THD, dk_THD), of_heads, self._head_norms, strict=True)
+            )
         dqkv = [one.view(tokens, -1) for one in (dq_THD, dk_THD, dv_THD)]
         d_normed = self._qkv.backward(dqkv, of_qkv, tick, needs_dx)
         if d_normed is None:
             return None
-        return rms_norm_backward(d_normed, of_input[0], self._input_norm.weight, of_input[1], beside=d_middle)
+        return rms_norm_backward(d_normed, x_TH, self._input_norm.weight, self._input_norm.epsilon, beside=dh_TH)
 
 
 class _Fused(torch.autograd.Function):

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from alto_kernels.token_nll import token_nll as logits_nll
 
-# Logits that exist at a time. A chunk reads the head's weight twice: on a GPU it must be of some hundred rows, or that
-# takes longer than its products (a vocabulary of 128,256: 523 rows, 256 MiB in fp32; with 65 rows four times as long).
-_CHUNK_ELEMENTS = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
+# Bytes of logits that exist at a time. A chunk reads the head's weight twice: on a GPU it must be of some hundred rows,
+# or that takes longer than its products (a vocabulary of 128,256: 1,046 rows in 16 bits; with 65 rows four times as
+# long).
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,13 @@ class OutputHead:
     scale: float = 1.0
     softcap: float | None = None
 
+    def product(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """Return W h + bias, a new [R, V], in the format of `hidden_RH`."""
+        return torch.nn.functional.linear(hidden_RH, self.weight_VH, self.bias_V)
+
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits [R, V]."""
-        logits_RV = torch.nn.functional.linear(hidden_RH, self.weight_VH, self.bias_V).float()
+        logits_RV = self.product(hidden_RH).float()
         if self.scale != 1.0:
             logits_RV = logits_RV.mul_(self.scale)
         if self.softcap is not None:
@@ -52,26 +58,14 @@ class _TokenNll(torch.autograd.Function):
         nll_R = torch.empty(rows, dtype=torch.float32, device=hidden_RH.device)
         needs_gradient = ctx.needs_input_grad[0]
         gradient_RH = torch.empty_like(hidden_RH) if needs_gradient else None
-        chunk = max(1, _CHUNK_ELEMENTS[hidden_RH.device.type] // head.weight_VH.shape[0])
+        row_bytes = head.weight_VH.shape[0] * hidden_RH.element_size()
+        chunk = max(1, _CHUNK_BYTES[hidden_RH.device.type] // row_bytes)
         for start in range(0, rows, chunk):
             here = slice(start, start + chunk)
-            logits_CV = head.logits(hidden_RH[here])
-            target_C1 = targets_R[here, None]
-            target_logit_C = logits_CV.gather(1, target_C1).squeeze(1)
-            largest_C1 = logits_CV.amax(dim=1, keepdim=True)
-            slope_CV = 1.0 - (logits_CV / head.softcap).square_() if needs_gradient and head.softcap else None
-            exponential_CV = logits_CV.sub_(largest_C1).exp_()
-            sum_C1 = exponential_CV.sum(dim=1, keepdim=True)
-            nll_R[here] = (sum_C1.log() + largest_C1).squeeze(1) - target_logit_C
-            if gradient_RH is None:
-                continue
-            gradient_CV = exponential_CV.div_(sum_C1)
-            gradient_CV.scatter_add_(1, target_C1, torch.full_like(sum_C1, -1.0))
-            if slope_CV is not None:
-                gradient_CV.mul_(slope_CV)
-            weight_VH = head.weight_VH
-            gradient_CH = gradient_CV.to(weight_VH.dtype) @ weight_VH
-            gradient_RH[here] = gradient_CH if head.scale == 1.0 else gradient_CH * head.scale
+            z_CV = head.product(hidden_RH[here])
+            nll_R[here], gradient_CV = logits_nll(z_CV, targets_R[here], head.scale, head.softcap, needs_gradient)
+            if gradient_RH is not None and gradient_CV is not None:
+                torch.mm(gradient_CV, head.weight_VH, out=gradient_RH[here])
         if gradient_RH is not None:
             ctx.save_for_backward(gradient_RH)
         return nll_R

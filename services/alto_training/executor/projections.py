@@ -38,20 +38,19 @@ class Projections:
     def forward(self, x_TK: torch.Tensor, tick: Tick) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return [T, N] of each layer, and what `backward` needs, outside of autograd."""
         adapted = self._adapted(tick)
-        outputs: list[Any] = [None] * len(self.layers)
-        kept: list[torch.Tensor] = []
-        if adapted:
-            layers = [self.layers[place] for place in adapted]
-            found, kept = layers[0].backend.forward(
-                x_TK, [layer.frozen for layer in layers], [layer.index for layer in layers], tick
-            )
-            kept = [x_TK, *kept]
-            for place, y_TN in zip(adapted, found, strict=True):
-                outputs[place] = y_TN
-        for place, layer in enumerate(self.layers):
-            if outputs[place] is None:
-                outputs[place] = layer.frozen.product(x_TK)
-        return outputs, kept
+        if not adapted:
+            return [layer.frozen.product(x_TK) for layer in self.layers], []
+        layers = [self.layers[place] for place in adapted]
+        outputs, kept = layers[0].backend.forward(
+            x_TK, [layer.frozen for layer in layers], [layer.index for layer in layers], tick
+        )
+        if len(adapted) < len(self.layers):
+            found = dict(zip(adapted, outputs, strict=True))
+            outputs = [
+                found[place] if place in found else layer.frozen.product(x_TK)
+                for place, layer in enumerate(self.layers)
+            ]
+        return outputs, [x_TK, *kept]
 
     def backward(
         self, dys_TN: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], tick: Tick, needs_dx: bool
@@ -70,13 +69,14 @@ class Projections:
                 tick,
                 needs_dx,
             )
-        if needs_dx:
+        if needs_dx and len(adapted) < len(self.layers):
             for place, layer in enumerate(self.layers):
                 if place not in adapted:
                     dx_TK = layer.frozen.input_gradient(dys_TN[place], dx_TK)
         return dx_TK
 
     def _adapted(self, tick: Tick) -> list[int]:
+        """Return the places of the layers that an adapter of the tick adapts."""
         return [place for place, layer in enumerate(self.layers) if layer.index in tick.adapted_layers]
 
 

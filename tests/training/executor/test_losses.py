@@ -26,7 +26,7 @@ def test_losses_and_gradients_are_those_of_cross_entropy(
 ) -> None:
     torch.manual_seed(0)
     head = OutputHead(torch.randn(37, 12), torch.randn(37) if with_bias else None, scale, softcap)
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", {"cpu": chunk_rows * 37})
+    monkeypatch.setattr(losses, "_CHUNK_BYTES", {"cpu": chunk_rows * 37 * 4})
     hidden_RH = torch.randn(11, 12, requires_grad=True)
     targets_R, upstream_R = torch.randint(0, 37, (11,)), torch.randn(11)
 

@@ -8,6 +8,7 @@
 #include "bindings.hpp"
 #include "elementwise.hpp"
 #include "norm.hpp"
+#include "token_nll.hpp"
 
 namespace py = pybind11;
 
@@ -70,24 +71,33 @@ NormShape norm_shape(std::int64_t rows, int width) {
     return {rows, width};
 }
 
-void norm_forward(Address x, Address y, Address weight, Address sum, Address out, Address scales, std::int64_t rows,
-                  int width, float epsilon, bool is_float16, Address stream) {
+void norm_forward(Address x, Address y, Address weight, Address sum, Address out, std::int64_t rows, int width,
+                  float epsilon, bool is_float16, Address stream) {
     const NormArguments arguments{
-        norm_shape(rows, width), aligned(x, "x"),     aligned(y, "y"),        aligned(weight, "weight"),
-        aligned(sum, "sum"),     aligned(out, "out"), pointer<float>(scales), epsilon};
+        norm_shape(rows, width), aligned(x, "x"),     aligned(y, "y"), aligned(weight, "weight"),
+        aligned(sum, "sum"),     aligned(out, "out"), epsilon};
     check(rms_norm(arguments, is_float16, pointer<CUstream_st>(stream)), "rms_norm");
 }
 
-void norm_backward(Address gradient, Address sum, Address weight, Address scales, Address beside, Address sum_gradient,
-                   std::int64_t rows, int width, bool is_float16, Address stream) {
+void norm_backward(Address gradient, Address sum, Address weight, Address beside, Address sum_gradient,
+                   std::int64_t rows, int width, float epsilon, bool is_float16, Address stream) {
     const NormGradientArguments arguments{norm_shape(rows, width),
                                           aligned(gradient, "gradient"),
                                           aligned(sum, "sum"),
                                           aligned(weight, "weight"),
-                                          pointer<float>(scales),
                                           aligned(beside, "beside"),
-                                          aligned(sum_gradient, "sum_gradient")};
+                                          aligned(sum_gradient, "sum_gradient"),
+                                          epsilon};
     check(rms_norm_backward(arguments, is_float16, pointer<CUstream_st>(stream)), "rms_norm_backward");
+}
+
+void nll(Address z, Address targets, Address nll, std::int64_t rows, std::int64_t vocabulary, float scale,
+         float softcap, bool wants_gradient, bool is_float16, Address stream) {
+    if (vocabulary % kLine != 0) throw std::invalid_argument("vocabulary: must be a multiple of 8");
+    const TokenNllArguments arguments{
+        aligned(z, "z"), pointer<const std::int64_t>(targets), pointer<float>(nll), rows, vocabulary, scale, softcap,
+        wants_gradient};
+    check(token_nll(arguments, is_float16, pointer<CUstream_st>(stream)), "token_nll");
 }
 
 }  // namespace
@@ -96,9 +106,9 @@ void bind_elementwise(py::module_& module) {
     module.def("rotate", &rotate_heads);
     module.def("gated_silu", &silu_forward);
     module.def("gated_silu_backward", &silu_backward);
+    module.def("token_nll", &nll);
     module.def("rms_norm", &norm_forward);
     module.def("rms_norm_backward", &norm_backward);
-    module.attr("WIDEST_NORM") = kWidestNorm;
 }
 
 }  // namespace alto::cuda

@@ -25,18 +25,26 @@ struct Place {
     __device__ int line(int number) const { return static_cast<int>(threadIdx.x + number * blockDim.x); }
 };
 
-// The sum over the threads of a row, in all of them.
-__device__ float sum_of_row(float value) {
+// The sums over the threads of a row, in all of them.
+__device__ float2 sums_of_row(float2 value) {
     const int together = min(blockDim.x, kWarp);  // a power of two
-    for (int step = together / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+    for (int step = together / 2; step > 0; step /= 2) {
+        value.x += __shfl_xor_sync(0xffffffffu, value.x, step);
+        value.y += __shfl_xor_sync(0xffffffffu, value.y, step);
+    }
     if (blockDim.x <= kWarp) return value;
-    __shared__ float of_warps[kWarp];
+    __shared__ float2 of_warps[kWarp];
     if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
     __syncthreads();
-    float total = 0.0f;
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) total += of_warps[warp];
+    float2 total{};
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+        total.x += of_warps[warp].x;
+        total.y += of_warps[warp].y;
+    }
     return total;
 }
+
+__device__ float scale_of(float squares, int width, float epsilon) { return rsqrtf(squares / width + epsilon); }
 
 template <typename Element>
 __global__ void rms_norm_kernel(NormArguments arguments) {
@@ -60,9 +68,8 @@ __global__ void rms_norm_kernel(NormArguments arguments) {
 #pragma unroll
         for (int i = 0; i < kLine; ++i) squares += sums[number][i] * sums[number][i];
     }
-    const float scale = rsqrtf(sum_of_row(squares) / arguments.shape.width + arguments.epsilon);
+    const float scale = scale_of(sums_of_row({squares, 0.0f}).x, arguments.shape.width, arguments.epsilon);
     if (!place.there) return;
-    if (threadIdx.x == 0) arguments.scales[place.row] = scale;
 #pragma unroll
     for (int number = 0; number < kLinesOfThread; ++number) {
         if (place.line(number) >= place.lines) continue;
@@ -80,7 +87,7 @@ __global__ void rms_norm_backward_kernel(NormGradientArguments arguments) {
     const Place place(arguments.shape);
     const std::int64_t start = place.row * arguments.shape.width;
     float gradients[kLinesOfThread][kLine], sums[kLinesOfThread][kLine];
-    float products = 0.0f;
+    float squares = 0.0f, products = 0.0f;
 #pragma unroll
     for (int number = 0; number < kLinesOfThread; ++number) {
         if (place.line(number) >= place.lines) continue;
@@ -92,11 +99,13 @@ __global__ void rms_norm_backward_kernel(NormGradientArguments arguments) {
 #pragma unroll
         for (int i = 0; i < kLine; ++i) {
             gradients[number][i] *= weight[i];
+            squares += sums[number][i] * sums[number][i];
             products += gradients[number][i] * sums[number][i];
         }
     }
-    const float scale = arguments.scales[place.row];
-    const float along = scale * scale * sum_of_row(products) / arguments.shape.width;
+    const float2 totals = sums_of_row({squares, products});
+    const float scale = scale_of(totals.x, arguments.shape.width, arguments.epsilon);
+    const float along = scale * scale * totals.y / arguments.shape.width;
     if (!place.there) return;
 #pragma unroll
     for (int number = 0; number < kLinesOfThread; ++number) {

@@ -24,21 +24,21 @@ struct NormArguments {
     const void* weight;
     void* sum;  // not written where y is null
     void* out;
-    float* scales;
     float epsilon;
 };
 
 cudaError_t rms_norm(const NormArguments& arguments, bool is_float16, cudaStream_t stream);
 
-// The gradient of sum, from that of out and, unless null, another that it has besides.
+// The gradient of sum, from that of out and, unless null, another that it has besides. 1 / rms is found again from rows
+// that are read anyway: keeping it would cost a tensor.
 struct NormGradientArguments {
     NormShape shape;
     const void* gradient;
     const void* sum;
     const void* weight;
-    const float* scales;
     const void* beside;
     void* sum_gradient;
+    float epsilon;
 };
 
 cudaError_t rms_norm_backward(const NormGradientArguments& arguments, bool is_float16, cudaStream_t stream);
