@@ -3,7 +3,8 @@
     make bench NAME=tick_profile                   # on a CPU: 32 layers, so narrow that nearly all is the host's own
     python benchmarks/tick_profile.py --device cuda --shape 8b --cell 4x2x256 --text tick-profile.txt
 
-One process trains TRIALSxBATCHxLENGTH (random weights, lora_rank 16 on all seven projections). After ticks that warm up
+One process trains TRIALSxBATCHxLENGTH (random weights, lora_rank 16 on all seven projections); `--ragged` has rows of a
+quarter of LENGTH to all of it, so that no tick is laid out as another. After ticks that warm up
 come TICKS plain ones (`tick_ms`, and `processor_ms` of all threads: medians), TICKS under cProfile (`function_calls`,
 backward included), and 5 under torch's profiler on a GPU (`device_busy_share`: the union of its kernels' and copies'
 times over the time from the first to the last; `launches`) or with every operator counted on a CPU (`operators`).
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import pstats
+import random
 import statistics
 import sys
 import tempfile
@@ -170,6 +172,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="narrow")
     parser.add_argument("--cell", default="4x2x16", help="TRIALSxBATCHxLENGTH, all on one tick")
+    parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--backend", choices=list(Backend), default=Backend.AUTO)
     parser.add_argument("--ticks", type=int, default=10)
     parser.add_argument("--text", type=Path, help="write the profiles' tables there")
@@ -186,7 +189,8 @@ def main() -> int:
         lora_rank=LORA_RANK, target_modules=TARGETS, batch_size=batch, max_steps=10_000, max_length=length
     )
     vocabulary = ours.vocabulary_of(backbone)
-    rows = ours.RandomRows(256, (length,), vocabulary), ours.RandomRows(1, (length,), vocabulary)
+    lengths = tuple(random.Random(0).choices(range(length // 4, length + 1), k=256)) if asked.ragged else (length,)
+    rows = ours.RandomRows(256, lengths, vocabulary), ours.RandomRows(1, (length,), vocabulary)
     phases = Phases(trials, asked.ticks, device)
     sizes = {"slots": trials, "tokens_per_tick": trials * batch * length}
     with suppress(ours.EnoughError), tempfile.TemporaryDirectory() as folder:
@@ -201,6 +205,7 @@ def main() -> int:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "shape": asked.shape,
         "cell": asked.cell,
+        "ragged": asked.ragged,
         **phases.found,
     }
     if asked.text:

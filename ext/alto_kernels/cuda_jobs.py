@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from alto_kernels.availability import require_compiled
-from alto_kernels.cuda_pools import CudaPools
+from alto_kernels.cuda_pools import CudaPools, LaunchShape
 from alto_kernels.upload import upload_parts
 
 if TYPE_CHECKING:
@@ -20,22 +20,6 @@ _BLOCK_ROWS = 128
 _KEPT_LAYOUTS = 4
 # Pairs of token tiles that sweep the weight together and so share it in the L2 cache; measured on an H100.
 _PAIRS_IN_GROUP = 8
-
-
-class LaunchShape(NamedTuple):
-    """The shape of one launch; its schedule depends on nothing else of the modules."""
-
-    backward: bool
-    wants_output: bool  # backward: whether dX is
-    in_features: int
-    out_features: tuple[int, ...]
-
-
-class Schedule(NamedTuple):
-    """Device addresses of one launch's items and of the offsets of each cluster's."""
-
-    items: int
-    offsets: int
 
 
 class TickJobs:
@@ -60,8 +44,6 @@ class TickJobs:
         )
         self.saved_shape = (max(self._layout.saved_rows, _BLOCK_ROWS), BLOCK_COLUMNS)
         self.ready = torch.zeros(self._layout.tiles + 2, dtype=torch.int32, device=self._device)
-        # C++ launches by (modules, backward, wants_output), made on first use.
-        self.launches: dict[tuple[Sequence[int], bool, bool], Any] = {}
         self.expected = expected
         self.used: dict[LaunchShape, None] = {}
         self._keep: list[torch.Tensor] = []
@@ -71,18 +53,28 @@ class TickJobs:
         for shape in expected:
             parts.extend(self._make(shape))
         addresses = self._upload(parts)
-        self.extras, self.owners, self.ready_target, self.thresholds, self.keep_factors = addresses[:5]
-        pairs = zip(addresses[5::2], addresses[6::2], strict=True)
-        self._schedules = {shape: Schedule(*pair) for shape, pair in zip(expected, pairs, strict=True)}
+        names = ("extras", "owners", "ready_target", "thresholds", "keep_factors")
+        self._of_all_launches = dict(zip(names, addresses[:5], strict=True))
+        self._of_all_launches |= {
+            "ready": self.ready.data_ptr(),
+            "row_keys": 0 if plan.row_keys is None else plan.row_keys.data_ptr(),
+            "tokens": plan.tokens,
+            "saved_rows": self.saved_shape[0],
+            "clusters": self.clusters,
+        }
+        schedules = zip(addresses[5::2], addresses[6::2], strict=True)
+        self._tables = {shape: self._tables_of(*found) for shape, found in zip(expected, schedules, strict=True)}
 
-    def schedule(self, shape: LaunchShape) -> Schedule:
-        """Return the schedule for `shape`; one that was not expected is made now and copied to the device."""
+    def tables(self, shape: LaunchShape) -> Any:
+        """Return the C++ `TickTables` for `shape`; what was not expected is made now and copied to the device."""
         self.used[shape] = None
-        found = self._schedules.get(shape)
+        found = self._tables.get(shape)
         if found is None:
-            found = Schedule(*self._upload(self._make(shape)))
-            self._schedules[shape] = found
+            found = self._tables[shape] = self._tables_of(*self._upload(self._make(shape)))
         return found
+
+    def _tables_of(self, items: int, item_offsets: int) -> Any:
+        return require_compiled().TickTables(items=items, item_offsets=item_offsets, **self._of_all_launches)
 
     def block_gradients(self, modules: int, dtype: torch.dtype) -> list[int]:
         """Return device addresses for the dS blocks of so many modules; they are of use within one launch alone."""

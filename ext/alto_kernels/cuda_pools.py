@@ -7,7 +7,7 @@ padded with zeros to a multiple of 16. Addresses go to the device when a slot's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 
 _GRANULE = 16
 _FIRST_CAPACITY = 256
+
+
+class LaunchShape(NamedTuple):
+    """The shape of one launch; its schedule depends on nothing else of the modules."""
+
+    backward: bool
+    wants_output: bool  # backward: whether dX is
+    in_features: int
+    out_features: tuple[int, ...]
 
 
 class CudaPools:
@@ -91,6 +100,35 @@ class CudaPools:
             stream=current_stream(self._table.device),
         )
 
+    def launch(self, modules: tuple[int, ...], backward: bool, wants_output: bool) -> tuple[Any, LaunchShape]:
+        """Return a C++ `Launch` of modules of one input, made once, and its shape, by which a tick schedules it."""
+        found = self._launches.get((modules, backward, wants_output))
+        if found is not None:
+            return found
+        shapes = [self._table.module_shapes[module] for module in modules]
+        in_features = shapes[0][0]
+        launch = require_compiled().Launch(
+            backward=backward,
+            is_float16=self._table.dtype == torch.float16,
+            gradients_are_bfloat16=self._table.gradient_dtype == torch.bfloat16,
+            modules=[
+                (
+                    module,
+                    out_features,
+                    self.a_PK[module].data_ptr(),
+                    self.b_NP[module].data_ptr(),
+                    self.pointers[module].data_ptr(),
+                )
+                for module, (_, out_features) in zip(modules, shapes, strict=True)
+            ],
+            pool_columns=self.capacity,
+            in_features=in_features,
+            slot_is_bad=self.slot_is_bad.data_ptr(),
+        )
+        shape = LaunchShape(backward, wants_output, in_features, tuple(out_features for _, out_features in shapes))
+        self._launches[modules, backward, wants_output] = launch, shape
+        return launch, shape
+
     def _allocate(self, capacity: int) -> None:
         device = self._table.device
         shapes = self._table.module_shapes
@@ -101,6 +139,7 @@ class CudaPools:
         # All at once: where memory runs out on the way, they stay as they were.
         self._modules = torch.tensor(addresses, dtype=torch.int64).to(device)
         self.capacity, self.a_PK, self.b_NP = capacity, a_PK, b_NP
+        self._launches: dict[tuple[tuple[int, ...], bool, bool], tuple[Any, LaunchShape]] = {}
 
     def _find(self, width: int) -> range:
         start = 0

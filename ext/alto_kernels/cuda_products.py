@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alto_kernels.availability import require_compiled
-from alto_kernels.cuda_jobs import LaunchShape
 from alto_kernels.cuda_pools import CudaPools
 from alto_kernels.plan import TickPlan
 from alto_kernels.streams import current_stream
@@ -32,7 +30,9 @@ def linears_forward(
     given = [None if bias is None else _matrix(bias, "bias_N", dtype) for bias in biases]
     stream = current_stream(device)
     for part in _parts(len(weights), _MAX_MODULES):
-        _launch(plan, tuple(modules[part]), backward=False, wants_output=True).forward(
+        launch, tables = _launch(plan, modules[part], backward=False, wants_output=True)
+        launch.forward(
+            tables,
             x_TK.data_ptr(),
             _addresses(weights[part]),
             [0 if bias is None else bias.data_ptr() for bias in given[part]],
@@ -68,7 +68,9 @@ def linears_backward(
     s_gradients = plan.jobs.block_gradients(len(saved), dtype)
     stream = current_stream(x_TK.device)
     for part in _parts(len(weights), 1 if plan.row_keys is not None else _MAX_MODULES):
-        _launch(plan, tuple(modules[part]), backward=True, wants_output=needs_dx).backward(
+        launch, tables = _launch(plan, modules[part], backward=True, wants_output=needs_dx)
+        launch.backward(
+            tables,
             _addresses(dys[part]),
             x_TK.data_ptr(),
             _addresses(weights[part]),
@@ -81,51 +83,13 @@ def linears_backward(
     return dx_TK if needs_dx else None
 
 
-def _launch(plan: TickPlan, modules: tuple[int, ...], *, backward: bool, wants_output: bool) -> Any:
-    jobs = plan.jobs
-    assert jobs is not None
-    found = jobs.launches.get((modules, backward, wants_output))
-    if found is not None:
-        return found
-    shapes = [plan.table.module_shapes[module] for module in modules]
-    shape = LaunchShape(backward, wants_output, shapes[0][0], tuple(out_features for _, out_features in shapes))
+def _launch(plan: TickPlan, modules: Sequence[int], *, backward: bool, wants_output: bool) -> tuple[Any, Any]:
+    """Return a C++ `Launch` of these modules, and what it needs of this tick."""
     pools = plan.table.pools
     assert isinstance(pools, CudaPools)
-    schedule = jobs.schedule(shape)
-    launch = require_compiled().Launch(
-        backward=backward,
-        is_float16=_dtype(plan) == torch.float16,
-        gradients_are_bfloat16=plan.table.gradient_dtype == torch.bfloat16,
-        modules=[
-            (
-                module,
-                plan.table.module_shapes[module][1],
-                pools.a_PK[module].data_ptr(),
-                pools.b_NP[module].data_ptr(),
-                pools.pointers[module].data_ptr(),
-            )
-            for module in modules
-        ],
-        pool_columns=pools.capacity,
-        addresses={
-            "items": schedule.items,
-            "item_offsets": schedule.offsets,
-            "extras": jobs.extras,
-            "owners": jobs.owners,
-            "ready_target": jobs.ready_target,
-            "ready": jobs.ready.data_ptr(),
-            "slot_is_bad": pools.slot_is_bad.data_ptr(),
-            "row_keys": 0 if plan.row_keys is None else plan.row_keys.data_ptr(),
-            "thresholds": jobs.thresholds,
-            "keep_factors": jobs.keep_factors,
-        },
-        tokens=plan.tokens,
-        in_features=shape.in_features,
-        saved_rows=plan.saved_rows,
-        clusters=jobs.clusters,
-    )
-    jobs.launches[modules, backward, wants_output] = launch
-    return launch
+    assert plan.jobs is not None
+    launch, shape = pools.launch(tuple(modules), backward, wants_output)
+    return launch, plan.jobs.tables(shape)
 
 
 def _parts(count: int, size: int) -> list[slice]:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from alto_kernels import cuda_jobs, cuda_pools
-from alto_kernels.cuda_jobs import JobsOfTable, LaunchShape
-from alto_kernels.cuda_pools import CudaPools
+from alto_kernels.cuda_jobs import JobsOfTable
+from alto_kernels.cuda_pools import CudaPools, LaunchShape
 from alto_kernels.plan import Segment
 
 SHAPE = LaunchShape(backward=False, wants_output=True, in_features=64, out_features=(32,))

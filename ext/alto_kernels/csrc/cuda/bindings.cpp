@@ -57,13 +57,45 @@ py::tuple schedule_bytes(const TickLayout& layout, bool backward, bool wants_out
 // One module of a launch: (number in the table, out_features, A pool, B pool, slot pointers).
 using ModuleFields = std::tuple<std::uint32_t, int, Address, Address, Address>;
 
-// A launch of a tick, of one or more modules with the same input: all but the activations is fixed when it is made.
+// What launches of one shape need of a tick: all of it is fixed when the tick is laid out.
+struct TickTables {
+    const Item* items;
+    const int* item_offsets;
+    const Extra* extras;
+    const Owner* owners;
+    const int* ready_target;
+    int* ready;
+    const std::uint32_t* row_keys;
+    const std::int32_t* thresholds;
+    const float* keep_factors;
+    int tokens;
+    std::int64_t saved_rows;
+    int clusters;
+};
+
+TickTables make_tables(Address items, Address item_offsets, Address extras, Address owners, Address ready_target,
+                       Address ready, Address row_keys, Address thresholds, Address keep_factors, int tokens,
+                       std::int64_t saved_rows, int clusters) {
+    return {pointer<const Item>(items),
+            pointer<const int>(item_offsets),
+            pointer<const Extra>(extras),
+            pointer<const Owner>(owners),
+            pointer<const int>(ready_target),
+            pointer<int>(ready),
+            pointer<const std::uint32_t>(row_keys),
+            pointer<const std::int32_t>(thresholds),
+            pointer<const float>(keep_factors),
+            tokens,
+            saved_rows,
+            clusters};
+}
+
+// A launch of one or more modules with the same input: what is fixed as long as their pools are.
 class Launch {
   public:
     Launch(bool backward, bool is_float16, bool gradients_are_bfloat16, const std::vector<ModuleFields>& modules,
-           std::int64_t pool_columns, const py::dict& addresses, int tokens, int in_features, std::int64_t saved_rows,
-           int clusters)
-        : backward_(backward), is_float16_(is_float16), saved_rows_(saved_rows), clusters_(clusters) {
+           std::int64_t pool_columns, int in_features, Address slot_is_bad)
+        : backward_(backward), is_float16_(is_float16) {
         if (modules.empty() || modules.size() > kMaxModules)
             throw std::invalid_argument("modules: a launch has one to four");
         fixed_.module_count = static_cast<int>(modules.size());
@@ -78,44 +110,33 @@ class Launch {
             module.module = number;
             module.out_features = out_features;
         }
-        const auto at = [&](const char* name) { return addresses[name].cast<Address>(); };
-        fixed_.items = pointer<const Item>(at("items"));
-        fixed_.item_offsets = pointer<const int>(at("item_offsets"));
-        fixed_.extras = pointer<const Extra>(at("extras"));
-        fixed_.owners = pointer<const Owner>(at("owners"));
-        fixed_.ready_target = pointer<const int>(at("ready_target"));
-        fixed_.ready = pointer<int>(at("ready"));
-        fixed_.slot_is_bad = pointer<const int>(at("slot_is_bad"));
-        fixed_.row_keys = pointer<const std::uint32_t>(at("row_keys"));
-        fixed_.thresholds = pointer<const std::int32_t>(at("thresholds"));
-        fixed_.keep_factors = pointer<const float>(at("keep_factors"));
-        fixed_.tokens = tokens;
-        fixed_.tiles = (tokens + kTileRows - 1) / kTileRows;
+        fixed_.slot_is_bad = pointer<const int>(slot_is_bad);
         fixed_.in_features = in_features;
         fixed_.gradients_are_bfloat16 = gradients_are_bfloat16;
     }
 
     // Each list has one address a module; a bias may be 0.
-    void forward(Address x, const std::vector<Address>& weights, const std::vector<Address>& biases,
-                 const std::vector<Address>& saved, const std::vector<Address>& ys, Address stream) const {
+    void forward(const TickTables& tick, Address x, const std::vector<Address>& weights,
+                 const std::vector<Address>& biases, const std::vector<Address>& saved, const std::vector<Address>& ys,
+                 Address stream) const {
         if (backward_) throw std::invalid_argument("launch: made for backward");
-        LoraGemmArguments arguments = with_weights(x, weights, ys, saved);
+        LoraGemmArguments arguments = arguments_of(tick, x, weights, ys, saved);
         for (std::size_t i = 0; i < weights.size(); ++i) arguments.modules[i].bias = pointer<const void>(biases.at(i));
         const auto run = is_float16_ ? &launch<Format::kFloat16, false> : &launch<Format::kBfloat16, false>;
-        check(run(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm forward");
+        check(run(arguments, tick.clusters, pointer<CUstream_st>(stream)), "lora_gemm forward");
     }
 
-    void backward(const std::vector<Address>& dys, Address x, const std::vector<Address>& weights,
-                  const std::vector<Address>& saved, const std::vector<Address>& ds, Address dx, bool adds_to_dx,
-                  Address stream) const {
+    void backward(const TickTables& tick, const std::vector<Address>& dys, Address x,
+                  const std::vector<Address>& weights, const std::vector<Address>& saved,
+                  const std::vector<Address>& ds, Address dx, bool adds_to_dx, Address stream) const {
         if (!backward_) throw std::invalid_argument("launch: made for forward");
-        LoraGemmArguments arguments = with_weights(x, weights, dys, ds);
+        LoraGemmArguments arguments = arguments_of(tick, x, weights, dys, ds);
         for (std::size_t i = 0; i < weights.size(); ++i)
-            arguments.modules[i].saved = map_of(saved.at(i), saved_rows_, kStepDepth, "saved");
-        arguments.input_grads = map_of(dx, fixed_.tokens, fixed_.in_features, "dx_TK", kWarpRows);
+            arguments.modules[i].saved = map_of(saved.at(i), tick.saved_rows, kStepDepth, "saved");
+        arguments.input_grads = map_of(dx, tick.tokens, fixed_.in_features, "dx_TK", kWarpRows);
         arguments.adds_to_output = adds_to_dx;
         const auto run = is_float16_ ? &launch<Format::kFloat16, true> : &launch<Format::kBfloat16, true>;
-        check(run(arguments, clusters_, pointer<CUstream_st>(stream)), "lora_gemm backward");
+        check(run(arguments, tick.clusters, pointer<CUstream_st>(stream)), "lora_gemm backward");
     }
 
   private:
@@ -124,18 +145,29 @@ class Launch {
         return tensor_map({address, rows, columns, columns}, box_rows, is_float16_, name);
     }
 
-    LoraGemmArguments with_weights(Address x, const std::vector<Address>& weights, const std::vector<Address>& rows,
-                                   const std::vector<Address>& blocks) const {
+    LoraGemmArguments arguments_of(const TickTables& tick, Address x, const std::vector<Address>& weights,
+                                   const std::vector<Address>& rows, const std::vector<Address>& blocks) const {
         if (weights.size() != static_cast<std::size_t>(fixed_.module_count))
             throw std::invalid_argument("weights: one for each module of the launch");
         LoraGemmArguments arguments = fixed_;
-        arguments.input = map_of(x, fixed_.tokens, fixed_.in_features, "x_TK");
+        arguments.items = tick.items;
+        arguments.item_offsets = tick.item_offsets;
+        arguments.extras = tick.extras;
+        arguments.owners = tick.owners;
+        arguments.ready_target = tick.ready_target;
+        arguments.ready = tick.ready;
+        arguments.row_keys = tick.row_keys;
+        arguments.thresholds = tick.thresholds;
+        arguments.keep_factors = tick.keep_factors;
+        arguments.tokens = tick.tokens;
+        arguments.tiles = (tick.tokens + kTileRows - 1) / kTileRows;
+        arguments.input = map_of(x, tick.tokens, fixed_.in_features, "x_TK");
         for (std::size_t i = 0; i < weights.size(); ++i) {
             ModuleArguments& module = arguments.modules[i];
             module.weight = map_of(weights[i], module.out_features, fixed_.in_features, "weight_NK");
-            module.rows = backward_ ? map_of(rows.at(i), fixed_.tokens, module.out_features, "dy_TN")
-                                    : map_of(rows.at(i), fixed_.tokens, module.out_features, "y_TN", kWarpRows);
-            module.blocks = map_of(blocks.at(i), saved_rows_, kStepDepth, backward_ ? "ds" : "saved");
+            module.rows = backward_ ? map_of(rows.at(i), tick.tokens, module.out_features, "dy_TN")
+                                    : map_of(rows.at(i), tick.tokens, module.out_features, "y_TN", kWarpRows);
+            module.blocks = map_of(blocks.at(i), tick.saved_rows, kStepDepth, backward_ ? "ds" : "saved");
             module.block_data = pointer<void>(blocks[i]);
         }
         return arguments;
@@ -143,8 +175,6 @@ class Launch {
 
     bool backward_;
     bool is_float16_;
-    std::int64_t saved_rows_;
-    int clusters_;
     LoraGemmArguments fixed_{};
 };
 
@@ -216,12 +246,14 @@ void bind(py::module_& module) {
         .def("schedule", &schedule_bytes, py::kw_only(), py::arg("backward"), py::arg("wants_output"),
              py::arg("in_features"), py::arg("out_features"), py::arg("drops"), py::arg("pairs_in_group"),
              py::arg("clusters"));
+    py::class_<TickTables>(module, "TickTables")
+        .def(py::init(&make_tables), py::kw_only(), py::arg("items"), py::arg("item_offsets"), py::arg("extras"),
+             py::arg("owners"), py::arg("ready_target"), py::arg("ready"), py::arg("row_keys"), py::arg("thresholds"),
+             py::arg("keep_factors"), py::arg("tokens"), py::arg("saved_rows"), py::arg("clusters"));
     py::class_<Launch>(module, "Launch")
-        .def(py::init<bool, bool, bool, const std::vector<ModuleFields>&, std::int64_t, const py::dict&, int, int,
-                      std::int64_t, int>(),
-             py::kw_only(), py::arg("backward"), py::arg("is_float16"), py::arg("gradients_are_bfloat16"),
-             py::arg("modules"), py::arg("pool_columns"), py::arg("addresses"), py::arg("tokens"),
-             py::arg("in_features"), py::arg("saved_rows"), py::arg("clusters"))
+        .def(py::init<bool, bool, bool, const std::vector<ModuleFields>&, std::int64_t, int, Address>(), py::kw_only(),
+             py::arg("backward"), py::arg("is_float16"), py::arg("gradients_are_bfloat16"), py::arg("modules"),
+             py::arg("pool_columns"), py::arg("in_features"), py::arg("slot_is_bad"))
         .def("forward", &Launch::forward)
         .def("backward", &Launch::backward);
     module.def("resident_clusters", &count_clusters);
