@@ -29,6 +29,8 @@ target_sources(alto_kernels_module PRIVATE
   csrc/cuda/adamw.cu
   csrc/cuda/bindings.cpp
   csrc/cuda/copy_lanes.cpp
+  csrc/cuda/decoder_layer.cpp
+  csrc/cuda/decoder_layer_bindings.cpp
   csrc/cuda/elementwise.cu
   csrc/cuda/elementwise_bindings.cpp
   csrc/cuda/grouped_bindings.cpp
@@ -38,6 +40,7 @@ target_sources(alto_kernels_module PRIVATE
   csrc/cuda/grouped_gradients_float16.cu
   csrc/cuda/grouped_up_bfloat16.cu
   csrc/cuda/grouped_up_float16.cu
+  csrc/cuda/launch.cpp
   csrc/cuda/norm.cu
   csrc/cuda/pools.cu
   csrc/cuda/schedule.cpp

@@ -30,7 +30,7 @@ def linears_forward(
     given = [None if bias is None else _matrix(bias, "bias_N", dtype) for bias in biases]
     stream = current_stream(device)
     for part in _parts(len(weights), _MAX_MODULES):
-        launch, tables = _launch(plan, modules[part], backward=False, wants_output=True)
+        launch, tables = planned_launch(plan, modules[part], backward=False, wants_output=True)
         launch.forward(
             tables,
             x_TK.data_ptr(),
@@ -68,7 +68,7 @@ def linears_backward(
     s_gradients = plan.jobs.block_gradients(len(saved), dtype)
     stream = current_stream(x_TK.device)
     for part in _parts(len(weights), 1 if plan.row_keys is not None else _MAX_MODULES):
-        launch, tables = _launch(plan, modules[part], backward=True, wants_output=needs_dx)
+        launch, tables = planned_launch(plan, modules[part], backward=True, wants_output=needs_dx)
         launch.backward(
             tables,
             _addresses(dys[part]),
@@ -83,7 +83,7 @@ def linears_backward(
     return dx_TK if needs_dx else None
 
 
-def _launch(plan: TickPlan, modules: Sequence[int], *, backward: bool, wants_output: bool) -> tuple[Any, Any]:
+def planned_launch(plan: TickPlan, modules: Sequence[int], *, backward: bool, wants_output: bool) -> tuple[Any, Any]:
     """Return a C++ `Launch` of these modules, and what it needs of this tick."""
     pools = plan.table.pools
     assert isinstance(pools, CudaPools)

@@ -8,36 +8,40 @@ bits on a GPU; others stay as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from alto_kernels.elementwise import gated_silu_backward, gated_silu_forward, rotate
-from alto_kernels.norm import rms_norm, rms_norm_backward
+from alto_kernels.lines import in_lines
 from torch import nn
 
 from alto_training.executor import attention
-from alto_training.executor.attention import AttentionOptions, attend, attend_backward
+from alto_training.executor.attention import AttentionOptions
 from alto_training.executor.frozen_linear import DenseLinear
 from alto_training.executor.fused_norm import rms_epsilon
-from alto_training.executor.lora_backend import ReferenceBackend
+from alto_training.executor.layer_steps import (
+    HEAD_NORMS,
+    CompiledSteps,
+    LayerParts,
+    PlainSteps,
+    Steps,
+    compiled_steps,
+)
+from alto_training.executor.lora_backend import LoraBackend, ReferenceBackend
 from alto_training.executor.lora_linear import MultiLoraLinear
-from alto_training.executor.projections import Projections
 from alto_training.executor.tick import CurrentTick, Item, PackedSequence, Share, Tick, build_tick
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_HEAD_NORMS = ("q_norm", "k_norm")
 _PROBE_WIDTH, _PROBE_QUERY_HEADS, _PROBE_KEY_HEADS = 16, 4, 2
 _PROBE_LENGTHS = (5, 3)
 
 
 def fuse_layers(decoder: nn.Module) -> int:
-    """Have each layer of `decoder` that does the same as `FusedLayer` be run by one; return how many are.
+    """Have each layer of `decoder` that is of Llama's kind be a step of autograd; return how many are.
 
     The modules stay where they are, with their weights and hooks; those within a layer are no longer called.
     """
@@ -50,107 +54,26 @@ def fuse_layers(decoder: nn.Module) -> int:
     return fused
 
 
-class Norm(NamedTuple):
-    """An RMSNorm; its weight is looked up at each use."""
-
-    module: Any
-    epsilon: float
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight, [K]."""
-        weight: torch.Tensor = self.module.weight
-        return weight
-
-
 class FusedLayer:
-    """h = x + attention(norm(x)), y = h + down(silu(gate(n)) up(n)) with n = norm(h), and the gradient of x.
-
-    Queries and keys may have norms of their own. Tensors are [T, H]; what `forward` keeps for `backward` is a list for
-    each step, in the order of the pass.
-    """
+    """A layer and the two ways of taking its steps; the back end of its products may change between ticks."""
 
     def __init__(self, module: Any, options: AttentionOptions) -> None:
-        own, mlp = module.self_attn, module.mlp
-        self.current: CurrentTick = own.q_proj.current
-        self.head_width = int(own.head_dim)
-        self._options = options
-        self._input_norm = _norm(module.input_layernorm)
-        self._qkv = Projections((own.q_proj, own.k_proj, own.v_proj))
-        self._head_norms = tuple(_norm(getattr(own, name)) for name in _HEAD_NORMS if hasattr(own, name))
-        self._output = Projections((own.o_proj,))
-        self._mlp_norm = _norm(module.post_attention_layernorm)
-        self._gate_up = Projections((mlp.gate_proj, mlp.up_proj))
-        self._down = Projections((mlp.down_proj,))
-        self._projections = (self._qkv, self._output, self._gate_up, self._down)
+        self.parts = LayerParts(module, options)
+        self.current: CurrentTick = self.parts.linears[0].current
+        self._plain = PlainSteps(self.parts)
+        self._compiled: CompiledSteps | None = None
+        self._backend: LoraBackend | None = None
+
+    def steps(self, tick: Tick) -> Steps:
+        """Return the way to take for this tick."""
+        backend = self.parts.linears[0].backend
+        if backend is not self._backend:
+            self._backend, self._compiled = backend, compiled_steps(self.parts)
+        return self._compiled if self._compiled is not None and self._compiled.serve(tick) else self._plain
 
     def adapted_in(self, tick: Tick) -> bool:
         """Return whether an adapter of the tick adapts the layer."""
-        return any(one.adapted_in(tick) for one in self._projections)
-
-    def forward(
-        self, x_TH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, tick: Tick
-    ) -> tuple[torch.Tensor, list[Sequence[torch.Tensor]]]:
-        """Return y and what `backward` needs; cos and sin are [1, T, D]."""
-        _, normed_TH = rms_norm(x_TH, self._input_norm.weight, self._input_norm.epsilon)
-        projected, of_qkv = self._qkv.forward(normed_TH, tick)
-        q_THD, k_THD, v_THD = (one.view(one.shape[0], -1, self.head_width) for one in projected)
-        of_heads: list[torch.Tensor] = []
-        if self._head_norms:
-            of_heads = [q_THD, k_THD]
-            q_THD, k_THD = (
-                rms_norm(heads, norm.weight, norm.epsilon)[1]
-                for heads, norm in zip(of_heads, self._head_norms, strict=True)
-            )
-        q_THD, k_THD = rotate(q_THD, k_THD, cos, sin)
-        attended_THD, of_attention = attend(q_THD, k_THD, v_THD, tick, self._options)
-        (attended_TH,), of_output = self._output.forward(attended_THD.view(x_TH.shape[0], -1), tick)
-        h_TH, normed_TH = rms_norm(attended_TH, self._mlp_norm.weight, self._mlp_norm.epsilon, added=x_TH)
-        (gate_TN, up_TN), of_gate_up = self._gate_up.forward(normed_TH, tick)
-        (y_TH,), of_down = self._down.forward(gated_silu_forward(gate_TN, up_TN), tick)
-        y_TH.add_(h_TH)
-        return y_TH, [(x_TH, h_TH), of_qkv, of_heads, of_attention, of_output, of_gate_up, (gate_TN, up_TN), of_down]
-
-    def backward(
-        self,
-        dy_TH: torch.Tensor,
-        kept: Sequence[Sequence[torch.Tensor]],
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        tick: Tick,
-        needs_dx: bool,
-    ) -> torch.Tensor | None:
-        """Add the adapters' gradients; return that of x, None where nobody needs it. Goes no further than needed."""
-        (x_TH, h_TH), of_qkv, of_heads, of_attention, of_output, of_gate_up, gate_and_up, of_down = kept
-        needs_qkv = needs_dx or self._qkv.adapted_in(tick)
-        needs_output = needs_qkv or self._output.adapted_in(tick)
-        needs_gate_up = needs_output or self._gate_up.adapted_in(tick)
-
-        d_gated = self._down.backward([dy_TH], of_down, tick, needs_gate_up)
-        if d_gated is None:
-            return None
-        d_gate_up = gated_silu_backward(d_gated, *gate_and_up)
-        d_normed = self._gate_up.backward(d_gate_up, of_gate_up, tick, needs_output)
-        if d_normed is None:
-            return None
-        dh_TH = rms_norm_backward(d_normed, h_TH, self._mlp_norm.weight, self._mlp_norm.epsilon, beside=dy_TH)
-        d_attended = self._output.backward([dh_TH], of_output, tick, needs_qkv)
-        if d_attended is None:
-            return None
-        tokens = dy_TH.shape[0]
-        d_attended = d_attended.view(tokens, -1, self.head_width)
-        dq_THD, dk_THD, dv_THD = attend_backward(d_attended, of_attention, tick, self._options)
-        dq_THD, dk_THD = rotate(dq_THD, dk_THD, cos, sin, backwards=True)
-        if self._head_norms:
-            dq_THD, dk_THD = (
-                rms_norm_backward(gradient, heads, norm.weight, norm.epsilon)
-                for gradient, heads, norm in zip((dq_THD, dk_THD), of_heads, self._head_norms, strict=True)
-            )
-        dqkv = [one.view(tokens, -1) for one in (dq_THD, dk_THD, dv_THD)]
-        d_normed = self._qkv.backward(dqkv, of_qkv, tick, needs_dx)
-        if d_normed is None:
-            return None
-        return rms_norm_backward(d_normed, x_TH, self._input_norm.weight, self._input_norm.epsilon, beside=dh_TH)
+        return any(linear.index in tick.adapted_layers for linear in self.parts.linears)
 
 
 class _Fused(torch.autograd.Function):
@@ -161,16 +84,16 @@ class _Fused(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         anchor: torch.Tensor | None,
-        layer: FusedLayer,
+        steps: Steps,
         cos: torch.Tensor,
         sin: torch.Tensor,
         tick: Tick,
     ) -> torch.Tensor:
-        y_TH, kept = layer.forward(hidden.reshape(-1, hidden.shape[-1]), cos, sin, tick)
+        y_TH, kept = steps.forward(hidden.reshape(-1, hidden.shape[-1]), cos, sin, tick)
         if tick.training:
             ctx.save_for_backward(cos, sin, *chain.from_iterable(kept))
             ctx.counts = [len(of_step) for of_step in kept]
-            ctx.layer, ctx.tick = layer, tick
+            ctx.steps, ctx.tick = steps, tick
         return y_TH.view(hidden.shape)
 
     @staticmethod
@@ -179,25 +102,24 @@ class _Fused(torch.autograd.Function):
         following = iter(saved)
         kept = [list(islice(following, count)) for count in ctx.counts]
         dy_TH = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
-        dx_TH = ctx.layer.backward(dy_TH, kept, cos, sin, ctx.tick, ctx.needs_input_grad[0])
+        dx_TH = ctx.steps.backward(dy_TH, kept, cos, sin, ctx.tick, ctx.needs_input_grad[0])
         return None if dx_TH is None else dx_TH.view(gradients[0].shape), None, None, None, None, None
 
 
 def _forward(module: Any, layer: FusedLayer, hidden_states: torch.Tensor, *more: Any, **options: Any) -> Any:
     """Stand where the layer's own `forward` stood, which is taken where positions are encoded otherwise."""
-    cos, sin = options.get("position_embeddings") or (None, None)
-    tokens = hidden_states.shape[:-1].numel()
-    if cos is None or cos.shape != (1, tokens, layer.head_width) or cos.dtype != hidden_states.dtype:
+    angles = options.get("position_embeddings")
+    if angles is None or not _turns_whole_heads(angles[0], hidden_states, layer.parts.head_width):
         return type(module).forward(module, hidden_states, *more, **options)
     tick = layer.current.require()
     anchor = tick.anchor if layer.adapted_in(tick) else None
-    return _Fused.apply(hidden_states, anchor, layer, cos, sin, tick)  # type: ignore[no-untyped-call]  # torch has no types
+    cos, sin = in_lines(angles[0]), in_lines(angles[1])
+    return _Fused.apply(hidden_states.contiguous(), anchor, layer.steps(tick), cos, sin, tick)  # type: ignore[no-untyped-call]  # torch has no types
 
 
-def _norm(module: nn.Module) -> Norm:
-    epsilon = rms_epsilon(module)
-    assert epsilon is not None  # `_options_of` looked
-    return Norm(module, epsilon)
+def _turns_whole_heads(cos: torch.Tensor, hidden_states: torch.Tensor, head_width: int) -> bool:
+    """Return whether angles are for all of a head, in the activations' format; GPT-NeoX turns a part, OLMo in fp32."""
+    return cos.shape == (1, hidden_states.shape[1], head_width) and cos.dtype == hidden_states.dtype
 
 
 def _options_of(module: Any) -> AttentionOptions | None:
@@ -242,7 +164,7 @@ def _has_the_parts(module: Any) -> bool:
     if not all(isinstance(linear, MultiLoraLinear) and linear.runs_once for linear in linears):
         return False
     inner = set(dict(own.named_children())) - set(_ATTENTION)
-    if inner and inner != set(_HEAD_NORMS):
+    if inner and inner != set(HEAD_NORMS):
         return False
     norms = [module.input_layernorm, module.post_attention_layernorm, *(getattr(own, name) for name in inner)]
     return all(rms_epsilon(norm) is not None for norm in norms)
@@ -265,7 +187,7 @@ def _small_copy(module: Any, current: CurrentTick, draws: torch.Generator) -> An
         vars(other).pop("forward", None)  # ours, of the original
         other._modules = {inner: copied(child, inner) for inner, child in one._modules.items()}
         if name.endswith("norm"):
-            other._parameters = {"weight": nn.Parameter(torch.empty(head if name in _HEAD_NORMS else _PROBE_WIDTH))}
+            other._parameters = {"weight": nn.Parameter(torch.empty(head if name in HEAD_NORMS else _PROBE_WIDTH))}
             _draw(other, draws)
         return other
 

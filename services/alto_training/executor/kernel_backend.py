@@ -49,10 +49,10 @@ class KernelBackend:
         may_overwrite: bool = False,
     ) -> None:
         self.name = name
-        self._table = AdapterTable(module_shapes, seats, device, backend=name, dtype=dtype, kernels=kernels)
+        self.table = AdapterTable(module_shapes, seats, device, backend=name, dtype=dtype, kernels=kernels)
         self._seated: list[_Seated | None] = [None] * seats
-        self._fuses_products = self._table.kernels == CudaKernels.HOPPER
-        self._overwrites = may_overwrite and self._fuses_products
+        self.fuses_products = self.table.kernels == CudaKernels.HOPPER
+        self._overwrites = may_overwrite and self.fuses_products
         self._planned: tuple[Tick, TickPlan] | None = None
         self._prepared: tuple[Tick, TickPlan] | None = None
 
@@ -72,8 +72,8 @@ class KernelBackend:
         self, x_TK: torch.Tensor, frozen: Sequence[FrozenLinear], module_indices: Sequence[int], tick: Tick
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """See `LoraBackend.forward`. On Hopper frozen products and low-rank parts are one kernel."""
-        plan = self._plan(tick)
-        if self._fuses_products:
+        plan = self.plan(tick)
+        if self.fuses_products:
             dense = [one for one in frozen if isinstance(one, DenseLinear)]
             weights_NK, biases_N = [one.weight_NK for one in dense], [one.bias_N for one in dense]
             found = linears_forward(x_TK, weights_NK, biases_N, plan, module_indices)
@@ -96,8 +96,8 @@ class KernelBackend:
         needs_dx: bool,
     ) -> torch.Tensor | None:
         """See `LoraBackend.backward`."""
-        plan = self._plan(tick)
-        if self._fuses_products:
+        plan = self.plan(tick)
+        if self.fuses_products:
             weights_NK = [one.weight_NK for one in frozen if isinstance(one, DenseLinear)]
             return linears_backward(dys_TN, x_TK, weights_NK, kept, plan, module_indices, needs_dx)
         dx_TK = None
@@ -107,7 +107,8 @@ class KernelBackend:
             low_rank_backward(dy_TN, x_TK, s_TR, plan, module_index, dx_TK)
         return dx_TK
 
-    def _plan(self, tick: Tick) -> TickPlan:
+    def plan(self, tick: Tick) -> TickPlan:
+        """Return the plan of a tick, made once; ValueError where a seat was given away since."""
         if self._planned is None or self._planned[0] is not tick:
             self._planned = (tick, self.make_plan(tick))
         plan = self._planned[1]
@@ -129,10 +130,10 @@ class KernelBackend:
             )
         offsets = [0, *(segment.end for segment in tick.segments)]
         # The optimiser changed weights since the last tick: whatever is derived from them is renewed.
-        self._table.refresh([seat for seat in seats if seat >= 0])
+        self.table.refresh([seat for seat in seats if seat >= 0])
         segments = zip(seats, tick.segments, strict=True)
         fresh = [seat for seat, segment in segments if self._overwrites and segment.begins_batch]
-        return TickPlan(self._table, seats, offsets, row_keys_T, tick.training, fresh)
+        return TickPlan(self.table, seats, offsets, row_keys_T, tick.training, fresh)
 
     def _holds(self, tick: Tick) -> bool:
         """Say whether every adapter of the tick is seated, with the buffers that it has now."""
@@ -167,5 +168,5 @@ class KernelBackend:
             index: (views.a_RK, views.b_NR, views.grad_a_RK, views.grad_b_NR) for index, views in adapter.views.items()
         }
         self._seated[seat] = None  # until it is done: memory may run out on the way
-        self._table.set_slot(seat, rank=adapter.lora_rank, scale=adapter.scaling, weights=weights, dropout=dropout)
+        self.table.set_slot(seat, rank=adapter.lora_rank, scale=adapter.scaling, weights=weights, dropout=dropout)
         self._seated[seat] = _Seated(adapter, adapter.param, dropout)

@@ -8,6 +8,7 @@ from alto_training.executor import passes
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
+from alto_training.executor.fused_layer import fuse_layers
 from alto_training.executor.fused_norm import fuse_norms
 from alto_training.executor.tick import Item, PackedSequence, Share
 from alto_training.sharding.peer_units import GatherBuffer, GatherBuffers, PeerUnit, flat_layout, flatten
@@ -73,8 +74,12 @@ def test_layers_are_kept_whole_as_far_as_there_is_room() -> None:
 
 @pytest.mark.parametrize("kept", [0, 2, 5])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_gradients_are_those_of_a_whole_backbone(config: PretrainedConfig, recompute: bool, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("config", "fused"), [(LLAMA, False), (LLAMA, True), (GPT2, False)], ids=["llama", "llama, fused", "gpt2"]
+)
+def test_gradients_are_those_of_a_whole_backbone(
+    config: PretrainedConfig, fused: bool, recompute: bool, kept: int
+) -> None:
     model = empty_model(config, torch.float32)
     fill(model, {parameter: name for name, parameter in model.named_parameters()}, RandomWeights(), CPU)
     whole = prepare_backbone(model, "whole", CPU)
@@ -88,6 +93,7 @@ def test_gradients_are_those_of_a_whole_backbone(config: PretrainedConfig, recom
         if recompute:
             backbone.recompute_activations()
         assert fuse_norms(backbone.decoder) == (11 if config is LLAMA else 0)
+        assert not fused or fuse_layers(backbone.decoder) == 5
         backbone.use_backend(choose_backend("cpu", backbone.layers, 1, CPU, torch.float32))
         share = make_share(backbone)
         assert share.adapter is not None

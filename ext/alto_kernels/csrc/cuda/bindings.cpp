@@ -11,10 +11,9 @@
 
 #include "../dropout.hpp"
 #include "adamw.hpp"
-#include "lora_gemm.hpp"
+#include "launch.hpp"
 #include "pools.hpp"
 #include "schedule.hpp"
-#include "tensor_map.hpp"
 
 namespace py = pybind11;
 
@@ -54,25 +53,6 @@ py::tuple schedule_bytes(const TickLayout& layout, bool backward, bool wants_out
     return py::make_tuple(as_bytes(schedule.items), as_bytes(schedule.offsets));
 }
 
-// One module of a launch: (number in the table, out_features, A pool, B pool, slot pointers).
-using ModuleFields = std::tuple<std::uint32_t, int, Address, Address, Address>;
-
-// What launches of one shape need of a tick: all of it is fixed when the tick is laid out.
-struct TickTables {
-    const Item* items;
-    const int* item_offsets;
-    const Extra* extras;
-    const Owner* owners;
-    const int* ready_target;
-    int* ready;
-    const std::uint32_t* row_keys;
-    const std::int32_t* thresholds;
-    const float* keep_factors;
-    int tokens;
-    std::int64_t saved_rows;
-    int clusters;
-};
-
 TickTables make_tables(Address items, Address item_offsets, Address extras, Address owners, Address ready_target,
                        Address ready, Address row_keys, Address thresholds, Address keep_factors, int tokens,
                        std::int64_t saved_rows, int clusters) {
@@ -89,94 +69,6 @@ TickTables make_tables(Address items, Address item_offsets, Address extras, Addr
             saved_rows,
             clusters};
 }
-
-// A launch of one or more modules with the same input: what is fixed as long as their pools are.
-class Launch {
-  public:
-    Launch(bool backward, bool is_float16, bool gradients_are_bfloat16, const std::vector<ModuleFields>& modules,
-           std::int64_t pool_columns, int in_features, Address slot_is_bad)
-        : backward_(backward), is_float16_(is_float16) {
-        if (modules.empty() || modules.size() > kMaxModules)
-            throw std::invalid_argument("modules: a launch has one to four");
-        fixed_.module_count = static_cast<int>(modules.size());
-        for (std::size_t i = 0; i < modules.size(); ++i) {
-            const auto& [number, out_features, a_pool, b_pool, slots] = modules[i];
-            const CUtensorMap a_map = map_of(a_pool, pool_columns, in_features, "a_pool");
-            const CUtensorMap b_map = map_of(b_pool, out_features, pool_columns, "b_pool");
-            ModuleArguments& module = fixed_.modules[i];
-            module.down_pool = backward ? b_map : a_map;
-            module.up_pool = backward ? a_map : b_map;
-            module.slots = pointer<const SlotPointers>(slots);
-            module.module = number;
-            module.out_features = out_features;
-        }
-        fixed_.slot_is_bad = pointer<const int>(slot_is_bad);
-        fixed_.in_features = in_features;
-        fixed_.gradients_are_bfloat16 = gradients_are_bfloat16;
-    }
-
-    // Each list has one address a module; a bias may be 0.
-    void forward(const TickTables& tick, Address x, const std::vector<Address>& weights,
-                 const std::vector<Address>& biases, const std::vector<Address>& saved, const std::vector<Address>& ys,
-                 Address stream) const {
-        if (backward_) throw std::invalid_argument("launch: made for backward");
-        LoraGemmArguments arguments = arguments_of(tick, x, weights, ys, saved);
-        for (std::size_t i = 0; i < weights.size(); ++i) arguments.modules[i].bias = pointer<const void>(biases.at(i));
-        const auto run = is_float16_ ? &launch<Format::kFloat16, false> : &launch<Format::kBfloat16, false>;
-        check(run(arguments, tick.clusters, pointer<CUstream_st>(stream)), "lora_gemm forward");
-    }
-
-    void backward(const TickTables& tick, const std::vector<Address>& dys, Address x,
-                  const std::vector<Address>& weights, const std::vector<Address>& saved,
-                  const std::vector<Address>& ds, Address dx, bool adds_to_dx, Address stream) const {
-        if (!backward_) throw std::invalid_argument("launch: made for forward");
-        LoraGemmArguments arguments = arguments_of(tick, x, weights, dys, ds);
-        for (std::size_t i = 0; i < weights.size(); ++i)
-            arguments.modules[i].saved = map_of(saved.at(i), tick.saved_rows, kStepDepth, "saved");
-        arguments.input_grads = map_of(dx, tick.tokens, fixed_.in_features, "dx_TK", kWarpRows);
-        arguments.adds_to_output = adds_to_dx;
-        const auto run = is_float16_ ? &launch<Format::kFloat16, true> : &launch<Format::kBfloat16, true>;
-        check(run(arguments, tick.clusters, pointer<CUstream_st>(stream)), "lora_gemm backward");
-    }
-
-  private:
-    CUtensorMap map_of(Address address, std::int64_t rows, std::int64_t columns, const char* name,
-                       int box_rows = kStepDepth) const {
-        return tensor_map({address, rows, columns, columns}, box_rows, is_float16_, name);
-    }
-
-    LoraGemmArguments arguments_of(const TickTables& tick, Address x, const std::vector<Address>& weights,
-                                   const std::vector<Address>& rows, const std::vector<Address>& blocks) const {
-        if (weights.size() != static_cast<std::size_t>(fixed_.module_count))
-            throw std::invalid_argument("weights: one for each module of the launch");
-        LoraGemmArguments arguments = fixed_;
-        arguments.items = tick.items;
-        arguments.item_offsets = tick.item_offsets;
-        arguments.extras = tick.extras;
-        arguments.owners = tick.owners;
-        arguments.ready_target = tick.ready_target;
-        arguments.ready = tick.ready;
-        arguments.row_keys = tick.row_keys;
-        arguments.thresholds = tick.thresholds;
-        arguments.keep_factors = tick.keep_factors;
-        arguments.tokens = tick.tokens;
-        arguments.tiles = (tick.tokens + kTileRows - 1) / kTileRows;
-        arguments.input = map_of(x, tick.tokens, fixed_.in_features, "x_TK");
-        for (std::size_t i = 0; i < weights.size(); ++i) {
-            ModuleArguments& module = arguments.modules[i];
-            module.weight = map_of(weights[i], module.out_features, fixed_.in_features, "weight_NK");
-            module.rows = backward_ ? map_of(rows.at(i), tick.tokens, module.out_features, "dy_TN")
-                                    : map_of(rows.at(i), tick.tokens, module.out_features, "y_TN", kWarpRows);
-            module.blocks = map_of(blocks.at(i), tick.saved_rows, kStepDepth, backward_ ? "ds" : "saved");
-            module.block_data = pointer<void>(blocks[i]);
-        }
-        return arguments;
-    }
-
-    bool backward_;
-    bool is_float16_;
-    LoraGemmArguments fixed_{};
-};
 
 int count_clusters() {
     int clusters = 0;
@@ -266,6 +158,7 @@ void bind(py::module_& module) {
                py::arg("zero_grad"), py::arg("stream"));
     module.attr("adamw_block") = kAdamwBlock;
     bind_copy_lanes(module);
+    bind_decoder_layer(module);
     bind_elementwise(module);
     bind_grouped(module);
     module.attr("cuda_architectures") = ALTO_CUDA_ARCHITECTURES;

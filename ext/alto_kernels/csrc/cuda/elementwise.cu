@@ -81,6 +81,18 @@ __global__ void gated_silu_backward_kernel(const void* gradients, const void* ga
     store<Element>(up_gradients, at, gradient);
 }
 
+template <typename Element>
+__global__ void add_kernel(void* sum, const void* other, std::int64_t count) {
+    const std::int64_t at = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kLine;
+    if (at >= count) return;
+    float values[kLine], added[kLine];
+    load<Element>(values, sum, at);
+    load<Element>(added, other, at);
+#pragma unroll
+    for (int i = 0; i < kLine; ++i) values[i] += added[i];
+    store<Element>(sum, at, values);
+}
+
 unsigned blocks(std::int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
 }  // namespace
@@ -107,6 +119,13 @@ cudaError_t gated_silu_backward(const void* gradient, const void* gate, const vo
     if (count == 0) return cudaSuccess;
     const auto kernel = is_float16 ? gated_silu_backward_kernel<__half> : gated_silu_backward_kernel<__nv_bfloat16>;
     kernel<<<blocks(count / kLine), kThreads, 0, stream>>>(gradient, gate, up, gate_gradient, up_gradient, count);
+    return cudaGetLastError();
+}
+
+cudaError_t add(void* sum, const void* other, std::int64_t count, bool is_float16, cudaStream_t stream) {
+    if (count == 0) return cudaSuccess;
+    const auto kernel = is_float16 ? add_kernel<__half> : add_kernel<__nv_bfloat16>;
+    kernel<<<blocks(count / kLine), kThreads, 0, stream>>>(sum, other, count);
     return cudaGetLastError();
 }
 

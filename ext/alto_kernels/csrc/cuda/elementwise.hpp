@@ -17,8 +17,8 @@ struct Heads {
     int heads;
 };
 
-// Rotates by cos and sin, both [T, D]: out = x cos + (-second half of x, first half of x) sin; D a multiple of 16.
-// `backwards`: the transposed map, from gradients of out to gradients of x.
+// Rotates by cos and sin, both [T, D], perhaps in place: out = x cos + (-second half of x, first half of x) sin; D a
+// multiple of 16. `backwards`: the transposed map, from gradients of out to gradients of x.
 struct RotaryArguments {
     Heads queries;
     Heads keys;
@@ -35,8 +35,11 @@ cudaError_t rotate(const RotaryArguments& arguments, bool is_float16, cudaStream
 cudaError_t gated_silu(const void* gate, const void* up, void* out, std::int64_t count, bool is_float16,
                        cudaStream_t stream);
 
-// The gradients of gate and up from that of out.
+// The gradients of gate and up from that of out; either may take its place.
 cudaError_t gated_silu_backward(const void* gradient, const void* gate, const void* up, void* gate_gradient,
                                 void* up_gradient, std::int64_t count, bool is_float16, cudaStream_t stream);
+
+// sum += other.
+cudaError_t add(void* sum, const void* other, std::int64_t count, bool is_float16, cudaStream_t stream);
 
 }  // namespace alto::cuda

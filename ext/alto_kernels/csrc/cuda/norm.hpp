@@ -29,8 +29,8 @@ struct NormArguments {
 
 cudaError_t rms_norm(const NormArguments& arguments, bool is_float16, cudaStream_t stream);
 
-// The gradient of sum, from that of out and, unless null, another that it has besides. 1 / rms is found again from rows
-// that are read anyway: keeping it would cost a tensor.
+// The gradient of sum, from that of out, whose place it may take, and, unless null, another that it has besides. 1 /
+// rms is found again from rows that are read anyway: keeping it would cost a tensor.
 struct NormGradientArguments {
     NormShape shape;
     const void* gradient;
