@@ -29,7 +29,7 @@ from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
 from alto_training.executor.kernel_backend import KernelBackend
-from alto_training.executor.lora_backend import FrozenLinear, LoraBackend
+from alto_training.executor.lora_backend import AdaptedLayer, LoraBackend
 from alto_training.executor.tick import Item, PackedSequence, Share, Tick, build_tick
 
 RANKS = (8, 16, 32, 64)
@@ -48,23 +48,22 @@ class FrozenOnly:
         pass
 
     def forward(
-        self, x_TK: torch.Tensor, frozen: Sequence[FrozenLinear], module_indices: Sequence[int], tick: Tick
+        self, x_TK: torch.Tensor, layers: Sequence[AdaptedLayer], tick: Tick
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        return [one.product(x_TK) for one in frozen], []
+        return [layer.frozen.product(x_TK) for layer in layers], []
 
     def backward(
         self,
         dys_TN: Sequence[torch.Tensor],
         x_TK: torch.Tensor,
         kept: Sequence[torch.Tensor],
-        frozen: Sequence[FrozenLinear],
-        module_indices: Sequence[int],
+        layers: Sequence[AdaptedLayer],
         tick: Tick,
         needs_dx: bool,
     ) -> torch.Tensor | None:
         dx_TK = None
-        for dy_TN, one in zip(dys_TN, frozen, strict=True):
-            dx_TK = one.input_gradient(dy_TN, dx_TK) if needs_dx else None
+        for dy_TN, layer in zip(dys_TN, layers, strict=True):
+            dx_TK = layer.frozen.input_gradient(dy_TN, dx_TK) if needs_dx else None
         return dx_TK
 
 

@@ -17,7 +17,7 @@ from alto_kernels.linear import linears_backward, linears_forward
 
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.frozen_linear import DenseLinear
-from alto_training.executor.lora_backend import FrozenLinear, clear_gradients
+from alto_training.executor.lora_backend import AdaptedLayer, clear_gradients
 from alto_training.executor.tick import Tick
 
 
@@ -69,20 +69,17 @@ class KernelBackend:
             clear_gradients(tick)
 
     def forward(
-        self, x_TK: torch.Tensor, frozen: Sequence[FrozenLinear], module_indices: Sequence[int], tick: Tick
+        self, x_TK: torch.Tensor, layers: Sequence[AdaptedLayer], tick: Tick
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """See `LoraBackend.forward`. On Hopper frozen products and low-rank parts are one kernel."""
         plan = self.plan(tick)
         if self.fuses_products:
-            dense = [one for one in frozen if isinstance(one, DenseLinear)]
+            dense = _dense(layers)
             weights_NK, biases_N = [one.weight_NK for one in dense], [one.bias_N for one in dense]
-            found = linears_forward(x_TK, weights_NK, biases_N, plan, module_indices)
+            found = linears_forward(x_TK, weights_NK, biases_N, plan, [layer.index for layer in layers])
             return found[: len(dense)], found[len(dense) :]
-        outputs = [one.product(x_TK) for one in frozen]
-        kept = [
-            low_rank_forward(y_TN, x_TK, plan, module_index)
-            for y_TN, module_index in zip(outputs, module_indices, strict=True)
-        ]
+        outputs = [layer.frozen.product(x_TK) for layer in layers]
+        kept = [low_rank_forward(y_TN, x_TK, plan, layer.index) for y_TN, layer in zip(outputs, layers, strict=True)]
         return outputs, kept
 
     def backward(
@@ -90,21 +87,20 @@ class KernelBackend:
         dys_TN: Sequence[torch.Tensor],
         x_TK: torch.Tensor,
         kept: Sequence[torch.Tensor],
-        frozen: Sequence[FrozenLinear],
-        module_indices: Sequence[int],
+        layers: Sequence[AdaptedLayer],
         tick: Tick,
         needs_dx: bool,
     ) -> torch.Tensor | None:
         """See `LoraBackend.backward`."""
         plan = self.plan(tick)
         if self.fuses_products:
-            weights_NK = [one.weight_NK for one in frozen if isinstance(one, DenseLinear)]
-            return linears_backward(dys_TN, x_TK, weights_NK, kept, plan, module_indices, needs_dx)
+            weights_NK = [one.weight_NK for one in _dense(layers)]
+            return linears_backward(dys_TN, x_TK, weights_NK, kept, plan, [layer.index for layer in layers], needs_dx)
         dx_TK = None
-        for dy_TN, s_TR, one, module_index in zip(dys_TN, kept, frozen, module_indices, strict=True):
+        for dy_TN, s_TR, layer in zip(dys_TN, kept, layers, strict=True):
             if needs_dx:
-                dx_TK = one.input_gradient(dy_TN, dx_TK)
-            low_rank_backward(dy_TN, x_TK, s_TR, plan, module_index, dx_TK)
+                dx_TK = layer.frozen.input_gradient(dy_TN, dx_TK)
+            low_rank_backward(dy_TN, x_TK, s_TR, plan, layer.index, dx_TK)
         return dx_TK
 
     def plan(self, tick: Tick) -> TickPlan:
@@ -170,3 +166,8 @@ class KernelBackend:
         self._seated[seat] = None  # until it is done: memory may run out on the way
         self.table.set_slot(seat, rank=adapter.lora_rank, scale=adapter.scaling, weights=weights, dropout=dropout)
         self._seated[seat] = _Seated(adapter, adapter.param, dropout)
+
+
+def _dense(layers: Sequence[AdaptedLayer]) -> list[DenseLinear]:
+    """Return the frozen products, which are dense: a table with kernels that fuse them is made for no others."""
+    return [layer.frozen for layer in layers if isinstance(layer.frozen, DenseLinear)]

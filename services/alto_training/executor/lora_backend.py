@@ -30,10 +30,17 @@ class FrozenLinear(Protocol):
         ...
 
 
-class LoraBackend(Protocol):
-    """Multiplies frozen layers of one input with the adapters of a tick; `module_indices` name the layers in adapters.
+class AdaptedLayer(Protocol):
+    """A frozen product, and the number by which adapters know it."""
 
-    Gradients of A and B go into the adapters' own buffers. Every layer here is one that an adapter of the tick adapts.
+    frozen: FrozenLinear
+    index: int
+
+
+class LoraBackend(Protocol):
+    """Multiplies layers of one input, each with the adapters of a tick; of every layer it is given there is one.
+
+    Gradients of A and B go into the adapters' own buffers.
     """
 
     name: str
@@ -47,7 +54,7 @@ class LoraBackend(Protocol):
         ...
 
     def forward(
-        self, x_TK: torch.Tensor, frozen: Sequence[FrozenLinear], module_indices: Sequence[int], tick: Tick
+        self, x_TK: torch.Tensor, layers: Sequence[AdaptedLayer], tick: Tick
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return each layer's new [T, N], and what `backward` needs besides `x_TK`."""
         ...
@@ -57,8 +64,7 @@ class LoraBackend(Protocol):
         dys_TN: Sequence[torch.Tensor],
         x_TK: torch.Tensor,
         kept: Sequence[torch.Tensor],
-        frozen: Sequence[FrozenLinear],
-        module_indices: Sequence[int],
+        layers: Sequence[AdaptedLayer],
         tick: Tick,
         needs_dx: bool,
     ) -> torch.Tensor | None:
@@ -86,15 +92,15 @@ class ReferenceBackend:
         clear_gradients(tick)
 
     def forward(
-        self, x_TK: torch.Tensor, frozen: Sequence[FrozenLinear], module_indices: Sequence[int], tick: Tick
+        self, x_TK: torch.Tensor, layers: Sequence[AdaptedLayer], tick: Tick
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """See `LoraBackend.forward`."""
         outputs, kept = [], []
-        for one, module_index in zip(frozen, module_indices, strict=True):
-            y_TN = one.product(x_TK)
-            for segment, adapter in _adapted(tick, module_index):
-                views = adapter.views[module_index]
-                x_tK = _dropped(x_TK[segment.start : segment.end], segment, module_index)
+        for layer in layers:
+            y_TN = layer.frozen.product(x_TK)
+            for segment, adapter in _adapted(tick, layer.index):
+                views = adapter.views[layer.index]
+                x_tK = _dropped(x_TK[segment.start : segment.end], segment, layer.index)
                 s_tR = x_tK @ views.a_RK.to(x_tK.dtype).t()
                 y_TN[segment.start : segment.end].addmm_(s_tR, views.b_NR.to(x_tK.dtype).t(), alpha=adapter.scaling)
                 kept.append(s_tR)
@@ -106,27 +112,30 @@ class ReferenceBackend:
         dys_TN: Sequence[torch.Tensor],
         x_TK: torch.Tensor,
         kept: Sequence[torch.Tensor],
-        frozen: Sequence[FrozenLinear],
-        module_indices: Sequence[int],
+        layers: Sequence[AdaptedLayer],
         tick: Tick,
         needs_dx: bool,
     ) -> torch.Tensor | None:
         """See `LoraBackend.backward`."""
         s_of_each = iter(kept)
         dx_TK = None
-        for dy_TN, one, module_index in zip(dys_TN, frozen, module_indices, strict=True):
+        for dy_TN, layer in zip(dys_TN, layers, strict=True):
             if needs_dx:
-                dx_TK = one.input_gradient(dy_TN, dx_TK)
-            for segment, adapter in _adapted(tick, module_index):
-                views, s_tR = adapter.views[module_index], next(s_of_each)
+                dx_TK = layer.frozen.input_gradient(dy_TN, dx_TK)
+            for segment, adapter in _adapted(tick, layer.index):
+                views, s_tR = adapter.views[layer.index], next(s_of_each)
                 dy_tN = dy_TN[segment.start : segment.end]
-                x_tK = _dropped(x_TK[segment.start : segment.end], segment, module_index)
+                x_tK = _dropped(x_TK[segment.start : segment.end], segment, layer.index)
                 ds_tR = (dy_tN @ views.b_NR.to(dy_tN.dtype)).mul_(adapter.scaling)
                 _add_product(views.grad_b_NR, dy_tN.t(), s_tR, adapter.scaling)
                 _add_product(views.grad_a_RK, ds_tR.t(), x_tK, 1.0)
-                if dx_TK is not None:
-                    low_rank_tK = ds_tR @ views.a_RK.to(ds_tR.dtype)
-                    dx_TK[segment.start : segment.end] += _dropped(low_rank_tK, segment, module_index)
+                if dx_TK is None:
+                    continue
+                dx_tK, a_RK = dx_TK[segment.start : segment.end], views.a_RK.to(ds_tR.dtype)
+                if segment.row_keys_T is None:
+                    dx_tK.addmm_(ds_tR, a_RK)
+                else:
+                    dx_tK.add_(_dropped(ds_tR @ a_RK, segment, layer.index))
         return dx_TK
 
 

@@ -41,9 +41,7 @@ class Projections:
         if not adapted:
             return [layer.frozen.product(x_TK) for layer in self.layers], []
         layers = [self.layers[place] for place in adapted]
-        outputs, kept = layers[0].backend.forward(
-            x_TK, [layer.frozen for layer in layers], [layer.index for layer in layers], tick
-        )
+        outputs, kept = layers[0].backend.forward(x_TK, layers, tick)
         if len(adapted) < len(self.layers):
             found = dict(zip(adapted, outputs, strict=True))
             outputs = [
@@ -60,15 +58,8 @@ class Projections:
         dx_TK = None
         if adapted:
             layers = [self.layers[place] for place in adapted]
-            dx_TK = layers[0].backend.backward(
-                [dys_TN[place] for place in adapted],
-                kept[0],
-                kept[1:],
-                [layer.frozen for layer in layers],
-                [layer.index for layer in layers],
-                tick,
-                needs_dx,
-            )
+            of_adapted = [dys_TN[place] for place in adapted]
+            dx_TK = layers[0].backend.backward(of_adapted, kept[0], kept[1:], layers, tick, needs_dx)
         if needs_dx and len(adapted) < len(self.layers):
             for place, layer in enumerate(self.layers):
                 if place not in adapted:

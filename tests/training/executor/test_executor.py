@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -184,17 +184,15 @@ def scarce_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def limit(tokens: int) -> None:
         forward, backward = ReferenceBackend.forward, ReferenceBackend.backward
 
-        def scarce_forward(self: Any, x: Any, frozen: Any, indices: Sequence[int], tick: Tick) -> Any:
+        def scarce_forward(self: Any, x: Any, layers: Any, tick: Tick) -> Any:
             if tick.tokens > tokens and not tick.training:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-            return forward(self, x, frozen, indices, tick)
+            return forward(self, x, layers, tick)
 
-        def scarce_backward(
-            self: Any, dys: Any, x: Any, kept: Any, frozen: Any, indices: Sequence[int], tick: Tick, needs_dx: bool
-        ) -> Any:
-            if tick.tokens > tokens and 6 in indices:
+        def scarce_backward(self: Any, dys: Any, x: Any, kept: Any, layers: Any, tick: Tick, needs_dx: bool) -> Any:
+            if tick.tokens > tokens and any(layer.index == 6 for layer in layers):
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return backward(self, dys, x, kept, frozen, indices, tick, needs_dx)
+            return backward(self, dys, x, kept, layers, tick, needs_dx)
 
         monkeypatch.setattr(ReferenceBackend, "forward", scarce_forward)
         monkeypatch.setattr(ReferenceBackend, "backward", scarce_backward)

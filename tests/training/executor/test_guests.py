@@ -217,12 +217,12 @@ def test_where_memory_does_not_do_for_both_the_host_goes_on_alone(
     forward = ReferenceBackend.forward
     shared = Shared(tmp_path / "host", {4: [Join(guest(), tmp_path / "guest")]})
 
-    def scarce_forward(self: Any, x: Any, frozen: Any, indices: Any, tick: Tick) -> Any:
+    def scarce_forward(self: Any, x: Any, layers: Any, tick: Tick) -> Any:
         started = shared.of("guest", TrialProgress)
         left = any(isinstance(event, TaskLeft) for event in shared.events)
         if started and not left and tick.training == (what == "train"):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, x, frozen, indices, tick)
+        return forward(self, x, layers, tick)
 
     monkeypatch.setattr(ReferenceBackend, "forward", scarce_forward)
     outcome = shared.run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,9 +73,9 @@ def test_adapters_are_multiplied_with_the_layers_that_a_tick_adapts(
     seen: list[tuple[int, ...]] = []
     original = KernelBackend.forward
 
-    def noted(self: KernelBackend, x: Any, frozen: Any, indices: Sequence[int], tick: Any) -> Any:
-        seen.append(tuple(indices))
-        return original(self, x, frozen, indices, tick)
+    def noted(self: KernelBackend, x: Any, layers: Any, tick: Any) -> Any:
+        seen.append(tuple(layer.index for layer in layers))
+        return original(self, x, layers, tick)
 
     monkeypatch.setattr(KernelBackend, "forward", noted)
     settings = ExecutorSettings(tokens_per_tick=96, backend=Backend.CPU)

@@ -1,15 +1,20 @@
 """Weights that come and go: nothing may keep one for the backward pass, for its buffer is used by others."""
 
+from typing import Any
+
+import alto_kernels
 import numpy as np
 import pytest
 import torch
 from alto_common.tuning import TrialConfig
+from alto_kernels import CudaKernels
 from alto_training.executor import passes
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
 from alto_training.executor.fused_layer import fuse_layers
 from alto_training.executor.fused_norm import fuse_norms
+from alto_training.executor.layer_steps import CompiledSteps
 from alto_training.executor.tick import Item, PackedSequence, Share
 from alto_training.sharding.peer_units import GatherBuffer, GatherBuffers, PeerUnit, flat_layout, flatten
 from alto_training.sharding.sharded_backbone import empty_model, shard_model
@@ -41,8 +46,8 @@ class OneHostEngine:
     in_lock_step = True
     ranks = 2
 
-    def __init__(self) -> None:
-        self._buffers = SpoiledBuffers(CPU)
+    def __init__(self, device: torch.device = CPU) -> None:
+        self._buffers = SpoiledBuffers(device)
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         parameters = list(modules.parameters())
@@ -53,7 +58,7 @@ class OneHostEngine:
 
 def make_share(backbone: Backbone) -> Share:
     adapter = Adapter(backbone.adapted_modules(CONFIG), CONFIG.lora_rank, 2.0)
-    adapter.initialise(0)
+    adapter.initialise(0, backbone.device)
     adapter.param.add_(0.01)
     ids = np.random.default_rng(0).integers(0, 64, 20).astype(np.int32)
     return Share(adapter, [Item((PackedSequence(ids, np.arange(20) >= 1),), 19)], batch_denominator=19.0)
@@ -99,5 +104,52 @@ def test_gradients_are_those_of_a_whole_backbone(
         assert share.adapter is not None
         found.append((passes.train_tick(backbone, passes.lay_out(backbone, [share])).tolist(), share.adapter.grad))
     assert found[0][0] == found[1][0]
+    assert found[0][1].abs().max() > 0
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    CudaKernels.HOPPER not in alto_kernels.cuda_kernels(torch.bfloat16), reason="needs a GPU of compute capability 9.0"
+)
+@pytest.mark.parametrize("kept", [0, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_on_a_gpu_compiled_steps_take_weights_that_come_and_go(
+    monkeypatch: pytest.MonkeyPatch, recompute: bool, kept: int
+) -> None:
+    device = torch.device("cuda", 0)
+    config = LlamaConfig(
+        **SIZES | {"hidden_size": 64},
+        intermediate_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    served: list[bool] = []
+    serve = CompiledSteps.serve
+
+    def noted(self: CompiledSteps, tick: Any) -> bool:
+        served.append(serve(self, tick))
+        return served[-1]
+
+    model = empty_model(config, torch.bfloat16)
+    fill(model, {parameter: name for name, parameter in model.named_parameters()}, RandomWeights(), device)
+    whole = prepare_backbone(model, "whole", device)
+    engine, room = OneHostEngine(device), room_for(config, kept) // 2
+    sharded = shard_model(
+        empty_model(config, torch.bfloat16), "sharded", RandomWeights(), engine, device, room_bytes=room
+    )
+    monkeypatch.setattr(CompiledSteps, "serve", noted)
+    found = []
+    for backbone in (whole, sharded):
+        if recompute:
+            backbone.recompute_activations()
+        backbone.use_backend(choose_backend("cutlass", backbone.layers, 1, device, torch.bfloat16))
+        share = make_share(backbone)
+        assert share.adapter is not None
+        found.append((passes.train_tick(backbone, passes.lay_out(backbone, [share])).tolist(), share.adapter.grad))
+    assert set(served) == {True}
+    assert found[0][0] == found[1][0]
+    assert found[0][1].isfinite().all()
     assert found[0][1].abs().max() > 0
     assert torch.equal(found[0][1], found[1][1])
