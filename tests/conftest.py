@@ -1,4 +1,4 @@
-"""Fixtures for every room: real databases of both kinds, and a tiny model on disk."""
+"""Fixtures for every room: real databases of both kinds, authorities that sign certificates, a tiny model on disk."""
 
 import os
 import secrets
@@ -48,6 +48,22 @@ def database_url(request, tmp_path):
     yield server_uri.replace("postgresql://", "postgresql+psycopg://").replace("/postgres?", f"/{name}?")
     with psycopg.connect(server_uri, autocommit=True) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def authority(tmp_path):
+    """One that signs certificates, for tests of TLS."""
+    from certificates import Authority
+
+    return Authority(tmp_path / "ours")
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """Another, whom nobody here trusts."""
+    from certificates import Authority
+
+    return Authority(tmp_path / "strangers")
 
 
 @pytest.fixture(scope="session")

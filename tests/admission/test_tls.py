@@ -15,11 +15,6 @@ from processes import why_it_does_not_start
 
 
 @pytest.fixture
-def authority(tmp_path):
-    return Authority(tmp_path / "ours")
-
-
-@pytest.fixture
 def secured(authority):
     """The settings that give admission a certificate, and the roots of those who may call it."""
     files = authority.issue("admission", roots=authority.roots)

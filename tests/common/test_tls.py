@@ -16,7 +16,6 @@ from alto_common.rpc.authentication import Scope, ServiceTokenAuthenticator
 from alto_common.rpc.channel import bearer_metadata, service_channel
 from alto_common.rpc.server import Server, is_loopback
 from alto_common.rpc.tls import TlsError, service_tls
-from certificates import Authority
 from structlog.testing import capture_logs
 
 SERVICE = "alto.v1.PlacementService"
@@ -36,16 +35,6 @@ class Placement(placement_service_pb2_grpc.PlacementServiceServicer):
         yield placement_service_pb2.WatchPlanResponse(plan=placement_pb2.Plan(revision=1))
         await self.may_end.wait()
         yield placement_service_pb2.WatchPlanResponse(plan=placement_pb2.Plan(revision=2))
-
-
-@pytest.fixture
-def authority(tmp_path):
-    return Authority(tmp_path / "ours")
-
-
-@pytest.fixture
-def stranger(tmp_path):
-    return Authority(tmp_path / "strangers")
 
 
 @asynccontextmanager

@@ -13,20 +13,9 @@ from alto_cli.client_file import ClientFile
 from alto_client import AltoClient, AltoError
 from alto_client.connection import Connection
 from alto_client.errors import HandshakeError
-from certificates import Authority
 from typer.testing import CliRunner
 
 from .conftest import API_KEY
-
-
-@pytest.fixture
-def authority(tmp_path):
-    return Authority(tmp_path / "ours")
-
-
-@pytest.fixture
-def stranger(tmp_path):
-    return Authority(tmp_path / "strangers")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Placement over TLS: whom its listener takes, and what is wrong with its settings."""
 
 import grpc
-import pytest
 from alto.v1 import placement_service_pb2, placement_service_pb2_grpc
 from alto_common.rpc.channel import bearer_metadata, service_channel
 from alto_placement.server import PlacementServer
@@ -10,11 +9,6 @@ from certificates import Authority, as_settings
 from processes import why_it_does_not_start
 
 TOKEN = "the-token"
-
-
-@pytest.fixture
-def authority(tmp_path):
-    return Authority(tmp_path / "ours")
 
 
 async def nodes(channel):
