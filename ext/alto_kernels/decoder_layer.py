@@ -179,8 +179,8 @@ class DecoderLayer:
         return whole.as_strided((tokens, width // head, head), (width, head, 1), start)
 
     def _addresses(self, weights: LayerWeights) -> tuple[list[int], list[int], list[int]]:
-        for weight in weights.products:
-            if weight.dtype != self._dtype or not weight.is_contiguous():
+        for weight in (*weights.norms, *weights.products, *weights.biases):
+            if weight is not None and (weight.dtype != self._dtype or not weight.is_contiguous()):
                 raise ValueError(f"weights: {weight.dtype}, must be contiguous and {self._dtype}")
         norms = [norm.data_ptr() for norm in weights.norms]
         return (
@@ -190,5 +190,6 @@ class DecoderLayer:
         )
 
     def _check(self, tensor: Tensor, plan: TickPlan, name: str) -> None:
-        if tensor.dtype != self._dtype or not tensor.is_contiguous() or tensor.shape[0] != plan.tokens:
-            raise ValueError(f"{name}: must be contiguous, {self._dtype}, and of the plan's {plan.tokens} tokens")
+        whole = tensor.dtype == self._dtype and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+        if not whole or tensor.shape[0] != plan.tokens:
+            raise ValueError(f"{name}: must be contiguous, aligned, {self._dtype}, of the plan's {plan.tokens} tokens")

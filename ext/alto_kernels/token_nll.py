@@ -22,7 +22,7 @@ def token_nll(
     Logits are softcap(scale z), with c tanh(x / c) for a `softcap` c. `targets_R` is int64, each below V. Rows never
     mix: one that is not finite makes its own answer and gradient not finite, and no other.
     """
-    if takes_lines(z_RV) and z_RV.shape[1] % LINE == 0:
+    if is_in_place(z_RV, z_RV.shape[1]):
         return _by_kernel(z_RV, targets_R, scale, softcap, wants_gradient)
     logits_RV = z_RV.float()
     if scale != 1.0:
@@ -45,6 +45,11 @@ def token_nll(
     if scale != 1.0:
         gradient_RV.mul_(scale)
     return nll_R, gradient_RV.to(z_RV.dtype)
+
+
+def is_in_place(like: Tensor, vocabulary: int) -> bool:
+    """Return whether logits in the format and place of `like` are overwritten; torch needs fp32 copies of them."""
+    return takes_lines(like) and vocabulary % LINE == 0
 
 
 def _by_kernel(

@@ -14,6 +14,8 @@ from pathlib import Path
 from alto_common.base_models import ModelFacts
 from alto_common.cost_model import CostModel
 
+_PASSES = 2  # counts what the backbone's passes have been: measurements of others, which held and took other than they
+
 
 @dataclass(frozen=True)
 class CalibrationKey:
@@ -32,7 +34,7 @@ class CalibrationKey:
     @property
     def file_name(self) -> str:
         """The name of the cache file."""
-        return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest() + ".json"
+        return hashlib.sha256(json.dumps([*dataclasses.astuple(self), _PASSES]).encode()).hexdigest() + ".json"
 
 
 def shape_of(facts: ModelFacts) -> str:

@@ -6,8 +6,7 @@ itself alone, so no sequence can see, or be made not finite by, another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +31,14 @@ class AttentionOptions(NamedTuple):
     scaling: float | None = None
     window: int | None = None
     softcap: float | None = None
+
+
+class WatchedTick(CurrentTick):
+    """A tick whose attention puts down what each call asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[AttentionOptions] = []
 
 
 def register() -> None:
@@ -66,8 +73,11 @@ def varlen_attention(
     """
     if s_aux is not None:
         raise UnsupportedBackboneError("the model uses attention sinks", "choose a model without them")
-    tick = getattr(module, _TICK_ATTRIBUTE).require()
+    current: CurrentTick = getattr(module, _TICK_ATTRIBUTE)
+    tick = current.require()
     options = AttentionOptions(scaling, sliding_window, softcap)
+    if isinstance(current, WatchedTick):
+        current.asked.append(options)
     if flash_serves(query, options):
         query_THD, key_THD, value_THD = (
             (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).squeeze(0).transpose(0, 1)
@@ -78,24 +88,6 @@ def varlen_attention(
         )
         return attended_THD.unsqueeze(0), None
     return _attend_each(query, key, value, tick, options).transpose(1, 2), None
-
-
-@contextmanager
-def options_seen() -> Iterator[list[AttentionOptions]]:
-    """Within the context, put down what each call of the implementation was asked for."""
-    from transformers import AttentionInterface
-
-    seen: list[AttentionOptions] = []
-
-    def noting(*tensors: Any, **options: Any) -> Any:
-        seen.append(AttentionOptions(options.get("scaling"), options.get("sliding_window"), options.get("softcap")))
-        return varlen_attention(*tensors, **options)
-
-    AttentionInterface.register(IMPLEMENTATION, noting)
-    try:
-        yield seen
-    finally:
-        register()
 
 
 def attend(

@@ -8,6 +8,7 @@ bits on a GPU; others stay as they are.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -18,18 +19,11 @@ from alto_kernels.lines import in_lines
 from torch import nn
 
 from alto_training.executor import attention
-from alto_training.executor.attention import AttentionOptions
+from alto_training.executor.attention import AttentionOptions, WatchedTick
 from alto_training.executor.frozen_linear import DenseLinear
 from alto_training.executor.fused_norm import rms_epsilon
-from alto_training.executor.layer_steps import (
-    HEAD_NORMS,
-    CompiledSteps,
-    LayerParts,
-    PlainSteps,
-    Steps,
-    compiled_steps,
-)
-from alto_training.executor.lora_backend import LoraBackend, ReferenceBackend
+from alto_training.executor.layer_steps import HEAD_NORMS, LayerParts, Steps, steps_of
+from alto_training.executor.lora_backend import ReferenceBackend
 from alto_training.executor.lora_linear import MultiLoraLinear
 from alto_training.executor.tick import CurrentTick, Item, PackedSequence, Share, Tick, build_tick
 
@@ -38,6 +32,10 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _PROBE_WIDTH, _PROBE_QUERY_HEADS, _PROBE_KEY_HEADS = 16, 4, 2
 _PROBE_LENGTHS = (5, 3)
+_PROBE_POSITION = 10_000  # some attentions change with positions, far out alone
+# Of what reaches the products, each times those before: some models clamp what is large. Gradients are compared for the
+# first alone, for beyond it those of the softmax are differences of large numbers.
+_PROBE_SIZES = (1.0, 30.0, 1000.0)
 
 
 def fuse_layers(decoder: nn.Module) -> int:
@@ -49,31 +47,9 @@ def fuse_layers(decoder: nn.Module) -> int:
     for module in decoder.modules():
         options = _options_of(module)
         if options is not None:
-            object.__setattr__(module, "forward", partial(_forward, module, FusedLayer(module, options)))
+            object.__setattr__(module, "forward", partial(_forward, module, LayerParts(module, options)))
             fused += 1
     return fused
-
-
-class FusedLayer:
-    """A layer and the two ways of taking its steps; the back end of its products may change between ticks."""
-
-    def __init__(self, module: Any, options: AttentionOptions) -> None:
-        self.parts = LayerParts(module, options)
-        self.current: CurrentTick = self.parts.linears[0].current
-        self._plain = PlainSteps(self.parts)
-        self._compiled: CompiledSteps | None = None
-        self._backend: LoraBackend | None = None
-
-    def steps(self, tick: Tick) -> Steps:
-        """Return the way to take for this tick."""
-        backend = self.parts.linears[0].backend
-        if backend is not self._backend:
-            self._backend, self._compiled = backend, compiled_steps(self.parts)
-        return self._compiled if self._compiled is not None and self._compiled.serve(tick) else self._plain
-
-    def adapted_in(self, tick: Tick) -> bool:
-        """Return whether an adapter of the tick adapts the layer."""
-        return any(linear.index in tick.adapted_layers for linear in self.parts.linears)
 
 
 class _Fused(torch.autograd.Function):
@@ -106,15 +82,15 @@ class _Fused(torch.autograd.Function):
         return None if dx_TH is None else dx_TH.view(gradients[0].shape), None, None, None, None, None
 
 
-def _forward(module: Any, layer: FusedLayer, hidden_states: torch.Tensor, *more: Any, **options: Any) -> Any:
+def _forward(module: Any, parts: LayerParts, hidden_states: torch.Tensor, *more: Any, **options: Any) -> Any:
     """Stand where the layer's own `forward` stood, which is taken where positions are encoded otherwise."""
     angles = options.get("position_embeddings")
-    if angles is None or not _turns_whole_heads(angles[0], hidden_states, layer.parts.head_width):
+    if angles is None or not _turns_whole_heads(angles[0], hidden_states, parts.head_width):
         return type(module).forward(module, hidden_states, *more, **options)
-    tick = layer.current.require()
-    anchor = tick.anchor if layer.adapted_in(tick) else None
+    tick = parts.linears[0].current.require()
+    anchor = tick.anchor if any(index in tick.adapted_layers for index in parts.modules) else None
     cos, sin = in_lines(angles[0]), in_lines(angles[1])
-    return _Fused.apply(hidden_states.contiguous(), anchor, layer.steps(tick), cos, sin, tick)  # type: ignore[no-untyped-call]  # torch has no types
+    return _Fused.apply(hidden_states.contiguous(), anchor, steps_of(parts, tick), cos, sin, tick)  # type: ignore[no-untyped-call]  # torch has no types
 
 
 def _turns_whole_heads(cos: torch.Tensor, hidden_states: torch.Tensor, head_width: int) -> bool:
@@ -127,30 +103,54 @@ def _options_of(module: Any) -> AttentionOptions | None:
 
     Asked of a copy with small weights of its own, which runs both ways: the module's may be elsewhere.
     """
-    if not _has_the_parts(module):
+    try:
+        return _options_if_alike(module) if _has_the_parts(module) else None
+    except Exception:  # whatever code that we do not know says of being used so: it stays as it is
         return None
-    current = CurrentTick()
+
+
+def _options_if_alike(module: Any) -> AttentionOptions | None:
+    current = WatchedTick()
     current.tick = _probe_tick()
     draws = torch.Generator().manual_seed(0)
     probe = _small_copy(module, current, draws)
     tokens = sum(_PROBE_LENGTHS)
-    # Of all sizes: some models clamp what is large.
-    hidden = torch.randn(1, tokens, _PROBE_WIDTH, generator=draws) * torch.logspace(-1, 2, tokens)[:, None]
     cos, sin = torch.randn(2, 1, tokens, int(module.self_attn.head_dim), generator=draws)
-    upstream = torch.randn(hidden.shape, generator=draws)
-    try:
-        with attention.options_seen() as seen, torch.enable_grad():
-            own_x = hidden.clone().requires_grad_()
-            own_y = type(module).forward(probe, own_x, position_embeddings=(cos, sin))
-            if not isinstance(own_y, torch.Tensor) or len(seen) != 1 or seen[0].softcap is not None:
-                return None
-            our_x = hidden.clone().requires_grad_()
-            our_y = _forward(probe, FusedLayer(probe, seen[0]), our_x, position_embeddings=(cos, sin))
-        own_dx, our_dx = (torch.autograd.grad(y, x, upstream)[0] for y, x in ((own_y, own_x), (our_y, our_x)))
-    except (TypeError, AttributeError, ValueError, RuntimeError):
-        return None
-    same = all(torch.allclose(own, ours, rtol=1e-4, atol=1e-4) for own, ours in ((own_y, our_y), (own_dx, our_dx)))
-    return seen[0] if same else None
+    positions = current.tick.position_ids_1T + _PROBE_POSITION
+    more: dict[str, Any] = {
+        "attention_mask": None,
+        "position_ids": positions,
+        "past_key_values": None,
+        "use_cache": False,
+    }
+    more["position_embeddings"] = (cos, sin)
+    for size in _PROBE_SIZES:
+        for norm in (probe.input_layernorm, probe.post_attention_layernorm):
+            norm.weight.mul_(size)
+        hidden, upstream = torch.randn(2, 1, tokens, _PROBE_WIDTH, generator=draws)
+        current.asked.clear()
+        own = _value_and_gradient(partial(type(module).forward, probe), hidden, upstream, more)
+        if len(current.asked) != 1 or current.asked[0].softcap is not None:
+            return None
+        parts = LayerParts(probe, current.asked[0])
+        ours = _value_and_gradient(partial(_forward, probe, parts), hidden, upstream, more)
+        if not _close(own[0], ours[0]) or (size == _PROBE_SIZES[0] and not _close(own[1], ours[1])):
+            return None
+    return parts.options
+
+
+def _value_and_gradient(
+    forward: Callable[..., torch.Tensor], hidden: torch.Tensor, upstream: torch.Tensor, more: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.enable_grad():
+        x = hidden.clone().requires_grad_()
+        y = forward(x, **more)
+    (dx,) = torch.autograd.grad(y, x, upstream)
+    return y.detach(), dx
+
+
+def _close(own: torch.Tensor, ours: torch.Tensor) -> bool:
+    return own.shape == ours.shape and bool((own - ours).abs().max() <= 1e-4 * own.abs().max())
 
 
 def _has_the_parts(module: Any) -> bool:
@@ -167,7 +167,14 @@ def _has_the_parts(module: Any) -> bool:
     if inner and inner != set(HEAD_NORMS):
         return False
     norms = [module.input_layernorm, module.post_attention_layernorm, *(getattr(own, name) for name in inner)]
-    return all(rms_epsilon(norm) is not None for norm in norms)
+    if any(rms_epsilon(norm) is None for norm in norms):
+        return False
+    weights = [norm.weight for norm in norms]
+    for linear in linears:
+        if isinstance(linear, MultiLoraLinear) and isinstance(linear.frozen, DenseLinear):
+            weights += [one for one in (linear.frozen.weight_NK, linear.frozen.bias_N) if one is not None]
+    # What a product of two formats gives differs from class to class, and the kernels take one.
+    return len({weight.dtype for weight in weights}) == 1
 
 
 def _small_copy(module: Any, current: CurrentTick, draws: torch.Generator) -> Any:
@@ -183,6 +190,8 @@ def _small_copy(module: Any, current: CurrentTick, draws: torch.Generator) -> An
             linear = nn.Linear(*widths[name])
             _draw(linear, draws)
             return MultiLoraLinear(DenseLinear(linear, *widths[name]), 0, name, ReferenceBackend(), current)
+        if one is None:
+            return None
         other = copy.copy(one)
         vars(other).pop("forward", None)  # ours, of the original
         other._modules = {inner: copied(child, inner) for inner, child in one._modules.items()}

@@ -13,6 +13,7 @@ from alto_kernels import (
     low_rank_backward,
     low_rank_forward,
 )
+from alto_kernels.decoder_layer import DecoderLayer
 from alto_kernels.linear import linears_backward, linears_forward
 
 from alto_training.executor.adapter import Adapter
@@ -53,6 +54,7 @@ class KernelBackend:
         self._seated: list[_Seated | None] = [None] * seats
         self.fuses_products = self.table.kernels == CudaKernels.HOPPER
         self._overwrites = may_overwrite and self.fuses_products
+        self._layers: dict[tuple[int, ...], DecoderLayer | None] = {}
         self._planned: tuple[Tick, TickPlan] | None = None
         self._prepared: tuple[Tick, TickPlan] | None = None
 
@@ -102,6 +104,18 @@ class KernelBackend:
                 dx_TK = layer.frozen.input_gradient(dy_TN, dx_TK)
             low_rank_backward(dy_TN, x_TK, s_TR, plan, layer.index, dx_TK)
         return dx_TK
+
+    def decoder_layer(
+        self, modules: tuple[int, ...], head_width: int, epsilons: tuple[float, float, float | None]
+    ) -> DecoderLayer | None:
+        """Return the kernels of a whole layer, made once; None where they do not serve. See `DecoderLayer`."""
+        if modules not in self._layers:
+            try:
+                made = DecoderLayer(self.table, modules, head_width, *epsilons) if self.fuses_products else None
+            except ValueError:  # widths that they do not take
+                made = None
+            self._layers[modules] = made
+        return self._layers[modules]
 
     def plan(self, tick: Tick) -> TickPlan:
         """Return the plan of a tick, made once; ValueError where a seat was given away since."""

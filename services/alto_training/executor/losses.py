@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from alto_kernels.token_nll import is_in_place
 from alto_kernels.token_nll import token_nll as logits_nll
 
 # Bytes of logits that exist at a time. A chunk reads the head's weight twice: on a GPU it must be of some hundred rows,
@@ -58,7 +59,8 @@ class _TokenNll(torch.autograd.Function):
         nll_R = torch.empty(rows, dtype=torch.float32, device=hidden_RH.device)
         needs_gradient = ctx.needs_input_grad[0]
         gradient_RH = torch.empty_like(hidden_RH) if needs_gradient else None
-        row_bytes = head.weight_VH.shape[0] * hidden_RH.element_size()
+        vocabulary = head.weight_VH.shape[0]
+        row_bytes = vocabulary * (hidden_RH.element_size() if is_in_place(hidden_RH, vocabulary) else 4)
         chunk = max(1, _CHUNK_BYTES[hidden_RH.device.type] // row_bytes)
         for start in range(0, rows, chunk):
             here = slice(start, start + chunk)

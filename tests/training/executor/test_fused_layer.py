@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ import pytest
 import torch
 from alto_common.tuning import TrialConfig
 from alto_kernels import CudaKernels
-from alto_training.executor import passes
+from alto_training.executor import fused_layer, layer_steps, passes
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
 from alto_training.executor.events import Event, TrialProgress
 from alto_training.executor.fused_layer import fuse_layers
-from alto_training.executor.layer_steps import CompiledSteps, PlainSteps
+from alto_training.executor.layer_steps import CompiledSteps, LayerParts, PlainSteps, Steps, steps_of
+from alto_training.executor.lora_backend import ReferenceBackend
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.tick import Item, PackedSequence, Share, build_tick
 from tiny_jobs import adapter_weights, job, run, tiny_backbone
@@ -88,6 +91,59 @@ def test_others_are_left_alone(name: str) -> None:
     assert fuse_layers(backbone.decoder) == 0
 
 
+def clamped_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+    gate, up = module.gate_proj(x).clamp(max=7.0), module.up_proj(x).clamp(-7.0, 7.0)
+    out: torch.Tensor = module.down_proj(torch.nn.functional.silu(gate) * up)
+    return out
+
+
+def attention_by_position(module: Any, *more: Any, position_ids: torch.Tensor, **options: Any) -> Any:
+    out, weights = type(module).__mro__[1].forward(module, *more, **options)
+    return out * (1.0 + (position_ids > 4096)[..., None]), weights
+
+
+def raising(module: Any, *_: Any, **options: Any) -> Any:
+    return options["what nobody gives"]
+
+
+@pytest.mark.parametrize(
+    ("part", "forward"),
+    [("mlp", clamped_mlp), ("self_attn", attention_by_position), ("self_attn", raising)],
+    ids=["a clamp", "positions", "an error of its own"],
+)
+def test_a_layer_whose_parts_do_something_else_is_left_alone(part: str, forward: Any) -> None:
+    backbone = prepare_backbone(make("llama"), "llama", torch.device("cpu"))
+    layer: Any = backbone.decoder.get_submodule("layers.1")
+    own = getattr(layer, part)
+    own.__class__ = type("Other", (type(own),), {"forward": forward})
+    assert fuse_layers(backbone.decoder) == 2
+
+
+def test_a_part_that_is_named_and_missing_is_no_trouble() -> None:
+    backbone = prepare_backbone(make("llama"), "llama", torch.device("cpu"))
+    backbone.decoder.get_submodule("layers.1.self_attn").register_module("q_norm", None)
+    assert fuse_layers(backbone.decoder) == 3
+
+
+def test_a_norm_in_another_format_leaves_the_layer_alone() -> None:
+    backbone = prepare_backbone(make("llama").bfloat16(), "llama", torch.device("cpu"))
+    backbone.decoder.get_submodule("layers.1.input_layernorm").float()
+    assert fuse_layers(backbone.decoder) == 2
+
+
+def test_a_back_end_that_was_replaced_is_let_go_of() -> None:
+    backbone = prepare_backbone(make("llama"), "llama", torch.device("cpu"))
+    assert fuse_layers(backbone.decoder) == 3
+    backend = choose_backend("cpu", backbone.layers, 2, backbone.device, torch.float32)
+    backbone.use_backend(backend)
+    gradients(backbone, [CONFIG])
+    gone = weakref.ref(backend)
+    backbone.use_backend(ReferenceBackend())
+    del backend
+    gc.collect()
+    assert gone() is None
+
+
 def test_layers_without_positions_keep_their_own_way_beside_others() -> None:
     backbone = prepare_backbone(make("smollm3", no_rope_layers=[1, 0, 1]), "smollm3", torch.device("cpu"))
     assert fuse_layers(backbone.decoder) == 2
@@ -132,8 +188,6 @@ def test_trials_are_what_they_are_in_the_models_own_layers(tmp_path: Path, backe
 def test_the_backward_pass_goes_no_further_than_the_lowest_adapter(
     monkeypatch: pytest.MonkeyPatch, targets: tuple[str, ...], layers: tuple[int, ...], attended: int, walked: int
 ) -> None:
-    from alto_training.executor import layer_steps
-
     counts = {"attention": 0, "layers": 0}
     attend_backward, backward = layer_steps.attend_backward, PlainSteps.backward
 
@@ -170,18 +224,18 @@ def test_compiled_steps_give_the_bits_of_plain_ones(
     backbone = prepare_backbone(make(kind, **changes).bfloat16(), name, torch.device("cuda"))
     configs = [replace(CONFIG, lora_rank=rank, seed=rank, layers=layers) for rank in (4, 16, 40)]
     backbone.use_backend(choose_backend("cutlass", backbone.layers, 3, backbone.device, torch.bfloat16))
-    served: list[bool] = []
-    serve = CompiledSteps.serve
+    taken: list[bool] = []
 
-    def noted(self: CompiledSteps, tick: Any) -> bool:
-        served.append(serve(self, tick))
-        return served[-1]
+    def noted(parts: LayerParts, tick: Any) -> Steps:
+        steps = steps_of(parts, tick)
+        taken.append(isinstance(steps, CompiledSteps))
+        return steps
 
     with monkeypatch.context() as patch:
-        patch.setattr(CompiledSteps, "serve", noted)
+        patch.setattr(fused_layer, "steps_of", noted)
         compiled = gradients(backbone, configs)
-    assert served == ([True] * 3 if layers is None else [False, True, True])
-    monkeypatch.setattr(CompiledSteps, "serve", lambda self, tick: False)
+    assert taken == ([True] * 3 if layers is None else [False, True, True])
+    monkeypatch.setattr(fused_layer, "steps_of", lambda parts, tick: PlainSteps(parts))
     for own, ours in zip(gradients(backbone, configs), compiled, strict=True):
         assert own.isfinite().all()
         assert own.abs().max() > 0

@@ -8,13 +8,13 @@ import pytest
 import torch
 from alto_common.tuning import TrialConfig
 from alto_kernels import CudaKernels
-from alto_training.executor import passes
+from alto_training.executor import fused_layer, passes
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
 from alto_training.executor.fused_layer import fuse_layers
 from alto_training.executor.fused_norm import fuse_norms
-from alto_training.executor.layer_steps import CompiledSteps
+from alto_training.executor.layer_steps import CompiledSteps, LayerParts, Steps, steps_of
 from alto_training.executor.tick import Item, PackedSequence, Share
 from alto_training.sharding.peer_units import GatherBuffer, GatherBuffers, PeerUnit, flat_layout, flatten
 from alto_training.sharding.sharded_backbone import empty_model, shard_model
@@ -125,12 +125,12 @@ def test_on_a_gpu_compiled_steps_take_weights_that_come_and_go(
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    served: list[bool] = []
-    serve = CompiledSteps.serve
+    taken: list[bool] = []
 
-    def noted(self: CompiledSteps, tick: Any) -> bool:
-        served.append(serve(self, tick))
-        return served[-1]
+    def noted(parts: LayerParts, tick: Any) -> Steps:
+        steps = steps_of(parts, tick)
+        taken.append(isinstance(steps, CompiledSteps))
+        return steps
 
     model = empty_model(config, torch.bfloat16)
     fill(model, {parameter: name for name, parameter in model.named_parameters()}, RandomWeights(), device)
@@ -139,7 +139,7 @@ def test_on_a_gpu_compiled_steps_take_weights_that_come_and_go(
     sharded = shard_model(
         empty_model(config, torch.bfloat16), "sharded", RandomWeights(), engine, device, room_bytes=room
     )
-    monkeypatch.setattr(CompiledSteps, "serve", noted)
+    monkeypatch.setattr(fused_layer, "steps_of", noted)
     found = []
     for backbone in (whole, sharded):
         if recompute:
@@ -148,7 +148,7 @@ def test_on_a_gpu_compiled_steps_take_weights_that_come_and_go(
         share = make_share(backbone)
         assert share.adapter is not None
         found.append((passes.train_tick(backbone, passes.lay_out(backbone, [share])).tolist(), share.adapter.grad))
-    assert set(served) == {True}
+    assert set(taken) == {True}
     assert found[0][0] == found[1][0]
     assert found[0][1].isfinite().all()
     assert found[0][1].abs().max() > 0

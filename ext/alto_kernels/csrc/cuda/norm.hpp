@@ -16,7 +16,7 @@ struct NormShape {
 };
 
 // sum = x + y, rounded, or x itself where y is null; out = sum / rms * weight with rms = sqrt(mean of squares +
-// epsilon). `scales` [rows] receives 1 / rms.
+// epsilon).
 struct NormArguments {
     NormShape shape;
     const void* x;
