@@ -116,14 +116,13 @@ def _options_if_alike(module: Any) -> AttentionOptions | None:
     probe = _small_copy(module, current, draws)
     tokens = sum(_PROBE_LENGTHS)
     cos, sin = torch.randn(2, 1, tokens, int(module.self_attn.head_dim), generator=draws)
-    positions = current.tick.position_ids_1T + _PROBE_POSITION
-    more: dict[str, Any] = {
+    more = {  # what a decoder gives its layers
         "attention_mask": None,
-        "position_ids": positions,
+        "position_ids": current.tick.position_ids_1T + _PROBE_POSITION,
         "past_key_values": None,
         "use_cache": False,
+        "position_embeddings": (cos, sin),
     }
-    more["position_embeddings"] = (cos, sin)
     for size in _PROBE_SIZES:
         for norm in (probe.input_layernorm, probe.post_attention_layernorm):
             norm.weight.mul_(size)
