@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from alto_cli.connection import connect, connect_as_operator
 from alto_cli.newest import task_or_newest
-from alto_cli.options import Target
+from alto_cli.options import OperatorTarget, Target
 from alto_cli.output import print_facts, print_json, print_message, print_table, say
 from alto_cli.view.gantt import RUNNING, gantt_lines, task_letters
 from alto_cli.view.why import why_facts
@@ -22,9 +22,9 @@ CLEAR_SCREEN = "\x1b[2J\x1b[H"
 ENDED = (placement_pb2.PLACEMENT_STATE_FINISHED, placement_pb2.PLACEMENT_STATE_GIVEN_UP)
 
 
-def show_plan(json_output: bool) -> None:
+def show_plan(target: OperatorTarget, json_output: bool) -> None:
     """Print the plan."""
-    with connect_as_operator() as client:
+    with connect_as_operator(target) as client:
         plan = client.plan()
     if json_output:
         print_message(plan)
@@ -32,9 +32,9 @@ def show_plan(json_output: bool) -> None:
         print_plan(plan)
 
 
-def watch_plan(json_output: bool) -> None:
+def watch_plan(target: OperatorTarget, json_output: bool) -> None:
     """Print the plan and each new one, until interrupted; on a terminal each takes the place of the one before."""
-    with connect_as_operator() as client:
+    with connect_as_operator(target) as client:
         for plan in client.watch_plan():
             if json_output:
                 print_message(plan)
@@ -87,9 +87,9 @@ def why(task_id: str, target: Target, json_output: bool) -> None:
         print_facts(why_facts(task, datetime.now(UTC)))
 
 
-def show_nodes(json_output: bool) -> None:
+def show_nodes(target: OperatorTarget, json_output: bool) -> None:
     """Print the nodes."""
-    with connect_as_operator() as client:
+    with connect_as_operator(target) as client:
         nodes = client.nodes()
     if json_output:
         print_json({"nodes": [as_json(node) for node in nodes]})
@@ -114,15 +114,15 @@ def show_nodes(json_output: bool) -> None:
             say(f"{node.node_id} rests and takes work again {_in(node.rest.until_time)}, {_failures(node.rest)}")
 
 
-def drain(node_id: str, undo: bool, json_output: bool) -> None:
+def drain(node_id: str, undo: bool, target: OperatorTarget, json_output: bool) -> None:
     """Empty a node, or let it take work again."""
-    with connect_as_operator() as client:
+    with connect_as_operator(target) as client:
         _tell_node(client.cordon(node_id, cordoned=False) if undo else client.drain(node_id), json_output)
 
 
-def cordon(node_id: str, cordoned: bool, json_output: bool) -> None:
+def cordon(node_id: str, cordoned: bool, target: OperatorTarget, json_output: bool) -> None:
     """Stop a node from taking more work, or let it again."""
-    with connect_as_operator() as client:
+    with connect_as_operator(target) as client:
         _tell_node(client.cordon(node_id, cordoned=cordoned), json_output)
 
 

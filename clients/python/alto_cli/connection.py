@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alto_cli import exit_codes
 from alto_cli.client_file import ClientFile
 from alto_cli.failures import CommandError
-from alto_cli.options import Target
+from alto_cli.options import OperatorTarget, Target
 
 if TYPE_CHECKING:
     from alto_client import AltoClient, OperatorClient
@@ -40,21 +43,54 @@ def connect(target: Target) -> AltoClient:
         api_key = local.api_key
     if target.root_certificates is None or (local is not None and server == local.address):
         return AltoClient(server, api_key)
-    try:
+    with certificates_named(target.root_certificates):
         return AltoClient(server, api_key, root_certificates=target.root_certificates.read_bytes())
-    except ValueError as error:
-        raise CommandError(
-            f"{target.root_certificates}: {error}", "name another file: --root-certificates, ALTO_ROOT_CERTIFICATES"
-        ) from None
 
 
-def connect_as_operator() -> OperatorClient:
-    """Return a client of the placement service that `alto up` runs on this machine."""
+def connect_as_operator(target: OperatorTarget) -> OperatorClient:
+    """Return a client of placement; what is not given comes from the file of `alto up`, as for `connect`."""
     from alto_client import OperatorClient
 
     local = ClientFile.load()
-    if local is None:
+    placement, token = target.placement, target.service_token
+    if not placement:
+        if local is None:
+            raise CommandError(
+                "no placement is known",
+                "start the services on this machine: alto up",
+                "or name one: --placement HOST:PORT --service-token TOKEN (or ALTO_PLACEMENT and ALTO_SERVICE_TOKEN)",
+                exit_code=exit_codes.UNREACHABLE,
+            )
+        placement = local.placement_address
+    is_local = local is not None and placement == local.placement_address
+    if not token:
+        if local is None or not is_local:
+            raise CommandError(
+                f"no service token for {placement}",
+                "give one with ALTO_SERVICE_TOKEN or --service-token",
+                exit_code=exit_codes.PERMISSION,
+            )
+        token = local.service_token
+    if is_local:
+        return OperatorClient(placement, token)
+    if (target.client_certificate is None) != (target.client_key is None):
         raise CommandError(
-            "no services run on this machine", "start them with `alto up`", exit_code=exit_codes.UNREACHABLE
+            "a certificate and its key go together",
+            "give both: --client-certificate and --client-key, or ALTO_CLIENT_CERTIFICATE and ALTO_CLIENT_KEY",
         )
-    return OperatorClient(local.placement_address, local.service_token)
+    pair = None
+    if target.client_certificate is not None and target.client_key is not None:
+        pair = target.client_certificate.read_bytes(), target.client_key.read_bytes()
+    with certificates_named(target.root_certificates or placement):
+        roots = None if target.root_certificates is None else target.root_certificates.read_bytes()
+        return OperatorClient(placement, token, root_certificates=roots, client_certificate=pair)
+
+
+@contextmanager
+def certificates_named(source: Path | str) -> Iterator[None]:
+    """Say which file, or which address, a client could not be made with."""
+    try:
+        yield
+    except ValueError as error:
+        cure = "name another file: --root-certificates, ALTO_ROOT_CERTIFICATES"
+        raise CommandError(f"{source}: {error}", *([cure] if isinstance(source, Path) else [])) from None

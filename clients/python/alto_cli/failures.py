@@ -108,9 +108,14 @@ def _call_message(error: Any) -> tuple[str, Sequence[str], int, Mapping[str, Any
     if error.retry_after_s is not None:
         lines.append(f"try again in {error.retry_after_s:.0f} s")
     if error.reason_name == "CREDENTIAL_INVALID":
-        lines.append("give a valid key with --api-key or ALTO_API_KEY, or start your own server with `alto up`")
+        lines.append(
+            "give a valid key with --api-key or ALTO_API_KEY, operators a token with --service-token or "
+            "ALTO_SERVICE_TOKEN; or start your own server with `alto up`"
+        )
     if error.reason_name == "UNAVAILABLE" and error.message.startswith("cannot reach"):
-        lines.append("is it running? see `alto status`; start one with `alto up`, or name another with --server")
+        lines.append(
+            "is it running? see `alto status`; start one with `alto up`, or name another with --server or --placement"
+        )
     exit_code = BY_REASON.get(error.reason_name, BY_STATUS.get(error.status_code.name, exit_codes.FAILURE))
     facts = {
         "reason": error.reason_name,

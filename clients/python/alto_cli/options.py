@@ -28,6 +28,31 @@ RootCertificates = Annotated[
         help="PEM file of who signed the server's certificate. Default: the public authorities.",
     ),
 ]
+Placement = Annotated[
+    str,
+    typer.Option(
+        envvar="ALTO_PLACEMENT",
+        show_default=False,
+        help="Address of placement, host:port or https://host:port. Default: that of `alto up`.",
+    ),
+]
+ServiceToken = Annotated[
+    str,
+    typer.Option(
+        envvar="ALTO_SERVICE_TOKEN", show_default=False, help="The services' own token. Default: that of `alto up`."
+    ),
+]
+ClientCertificate = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="ALTO_CLIENT_CERTIFICATE",
+        show_default=False,
+        help="PEM file of your certificate, for a placement that asks for one.",
+    ),
+]
+ClientKey = Annotated[
+    Path | None, typer.Option(envvar="ALTO_CLIENT_KEY", show_default=False, help="PEM file of its key.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 TaskFileArgument = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The task file.", show_default=False)]
 Task = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.", show_default=False)]
@@ -47,3 +72,14 @@ class Target:
     server: str
     api_key: str
     root_certificates: Path | None
+
+
+@dataclass(frozen=True)
+class OperatorTarget:
+    """Which placement a command for operators talks to, and as whom; likewise."""
+
+    placement: str
+    service_token: str
+    root_certificates: Path | None
+    client_certificate: Path | None
+    client_key: Path | None

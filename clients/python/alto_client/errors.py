@@ -11,8 +11,12 @@ from alto.v1 import error_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from alto_client.handshake import handshake_fault, may_speak_tls
+from alto_client.handshake import closed_at_once, handshake_fault
 
+_ASKS_FOR_A_CERTIFICATE = (
+    "if it asks callers for a certificate, give one: client_certificate, or with the command --client-certificate and "
+    "--client-key"
+)
 ERROR_DOMAIN = "alto.v1"
 REASON_PREFIX = "ERROR_REASON_"
 
@@ -116,8 +120,8 @@ def _unreachable(details: str, address: str, over_tls: bool) -> AltoError:
     if over_tls and (fault := handshake_fault(details, address)):
         return HandshakeError(fault, reason=reason, status_code=code)
     text = f"cannot reach {address} ({details})"
-    if not over_tls and may_speak_tls(details):
-        text += f"; if it speaks TLS, name it https://{address}"
+    if closed_at_once(details):
+        text += f"; {_ASKS_FOR_A_CERTIFICATE}" if over_tls else f"; if it speaks TLS, name it https://{address}"
     return AltoError(text, reason=reason, status_code=code)
 
 

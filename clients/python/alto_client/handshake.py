@@ -26,6 +26,6 @@ def handshake_fault(details: str, address: str) -> str | None:
     return f"{address} shows a certificate that is not trusted here ({why}): {cure}"
 
 
-def may_speak_tls(details: str) -> bool:
-    """Return whether a plaintext connection broke as one does that a TLS server closes."""
+def closed_at_once(details: str) -> bool:
+    """Return whether a connection broke as one that a TLS server closes: in plaintext, or without a certificate."""
     return "Socket closed" in details or "Connection reset" in details

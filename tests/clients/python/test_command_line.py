@@ -295,15 +295,22 @@ class MemoryPlacement(PlacementServiceServicer):
 
 
 @pytest.fixture
-def placement(own_home):
+def memory_placement():
+    """A server without a port yet."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
     add_PlacementServiceServicer_to_server(MemoryPlacement(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    own_home.mkdir()
-    ClientFile("127.0.0.1:1", "key", f"127.0.0.1:{port}", "service-token").save(own_home)
-    yield
+    yield server
     server.stop(None).wait()
+
+
+@pytest.fixture
+def placement(memory_placement, own_home):
+    """The placement of `alto up`; its address."""
+    address = f"127.0.0.1:{memory_placement.add_insecure_port('127.0.0.1:0')}"
+    memory_placement.start()
+    own_home.mkdir()
+    ClientFile("127.0.0.1:1", "key", address, "service-token").save(own_home)
+    return address
 
 
 def test_the_operators_commands(placement):
@@ -319,3 +326,55 @@ def test_the_operators_commands(placement):
     assert "draining" in runner.invoke(app, ["drain", "n1"]).stderr
     assert "cordoned" in runner.invoke(app, ["cordon", "n1"]).stderr
     assert "ready" in runner.invoke(app, ["uncordon", "n1"]).stderr
+
+
+OPERATORS = (["plan"], ["nodes"], ["drain", "n1"], ["cordon", "n1"], ["uncordon", "n1"])
+
+
+def test_the_operators_commands_take_another_placement(placement, own_home, monkeypatch):
+    (own_home / "client.json").unlink()
+    run = CliRunner().invoke
+    unknown = run(app, ["nodes"])
+    assert unknown.exit_code == 7
+    assert "ALTO_PLACEMENT and ALTO_SERVICE_TOKEN" in unknown.stderr
+    without = run(app, ["nodes", "--placement", placement])
+    assert without.exit_code == 5
+    assert f"no service token for {placement}" in without.stderr
+    for command in OPERATORS:
+        assert run(app, [*command, "--placement", placement, "--service-token", "service-token"]).exit_code == 0
+    monkeypatch.setenv("ALTO_PLACEMENT", placement)
+    monkeypatch.setenv("ALTO_SERVICE_TOKEN", "another")
+    assert run(app, ["plan"]).exit_code != 0
+    monkeypatch.setenv("ALTO_SERVICE_TOKEN", "service-token")
+    for command in OPERATORS:
+        assert run(app, command).exit_code == 0
+
+
+def test_the_operators_commands_show_a_certificate(memory_placement, authority, own_home, monkeypatch):
+    files, mine = authority.issue("placement"), authority.issue("operator")
+    pairs = [(files.key.read_bytes(), files.certificate.read_bytes())]
+    roots = authority.roots.read_bytes()
+    credentials = grpc.ssl_server_credentials(pairs, root_certificates=roots, require_client_auth=True)
+    port = memory_placement.add_secure_port("127.0.0.1:0", credentials)
+    memory_placement.start()
+    run = CliRunner().invoke
+    there = ["--placement", f"https://127.0.0.1:{port}", "--service-token", "service-token"]
+    there += ["--root-certificates", str(authority.roots)]
+    pair = ["--client-certificate", str(mine.certificate), "--client-key", str(mine.key)]
+    for command in OPERATORS:
+        assert run(app, [*command, *there, *pair]).exit_code == 0
+    without = run(app, ["nodes", *there])
+    assert without.exit_code == 7
+    assert "--client-certificate and --client-key" in without.stderr
+    monkeypatch.setenv("ALTO_CLIENT_CERTIFICATE", str(mine.certificate))
+    half = run(app, ["nodes", *there])
+    assert half.exit_code == 2
+    assert "--client-certificate and --client-key, or ALTO_CLIENT_CERTIFICATE and ALTO_CLIENT_KEY" in half.stderr
+    monkeypatch.setenv("ALTO_CLIENT_KEY", str(mine.key))
+    assert run(app, ["nodes", *there]).exit_code == 0
+    missing = run(app, ["nodes", *there, "--client-key", str(own_home / "none.key")])
+    assert missing.exit_code == 2
+    assert "none.key: No such file" in missing.stderr
+    plaintext = run(app, ["nodes", "--placement", f"http://127.0.0.1:{port}", "--service-token", "service-token"])
+    assert plaintext.exit_code == 2
+    assert "http:// is not" in plaintext.stderr
