@@ -60,7 +60,7 @@ check: install  ## Lint, types, walls between rooms, the contract
 test: install  ## All tests
 	@$(BIN)/pytest -n 2 $(TESTS)
 
-cuda: install  ## Compile the CUDA kernels, where there is nvcc, and test their schedules; needs no GPU
+cuda: install  ## Compile the CUDA kernels, where there is nvcc, and test their schedules and layouts; needs no GPU
 	@if ! command -v nvcc > /dev/null; then echo "no nvcc: the CUDA kernels are not compiled"; exit 0; fi; set -e; \
 	$(BIN)/pip install --quiet --no-deps nvidia-cutlass==4.2.0.0; \
 	export PATH="$(CURDIR)/$(BIN):$$PATH"; \
@@ -72,7 +72,7 @@ cuda: install  ## Compile the CUDA kernels, where there is nvcc, and test their 
 	PYTHONPATH=build/cuda/ext/alto_kernels python -c "import sys, pytest, _kernels; \
 		print('compiled for', _kernels.cuda_architectures); \
 		sys.modules['alto_kernels._kernels'] = _kernels; \
-		sys.exit(pytest.main(['-q', 'tests/kernels/test_schedule.py']))"
+		sys.exit(pytest.main(['-q', 'tests/kernels/test_schedule.py', 'tests/kernels/test_layer_shape.py']))"
 
 bench: install  ## Run benchmarks/NAME.py with ARGS; its last line is one JSON object
 	@test -n "$(NAME)" || { echo "which one? make bench NAME=parity; there are:"; ls benchmarks/*.py; exit 2; }
