@@ -129,7 +129,7 @@ def _options_if_alike(module: Any) -> AttentionOptions | None:
         hidden, upstream = torch.randn(2, 1, tokens, _PROBE_WIDTH, generator=draws)
         current.asked.clear()
         own = _value_and_gradient(partial(type(module).forward, probe), hidden, upstream, more)
-        if len(current.asked) != 1 or current.asked[0].softcap is not None:
+        if len(set(current.asked)) != 1 or current.asked[0].softcap is not None:  # twice where it recomputes
             return None
         parts = LayerParts(probe, current.asked[0])
         ours = _value_and_gradient(partial(_forward, probe, parts), hidden, upstream, more)
