@@ -24,11 +24,7 @@ def token_nll(
     """
     if is_in_place(z_RV, z_RV.shape[1]):
         return _by_kernel(z_RV, targets_R, scale, softcap, wants_gradient)
-    logits_RV = z_RV.float()
-    if scale != 1.0:
-        logits_RV = logits_RV.mul_(scale)
-    if softcap is not None:
-        logits_RV = logits_RV.div_(softcap).tanh_().mul_(softcap)
+    logits_RV = logits_of(z_RV, scale, softcap)
     target_R1 = targets_R[:, None]
     target_logit_R = logits_RV.gather(1, target_R1).squeeze(1)
     largest_R1 = logits_RV.amax(dim=1, keepdim=True)
@@ -45,6 +41,16 @@ def token_nll(
     if scale != 1.0:
         gradient_RV.mul_(scale)
     return nll_R, gradient_RV.to(z_RV.dtype)
+
+
+def logits_of(z_RV: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """Return the fp32 logits of `token_nll`, [R, V]; in the place of `z_RV` where that is fp32."""
+    logits_RV = z_RV.float()
+    if scale != 1.0:
+        logits_RV = logits_RV.mul_(scale)
+    if softcap is not None:
+        logits_RV = logits_RV.div_(softcap).tanh_().mul_(softcap)
+    return logits_RV
 
 
 def is_in_place(like: Tensor, vocabulary: int) -> bool:

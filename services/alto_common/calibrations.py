@@ -14,7 +14,8 @@ from pathlib import Path
 from alto_common.base_models import ModelFacts
 from alto_common.cost_model import CostModel
 
-_PASSES = 2  # counts what the backbone's passes have been: measurements of others, which held and took other than they
+# Raised when the backbone's passes come to hold or to take something else: what was measured before is not used then.
+_PASSES = 2
 
 
 @dataclass(frozen=True)

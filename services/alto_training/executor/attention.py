@@ -223,6 +223,8 @@ def _window(tick: Tick, options: AttentionOptions) -> int | None:
 
 
 class _FlashAttention(torch.autograd.Function):
+    """The same for attention modules of the model's own."""
+
     @staticmethod
     def forward(
         ctx: Any,

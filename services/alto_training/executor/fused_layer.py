@@ -88,7 +88,7 @@ def _forward(module: Any, parts: LayerParts, hidden_states: torch.Tensor, *more:
     if angles is None or not _turns_whole_heads(angles[0], hidden_states, parts.head_width):
         return type(module).forward(module, hidden_states, *more, **options)
     tick = parts.linears[0].current.require()
-    anchor = tick.anchor if any(index in tick.adapted_layers for index in parts.modules) else None
+    anchor = None if parts.modules.isdisjoint(tick.adapted_layers) else tick.anchor
     cos, sin = in_lines(angles[0]), in_lines(angles[1])
     return _Fused.apply(hidden_states.contiguous(), anchor, steps_of(parts, tick), cos, sin, tick)  # type: ignore[no-untyped-call]  # torch has no types
 
@@ -123,19 +123,20 @@ def _options_if_alike(module: Any) -> AttentionOptions | None:
         "use_cache": False,
         "position_embeddings": (cos, sin),
     }
+    with torch.no_grad():
+        type(module).forward(probe, torch.randn(1, tokens, _PROBE_WIDTH, generator=draws), **more)
+    if len(current.asked) != 1 or current.asked[0].softcap is not None:
+        return None
+    parts = LayerParts(probe, current.asked[0])
     for size in _PROBE_SIZES:
         for norm in (probe.input_layernorm, probe.post_attention_layernorm):
             norm.weight.mul_(size)
         hidden, upstream = torch.randn(2, 1, tokens, _PROBE_WIDTH, generator=draws)
-        current.asked.clear()
         own = _value_and_gradient(partial(type(module).forward, probe), hidden, upstream, more)
-        if len(set(current.asked)) != 1 or current.asked[0].softcap is not None:  # twice where it recomputes
-            return None
-        parts = LayerParts(probe, current.asked[0])
         ours = _value_and_gradient(partial(_forward, probe, parts), hidden, upstream, more)
         if not _close(own[0], ours[0]) or (size == _PROBE_SIZES[0] and not _close(own[1], ours[1])):
             return None
-    return parts.options
+    return parts.options if len(set(current.asked)) == 1 else None
 
 
 def _value_and_gradient(

@@ -57,6 +57,8 @@ class LayerParts:
         self.gate_up, self.down = Projections(linears[4:6]), Projections(linears[6:])
         self.dense = tuple(linear.frozen for linear in linears if isinstance(linear.frozen, DenseLinear))
         self.modules = frozenset(linear.index for linear in linears)
+        self._indices = tuple(linear.index for linear in linears)
+        self._head_epsilons = {norm.epsilon for norm in self.head_norms}
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -66,12 +68,10 @@ class LayerParts:
     def kernels(self) -> DecoderLayer | None:
         """Return the compiled kernels of the back end that the products have now; None where they do not serve."""
         backend = self.linears[0].backend
-        head_epsilons = {norm.epsilon for norm in self.head_norms}
-        if not isinstance(backend, KernelBackend) or len(head_epsilons) > 1:
+        if not isinstance(backend, KernelBackend) or len(self._head_epsilons) > 1:
             return None
-        modules = tuple(linear.index for linear in self.linears)
-        epsilons = self.input_norm.epsilon, self.mlp_norm.epsilon, next(iter(head_epsilons), None)
-        return backend.decoder_layer(modules, self.head_width, epsilons)
+        epsilons = self.input_norm.epsilon, self.mlp_norm.epsilon, next(iter(self._head_epsilons), None)
+        return backend.decoder_layer(self._indices, self.head_width, epsilons)
 
 
 class Steps(Protocol):

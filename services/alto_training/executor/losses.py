@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from alto_kernels.token_nll import is_in_place
+from alto_kernels.token_nll import is_in_place, logits_of
 from alto_kernels.token_nll import token_nll as logits_nll
 
 # Bytes of logits that exist at a time. A chunk reads the head's weight twice: on a GPU it must be of some hundred rows,
@@ -33,12 +33,7 @@ class OutputHead:
 
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits [R, V]."""
-        logits_RV = self.product(hidden_RH).float()
-        if self.scale != 1.0:
-            logits_RV = logits_RV.mul_(self.scale)
-        if self.softcap is not None:
-            logits_RV = logits_RV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_RV
+        return logits_of(self.product(hidden_RH), self.scale, self.softcap)
 
 
 def token_nll(hidden_RH: torch.Tensor, targets_R: torch.Tensor, head: OutputHead) -> torch.Tensor:

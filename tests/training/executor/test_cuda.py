@@ -15,11 +15,11 @@ from alto_kernels import CudaKernels
 from alto_training.executor.backbone import load_backbone, prepare_backbone
 from alto_training.executor.backends import choose_backend
 from alto_training.executor.control import Join
-from alto_training.executor.events import Event, TaskStarted, TrialProgress
+from alto_training.executor.events import TaskStarted, TrialProgress
 from alto_training.executor.fitting_passes import FittingPasses
 from alto_training.executor.settings import BackboneDtype, Backend, ExecutorSettings
 from test_guests import Shared, guest, host
-from tiny_jobs import job, llama_config, run, tiny_llama
+from tiny_jobs import job, llama_config, run, tiny_llama, train_losses
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,17 +44,12 @@ def on_gpu(
     return {"settings": settings, "backbone": backbone}
 
 
-def losses(events: list[Event]) -> list[float]:
-    steps = [event for event in events if isinstance(event, TrialProgress)]
-    return [event.train_loss for event in sorted(steps, key=lambda event: (event.trial_id, event.step))]
-
-
 @pytest.mark.parametrize("objective", [Objective(), Objective(ObjectiveKind.DPO)])
 def test_fp32_on_the_gpu_is_what_the_cpu_gives(tmp_path: Path, objective: Objective) -> None:
     task = job(*MIX, objective=objective)
     _, on_cpu = run(task, tmp_path / "cpu")
     _, on_cuda = run(task, tmp_path / "cuda", **on_gpu(torch.float32))
-    assert losses(on_cuda) == pytest.approx(losses(on_cpu), rel=2e-3)
+    assert train_losses(on_cuda) == pytest.approx(train_losses(on_cpu), rel=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +73,7 @@ def test_a_pass_begun_before_the_last_one_is_heard_of_changes_nothing(
         options = on_gpu(dtype, backend, model=llama_for_the_kernel())
         # All batches fit one tick.
         options["settings"] = replace(options["settings"], tokens_per_tick=400)
-        found.append(losses(run(task, tmp_path / name, **options)[1]))
+        found.append(train_losses(run(task, tmp_path / name, **options)[1]))
         assert any(begun) is (name == "ahead")
         begun.clear()
         monkeypatch.setattr(FittingPasses, "_begins_ahead", False)
@@ -99,7 +94,7 @@ def test_bf16_follows_the_fp32_loss_curve(tmp_path: Path, make: Callable[[], Any
     exact_backbone = prepare_backbone(make(), "tiny", torch.device("cpu"))
     _, exact = run(job(*MIX), tmp_path / "cpu", backbone=exact_backbone)
     _, rounded = run(job(*MIX), tmp_path / "cuda", **on_gpu(torch.bfloat16, model=make(), recompute=recompute))
-    assert losses(rounded) == pytest.approx(losses(exact), rel=2e-2)
+    assert train_losses(rounded) == pytest.approx(train_losses(exact), rel=2e-2)
 
 
 def test_parked_adapters_go_to_the_host_and_come_back(tmp_path: Path) -> None:
@@ -115,7 +110,7 @@ def test_a_poisoned_neighbour_leaves_the_others_finite_and_unchanged(tmp_path: P
     _, with_poison = run(poisoned, tmp_path / "poisoned", **on_gpu(torch.bfloat16))
     _, without = run(job(*MIX), tmp_path / "clean", **on_gpu(torch.bfloat16))
     kept = [event for event in with_poison if getattr(event, "trial_id", "") != "trial-3"]
-    assert losses(kept) == pytest.approx(losses(without), rel=1e-2)
+    assert train_losses(kept) == pytest.approx(train_losses(without), rel=1e-2)
 
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.AUTO])
@@ -128,7 +123,7 @@ def test_four_bits_follow_the_loss_curve_of_the_cpu(tmp_path: Path, backend: Bac
         device="cuda", backbone_dtype=BackboneDtype.NF4, tokens_per_tick=96, backend=backend, slots=3
     )
     _, rounded = run(job(*MIX, base_model=str(folder)), tmp_path / "rounded", settings=settings, backbone=None)
-    assert losses(rounded) == pytest.approx(losses(exact), rel=2e-2)
+    assert train_losses(rounded) == pytest.approx(train_losses(exact), rel=2e-2)
 
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.AUTO])
@@ -145,7 +140,7 @@ def test_a_guest_and_its_host_train_as_alone(tmp_path: Path, backend: Backend) -
         together = [
             event for event in shared.events if isinstance(event, TrialProgress) and event.task_id == task.task_id
         ]
-        assert losses(together) == pytest.approx(losses(alone), rel=2e-2)
+        assert train_losses(together) == pytest.approx(train_losses(alone), rel=2e-2)
     left = shared.left("guest").outcome
     assert left is not None
     assert left.state == "succeeded"
@@ -196,15 +191,17 @@ def test_the_kernels_are_as_near_to_fp32_as_plain_torch_in_bf16(
     _, plain = run(job(*MIX), tmp_path / "plain", **on_gpu(torch.bfloat16, model=make()))
     options = on_gpu(torch.bfloat16, Backend.CUTLASS, make(), recompute=recompute)
     _, ours = run(job(*MIX), tmp_path / "ours", **options)
-    assert losses(ours) == pytest.approx(losses(exact), rel=2e-2)
-    assert root_mean_square(losses(ours), losses(exact)) < 1.5 * root_mean_square(losses(plain), losses(exact))
+    assert train_losses(ours) == pytest.approx(train_losses(exact), rel=2e-2)
+    assert root_mean_square(train_losses(ours), train_losses(exact)) < 1.5 * root_mean_square(
+        train_losses(plain), train_losses(exact)
+    )
 
 
 @needs_cutlass
 def test_the_kernels_give_the_same_bits_again(tmp_path: Path, kernels: CudaKernels) -> None:
     _, first = run(job(*MIX), tmp_path / "first", **on_gpu(torch.bfloat16, Backend.CUTLASS, llama_for_the_kernel()))
     _, second = run(job(*MIX), tmp_path / "second", **on_gpu(torch.bfloat16, Backend.CUTLASS, llama_for_the_kernel()))
-    assert losses(first) == losses(second)
+    assert train_losses(first) == train_losses(second)
 
 
 @needs_cutlass
@@ -214,7 +211,7 @@ def test_with_the_kernels_a_poisoned_neighbour_changes_nobody(tmp_path: Path, ke
     _, with_poison = run(poisoned, tmp_path / "poisoned", **on_gpu(model=llama_for_the_kernel(), **options))
     _, without = run(job(*MIX), tmp_path / "clean", **on_gpu(model=llama_for_the_kernel(), **options))
     kept = [event for event in with_poison if getattr(event, "trial_id", "") != "trial-3"]
-    assert losses(kept) == pytest.approx(losses(without), rel=1e-2)
+    assert train_losses(kept) == pytest.approx(train_losses(without), rel=1e-2)
 
 
 @needs_cutlass

@@ -10,10 +10,9 @@ import pytest
 import torch
 from alto_common.tuning import TrialConfig
 from alto_training.executor.backbone import Backbone, prepare_backbone
-from alto_training.executor.events import Event, TrialProgress
 from alto_training.executor.kernel_backend import KernelBackend
 from alto_training.executor.settings import Backend, ExecutorSettings
-from tiny_jobs import adapter_weights, job, run, tiny_backbone
+from tiny_jobs import assert_close_adapters, job, run, tiny_backbone, train_losses
 
 CONFIG = TrialConfig(lora_rank=4, learning_rate=2e-3, batch_size=3, max_steps=6, max_length=32, adam_epsilon=3e-4)
 MIX = (
@@ -60,11 +59,8 @@ def test_together_they_are_what_each_is_by_itself(tmp_path: Path, name: Backend,
         layer.shared_input = None
     alone, alone_events = run(job(*MIX), tmp_path / "alone", settings=settings, backbone=apart)
     together, together_events = run(job(*MIX), tmp_path / "together", settings=settings)
-    assert losses(together_events) == pytest.approx(losses(alone_events), rel=1e-5)
-    for one, other in zip(alone.trials, together.trials, strict=True):
-        expected, found = adapter_weights(one.adapter_path), adapter_weights(other.adapter_path)
-        for weights, tensor in expected.items():
-            assert (found[weights] - tensor).norm() <= 1e-5 * tensor.norm()
+    assert train_losses(together_events) == pytest.approx(train_losses(alone_events), rel=1e-5)
+    assert_close_adapters(alone, together)
 
 
 def test_adapters_are_multiplied_with_the_layers_that_a_tick_adapts(
@@ -82,8 +78,3 @@ def test_adapters_are_multiplied_with_the_layers_that_a_tick_adapts(
     run(job(MIX[2]), tmp_path, settings=settings)
     q, v, up, next_q, next_v, next_up = 0, 2, 5, 7, 9, 12
     assert set(seen) == {(q, v), (up,), (next_q, next_v), (next_up,)}
-
-
-def losses(events: list[Event]) -> list[float]:
-    steps = [event for event in events if isinstance(event, TrialProgress)]
-    return [event.train_loss for event in sorted(steps, key=lambda event: (event.trial_id, event.step))]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig, TuningJob
 from alto_training.executor.backbone import Backbone, prepare_backbone
-from alto_training.executor.events import Event, Outcome
+from alto_training.executor.events import Event, Outcome, TrialProgress
 from alto_training.executor.executor import Executor
 from alto_training.executor.settings import Backend, ExecutorSettings
 from safetensors.torch import load_file
@@ -109,6 +109,20 @@ def run(job: TuningJob, workdir: Path, **options: Any) -> tuple[Outcome, list[Ev
 def adapter_weights(folder: str | Path | None) -> dict[str, torch.Tensor]:
     assert folder is not None
     return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def train_losses(events: list[Event]) -> list[float]:
+    """Return the loss of every step, trial by trial."""
+    steps = [event for event in events if isinstance(event, TrialProgress)]
+    return [event.train_loss for event in sorted(steps, key=lambda event: (event.trial_id, event.step))]
+
+
+def assert_close_adapters(first: Outcome, second: Outcome) -> None:
+    """Assert that the trials of two runs ended with weights within 1e-5 of each other."""
+    for one, other in zip(first.trials, second.trials, strict=True):
+        expected, found = adapter_weights(one.adapter_path), adapter_weights(other.adapter_path)
+        for name, tensor in expected.items():
+            assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm()
 
 
 def assert_same_bits(first: Outcome, second: Outcome, but: str | None = None) -> None:
