@@ -5,13 +5,13 @@
 
 Weights are random, of the shape named: nothing is fetched. First **parity**: one search (ragged rows, exits, backfill,
 dropout, a trial that becomes NaN) on one GPU and with each strategy, in fp32 (`max_rel_weight_err` of final weights)
-and in bf16 (`max_loss_difference`, beside the `spread` of one GPU under other tick sizes, which change the order of
-sums). Then **throughput** of cells TRIALSxBATCHxLENGTH (lora_rank 16, all seven projections, no early exit): ours is
-the executor itself, on every rank, with all that it does between ticks. Strategy `single` is one GPU while the others
-idle; it also runs each cell with its share of the trials, the load that a GPU has among N. The others train one adapter
-at a time, BATCH sequences on *each* GPU, and so count N times the tokens of a step: that favours them; `_split`
-compares with their BATCH / N on each GPU, which is the trial's own batch. Warm-up is not timed. Speeds are those of
-the median round (`round_s`: all trials' steps); `mean_tokens_per_s` is that of all rounds.
+and in bf16 (`max_loss_difference`, beside the `spread` of one GPU: the largest between two of its tick sizes, which
+change the order of sums). Then **throughput** of cells TRIALSxBATCHxLENGTH (lora_rank 16, all seven projections, no
+early exit): ours is the executor itself, on every rank, with all that it does between ticks. Strategy `single` is one
+GPU while the others idle; it also runs each cell with its share of the trials, the load that a GPU has among N. The
+others train one adapter at a time, BATCH sequences on *each* GPU, and so count N times the tokens of a step: that
+favours them; `_split` compares with their BATCH / N on each GPU, which is the trial's own batch. Warm-up is not timed.
+Speeds are those of the median round (`round_s`: all trials' steps); `mean_tokens_per_s` is that of all rounds.
 
 `bytes_per_tick` are the gathers of a training pass on a rank, `adapter_bytes` what collectives sent beyond gathers and
 the fixed small messages, `exchange_shares` the part of its time that each rank's host spends on those messages (waiting
@@ -36,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from multi_gpu_shapes import SHAPES
 
 OTHERS = ("fsdp_peft", "zero3_peft")
 ALL = "parity,whole,sharded:deepspeed,sharded:fsdp2,sharded:peer,hybrid:deepspeed,fsdp_peft,zero3_peft"
-PARITY_TICKS = (256, 160, 400)  # tokens; the strategies run with the first
+PARITY_TICKS = (256, 160, 400, 320)  # tokens; the strategies run with the first
 TEXT_TOLD = 30_000  # characters, of what failed ranks wrote
 Cell = tuple[int, int, int]
 Results = Iterator[dict[str, Any]]
@@ -106,7 +107,7 @@ def parity(run: Run, kinds: list[tuple[str, str]]) -> Results:
             one = ours.alone(run.device)
             backbone = run.load(shape, "single", "", one, dtype)
             single = [ours.curves_and_weights(one, backbone, backend, tokens) for tokens in PARITY_TICKS]
-            spread = max(ours.largest_loss_difference(single[0][0], other[0]) for other in single[1:])
+            spread = max(ours.largest_loss_difference(one[0], other[0]) for one, other in combinations(single, 2))
             yield {"parity": "single", **named, "spread": spread, "steps": len(single[0][0])}
         for strategy, engine in kinds:
             run.world.ranks.united({})

@@ -13,8 +13,9 @@ from torch import Tensor
 from alto_kernels.availability import BackendUnavailableError, compiled_module, require_compiled
 from alto_kernels.streams import current_stream
 
-# What is copied: its address, the part of the target that it goes to, and the lane that copies it.
-Copies = Sequence[tuple[int, int, int]]
+# What is copied: its address, the part of the target that it goes to, the lane that copies it, and the address of the
+# int32 that is 1 while somebody reads from there, 0 where nobody else does. The copy waits for it to be 0.
+Copies = Sequence[tuple[int, int, int, int]]
 
 
 def copy_lanes_available() -> bool:

@@ -1,4 +1,6 @@
-"""Copies on streams of their own: in order with what is computed before and after them."""
+"""Copies on streams of their own: in order with what is computed before and after them, and in turn with others'."""
+
+import time
 
 import pytest
 import torch
@@ -12,17 +14,22 @@ def test_without_the_cuda_build_it_says_so() -> None:
         CopyLanes(torch.device("cpu"), 2)
 
 
+needs_cuda = pytest.mark.skipif(
+    not (copy_lanes_available() and torch.cuda.is_available()), reason="needs CUDA and the build"
+)
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 3])
 @pytest.mark.parametrize("length", [1, 1000, 1 << 24])
 @pytest.mark.gpu
-@pytest.mark.skipif(not (copy_lanes_available() and torch.cuda.is_available()), reason="needs CUDA and the build")
+@needs_cuda
 def test_copies_come_after_the_last_use_and_before_the_next(lanes: int, length: int) -> None:
     device = torch.device("cuda")
     sources = [torch.full((length,), float(number), device=device) for number in range(3)]
     wholes = [torch.empty(3 * length, device=device) for _ in range(2)]
     copier = CopyLanes(device, lanes)
     targets = [copier.add_target(whole.split(length)) for whole in wholes]
-    copies = [(source.data_ptr(), number, number % lanes) for number, source in enumerate(sources)]
+    copies = [(source.data_ptr(), number, number % lanes, 0) for number, source in enumerate(sources)]
     sums, expected = [], []
     for turn in range(20):
         whole, target = wholes[turn % 2], targets[turn % 2]
@@ -36,3 +43,41 @@ def test_copies_come_after_the_last_use_and_before_the_next(lanes: int, length: 
         copier.gather(target, copies, length * 4)
         copier.wait(target)
     assert [one.item() for one in sums] == expected
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_copy_waits_until_nobody_reads_from_there() -> None:
+    device = torch.device("cuda")
+    source, whole = torch.arange(1000.0, device=device), torch.zeros(1000, device=device)
+    turn = torch.ones(1, dtype=torch.int32, device=device)
+    copier = CopyLanes(device, 1)
+    target = copier.add_target([whole])
+    torch.cuda.synchronize()
+    copier.gather(target, [(source.data_ptr(), 0, 0, turn.data_ptr())], 4000)
+    time.sleep(0.2)
+    assert whole.sum().item() == 0.0
+    turn.zero_()  # whoever read has ended
+    copier.wait(target)
+    assert torch.equal(whole, source)
+    assert turn.item() == 0
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_readers_of_one_place_all_come_to_their_turns() -> None:
+    device = torch.device("cuda")
+    sources = [torch.full((1 << 22,), float(number), device=device) for number in range(3)]
+    turns = torch.zeros(3, dtype=torch.int32, device=device)
+    words = [turns[number:].data_ptr() for number in range(3)]
+    readers = [CopyLanes(device, 1) for _ in range(4)]
+    wholes = [torch.empty(3, 1 << 22, device=device) for _ in readers]
+    targets = [reader.add_target(list(whole)) for reader, whole in zip(readers, wholes, strict=True)]
+    order = [(source.data_ptr(), number, 0, words[number]) for number, source in enumerate(sources)]
+    for _ in range(50):
+        for first, (reader, target) in enumerate(zip(readers, targets, strict=True)):
+            reader.gather(target, order[first % 3 :] + order[: first % 3], sources[0].nbytes)
+            reader.wait(target)
+    for whole in wholes:
+        assert all(torch.equal(part, source) for part, source in zip(whole, sources, strict=True))
+    assert turns.tolist() == [0, 0, 0]

@@ -8,7 +8,8 @@ bits on a GPU; others stay as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -44,12 +45,24 @@ def fuse_layers(decoder: nn.Module) -> int:
     The modules stay where they are, with their weights and hooks; those within a layer are no longer called.
     """
     fused = 0
-    for module in decoder.modules():
-        options = _options_of(module)
-        if options is not None:
-            object.__setattr__(module, "forward", partial(_forward, module, LayerParts(module, options)))
-            fused += 1
+    with _one_thread():
+        for module in decoder.modules():
+            options = _options_of(module)
+            if options is not None:
+                object.__setattr__(module, "forward", partial(_forward, module, LayerParts(module, options)))
+                fused += 1
     return fused
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch's CPU operators use the calling thread: for what is tiny, the threads of ranks only wait for cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Fused(torch.autograd.Function):

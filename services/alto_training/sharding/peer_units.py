@@ -2,7 +2,8 @@
 
 A unit's parameters lie in one flat buffer, cut into equal shares. A gather is a copy of the others' shares, which never
 change, by the GPU's copy engines over NVLink: no multiprocessor is taken from the computation beside it, and no rank
-waits for another. CUDA alone.
+waits for another to come to a gather. From three ranks on two could read from one GPU while nobody reads from another:
+copies take turns at each. CUDA alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 from alto_training.sharding.units import ShardedUnit, tensor_bytes
 
 _ALIGNMENT = 64  # elements: what kernels and copies like
-_LANES = 2  # streams of copies, two at least: one for this rank's own share, the rest for those of the others
+_LANES = 2  # streams of copies: for the shares of the others, and for this rank's own
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,15 @@ class GatherBuffers:
         return GatherBuffer(whole, parts, None if self._lanes is None else self._lanes.add_target(parts))
 
 
-def plan_copies(shares: Sequence[torch.Tensor], mine: int) -> Copies:
-    """Return what is copied by which lane: `mine` is this rank's share, those of the others come in turn after it."""
+def plan_copies(shares: Sequence[torch.Tensor], mine: int, turns: Sequence[torch.Tensor]) -> Copies:
+    """Return what is copied by which lane: the shares of the others, from the next rank on, and `mine` beside them.
+
+    `turns` say of each rank whether somebody reads from there; empty where nobody else does.
+    """
     ranks = len(shares)
-    others = [(mine + turn) % ranks for turn in range(1, ranks)]
-    turns = [(rank, number % (_LANES - 1)) for number, rank in enumerate(others)]
-    return [(shares[rank].data_ptr(), rank, lane) for rank, lane in (*turns, (mine, _LANES - 1))]
+    others = [(mine + step) % ranks for step in range(1, ranks)]
+    copies = [(shares[rank].data_ptr(), rank, 0, turns[rank].data_ptr() if turns else 0) for rank in others]
+    return [*copies, (shares[mine].data_ptr(), mine, 1, 0)]
 
 
 class PeerEngine:
@@ -115,22 +119,32 @@ class PeerEngine:
         self._group = group
         self._device = device
         self._buffers = GatherBuffers(device)
+        self._turns = self._share_turns() if self.ranks > 2 else []
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         """See `ShardingEngine.shard`."""
+        parameters = list(modules.parameters())
+        rank = dist.get_rank(self._group)
+        layout = flat_layout([parameter.numel() for parameter in parameters], self.ranks)
+        whole = flatten(parameters, layout, self.ranks)
+        shares = self._share(whole[rank * layout.share : (rank + 1) * layout.share])
+        return PeerUnit(name, parameters, layout, shares, rank, self._buffers, self._turns)
+
+    def _share_turns(self) -> list[torch.Tensor]:
+        """Return an int32 in each GPU's memory: one while somebody reads from there."""
+        return self._share(torch.zeros(_ALIGNMENT, dtype=torch.int32, device=self._device))
+
+    def _share(self, content: torch.Tensor) -> list[torch.Tensor]:
+        """Return what each rank brought, all in reach: this rank's a copy of `content`, as long as any other's."""
         from torch.distributed import _symmetric_memory as symmetric_memory
 
-        parameters = list(modules.parameters())
-        rank, ranks = dist.get_rank(self._group), self.ranks
-        layout = flat_layout([parameter.numel() for parameter in parameters], ranks)
-        dtype = parameters[0].dtype
-        mine = symmetric_memory.empty(layout.share, dtype=dtype, device=self._device)
+        rank, length, dtype = dist.get_rank(self._group), content.numel(), content.dtype
+        mine = symmetric_memory.empty(length, dtype=dtype, device=self._device)
         reach: Any = symmetric_memory.rendezvous(mine, self._group.group_name)
-        shares = [mine if peer == rank else reach.get_buffer(peer, (layout.share,), dtype) for peer in range(ranks)]
-        mine.copy_(flatten(parameters, layout, ranks)[rank * layout.share : (rank + 1) * layout.share])
+        mine.copy_(content)
         torch.cuda.synchronize(self._device)
         dist.barrier(self._group)  # nobody reads before all have written
-        return PeerUnit(name, parameters, layout, shares, rank, self._buffers)
+        return [mine if peer == rank else reach.get_buffer(peer, (length,), dtype) for peer in range(self.ranks)]
 
 
 def flatten(parameters: Sequence[nn.Parameter], layout: FlatLayout, ranks: int) -> torch.Tensor:
@@ -143,7 +157,7 @@ def flatten(parameters: Sequence[nn.Parameter], layout: FlatLayout, ranks: int) 
 
 
 class PeerUnit:
-    """A `ShardedUnit` over `shares`, one of each rank, all within this process's reach."""
+    """A `ShardedUnit` over `shares`, one of each rank, all within this process's reach, and `turns` at each of them."""
 
     def __init__(
         self,
@@ -153,6 +167,7 @@ class PeerUnit:
         shares: Sequence[torch.Tensor],
         rank: int,
         buffers: GatherBuffers,
+        turns: Sequence[torch.Tensor] = (),
     ) -> None:
         self.name = name
         self.gathered_bytes = tensor_bytes(list(shares))
@@ -161,7 +176,8 @@ class PeerUnit:
         self._shapes = [parameter.shape for parameter in parameters]
         self._layout = layout
         self._shares = shares
-        self._copies = plan_copies(shares, rank)
+        self._turns = turns  # copies name memory by its address: here it is kept
+        self._copies = plan_copies(shares, rank, turns)
         self._buffers = buffers
         self._nothing = shares[rank].new_empty(0)
         # By the buffer's address: there are few, and making views anew takes the host longer than all else here.

@@ -1,8 +1,10 @@
 #include "copy_lanes.hpp"
 
+#include <cuda.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -17,6 +19,30 @@ cudaEvent_t make_event() {
     cudaEvent_t event;
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "CopyLanes");
     return event;
+}
+
+using WordOperation = CUresult (*)(CUstream, CUdeviceptr, cuuint32_t, unsigned int);
+
+// Asked of the runtime, so that the module links and imports where there is no driver.
+WordOperation word_operation(const char* name) {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t status = cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &result);
+    if (status != cudaSuccess || result != cudaDriverEntryPointSuccess)
+        throw std::runtime_error(std::string("the CUDA driver has no ") + name);
+    return reinterpret_cast<WordOperation>(entry);
+}
+
+// The driver's errors have the runtime's numbers.
+cudaError_t wait_for_zero(void* word, cudaStream_t lane) {
+    static const WordOperation wait = word_operation("cuStreamWaitValue32");
+    return static_cast<cudaError_t>(wait(lane, reinterpret_cast<CUdeviceptr>(word), 0, CU_STREAM_WAIT_VALUE_EQ));
+}
+
+cudaError_t write(void* word, cuuint32_t value, cudaStream_t lane) {
+    static const WordOperation write = word_operation("cuStreamWriteValue32");
+    return static_cast<cudaError_t>(
+        write(lane, reinterpret_cast<CUdeviceptr>(word), value, CU_STREAM_WRITE_VALUE_DEFAULT));
 }
 
 }  // namespace
@@ -51,10 +77,14 @@ cudaError_t CopyLanes::gather(int number, const std::vector<Copy>& copies, std::
     cudaError_t status = cudaEventRecord(begin_, stream);
     for (const cudaStream_t lane : lanes_)
         if (status == cudaSuccess) status = cudaStreamWaitEvent(lane, begin_);
-    for (const Copy& copy : copies)
-        if (status == cudaSuccess)
-            status =
-                cudaMemcpyAsync(target.parts.at(copy.part), copy.from, bytes, cudaMemcpyDefault, lanes_.at(copy.lane));
+    for (const Copy& copy : copies) {
+        const cudaStream_t lane = lanes_.at(copy.lane);
+        void* const part = target.parts.at(copy.part);
+        if (status == cudaSuccess && copy.turn) status = wait_for_zero(copy.turn, lane);
+        if (status == cudaSuccess && copy.turn) status = write(copy.turn, 1, lane);
+        if (status == cudaSuccess) status = cudaMemcpyAsync(part, copy.from, bytes, cudaMemcpyDefault, lane);
+        if (status == cudaSuccess && copy.turn) status = write(copy.turn, 0, lane);
+    }
     for (std::size_t lane = 0; lane < lanes_.size(); ++lane)
         if (status == cudaSuccess) status = cudaEventRecord(target.ends[lane], lanes_[lane]);
     return status;
@@ -68,7 +98,7 @@ cudaError_t CopyLanes::wait(int number, cudaStream_t stream) const {
 }
 
 void bind_copy_lanes(py::module_& module) {
-    using CopyFields = std::tuple<Address, int, int>;  // (from, part, lane)
+    using CopyFields = std::tuple<Address, int, int, Address>;  // (from, part, lane, turn)
     py::class_<CopyLanes>(module, "CopyLanes")
         .def(py::init<int>())
         .def("add_target",
@@ -80,7 +110,8 @@ void bind_copy_lanes(py::module_& module) {
         .def("gather",
              [](CopyLanes& self, int target, const std::vector<CopyFields>& fields, std::size_t bytes, Address stream) {
                  std::vector<Copy> copies;
-                 for (const auto& [from, part, lane] : fields) copies.push_back({pointer<void>(from), part, lane});
+                 for (const auto& [from, part, lane, turn] : fields)
+                     copies.push_back({pointer<void>(from), part, lane, pointer<void>(turn)});
                  check(self.gather(target, copies, bytes, pointer<CUstream_st>(stream)), "gather");
              })
         .def("wait", [](const CopyLanes& self, int target, Address stream) {

@@ -8,11 +8,13 @@
 
 namespace alto::cuda {
 
-// What is copied to a part of a target, by which lane.
+// What is copied to a part of a target, by which lane. Where others read from the same GPU, all of them name the same
+// word by `turn`: zero, or one while somebody reads. Two that come at once may both go: that is slower and no error.
 struct Copy {
     const void* from;
     int part;
     int lane;
+    void* turn;  // null where nobody else reads
 };
 
 // `lanes` streams of the current device, and targets: memory in parts that copies go to, by one gather at a time.
