@@ -80,10 +80,16 @@ cudaError_t CopyLanes::gather(int number, const std::vector<Copy>& copies, std::
     for (const Copy& copy : copies) {
         const cudaStream_t lane = lanes_.at(copy.lane);
         void* const part = target.parts.at(copy.part);
-        if (status == cudaSuccess && copy.turn) status = wait_for_zero(copy.turn, lane);
-        if (status == cudaSuccess && copy.turn) status = write(copy.turn, 1, lane);
+        void* const turn = takes_turns_ ? copy.turn : nullptr;
+        if (status == cudaSuccess && turn) status = wait_for_zero(turn, lane);
+        if (turn && status == cudaErrorNotSupported) {
+            // Some drivers have none of it for some devices. Copies without turns are slower and no less right.
+            takes_turns_ = false;
+            return gather(number, copies, bytes, stream);
+        }
+        if (status == cudaSuccess && turn) status = write(turn, 1, lane);
         if (status == cudaSuccess) status = cudaMemcpyAsync(part, copy.from, bytes, cudaMemcpyDefault, lane);
-        if (status == cudaSuccess && copy.turn) status = write(copy.turn, 0, lane);
+        if (status == cudaSuccess && turn) status = write(turn, 0, lane);
     }
     for (std::size_t lane = 0; lane < lanes_.size(); ++lane)
         if (status == cudaSuccess) status = cudaEventRecord(target.ends[lane], lanes_[lane]);

@@ -43,6 +43,7 @@ class CopyLanes {
     std::vector<cudaStream_t> lanes_;
     std::vector<Target> targets_;
     cudaEvent_t begin_ = nullptr;
+    bool takes_turns_ = true;
 };
 
 }  // namespace alto::cuda
