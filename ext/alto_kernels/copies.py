@@ -13,8 +13,8 @@ from torch import Tensor
 from alto_kernels.availability import BackendUnavailableError, compiled_module, require_compiled
 from alto_kernels.streams import current_stream
 
-# What is copied: its address, the part of the target that it goes to, the lane that copies it, and the address of the
-# int32 that is 1 while somebody reads from there, 0 where nobody else does. The copy waits for it to be 0.
+# What is copied: its address, the part of the target that it goes to, the lane that copies it, and the address of an
+# int32 that is 1 while somebody reads from there, for which the copy waits to be 0; 0 is no address: nobody else does.
 Copies = Sequence[tuple[int, int, int, int]]
 
 
@@ -27,7 +27,7 @@ def copy_lanes_available() -> bool:
 class CopyLanes:
     """`lanes` streams of a CUDA device, and targets that copies go to. Raises `BackendUnavailableError` without CUDA.
 
-    Who calls keeps the memory of targets and sources for as long as a gather is under way.
+    Who calls keeps the memory of targets, sources and what says that they are busy while a gather is under way.
     """
 
     def __init__(self, device: torch.device, lanes: int) -> None:

@@ -50,17 +50,17 @@ def test_copies_come_after_the_last_use_and_before_the_next(lanes: int, length: 
 def test_a_copy_waits_until_nobody_reads_from_there() -> None:
     device = torch.device("cuda")
     source, whole = torch.arange(1000.0, device=device), torch.zeros(1000, device=device)
-    turn = torch.ones(1, dtype=torch.int32, device=device)
+    busy = torch.ones(1, dtype=torch.int32, device=device)
     copier = CopyLanes(device, 1)
     target = copier.add_target([whole])
     torch.cuda.synchronize()
-    copier.gather(target, [(source.data_ptr(), 0, 0, turn.data_ptr())], 4000)
+    copier.gather(target, [(source.data_ptr(), 0, 0, busy.data_ptr())], 4000)
     time.sleep(0.2)
     assert whole.sum().item() == 0.0
-    turn.zero_()  # whoever read has ended
+    busy.zero_()  # whoever read has ended
     copier.wait(target)
     assert torch.equal(whole, source)
-    assert turn.item() == 0
+    assert busy.item() == 0
 
 
 @pytest.mark.gpu
@@ -68,16 +68,15 @@ def test_a_copy_waits_until_nobody_reads_from_there() -> None:
 def test_readers_of_one_place_all_come_to_their_turns() -> None:
     device = torch.device("cuda")
     sources = [torch.full((1 << 22,), float(number), device=device) for number in range(3)]
-    turns = torch.zeros(3, dtype=torch.int32, device=device)
-    words = [turns[number:].data_ptr() for number in range(3)]
+    busy = torch.zeros(3, dtype=torch.int32, device=device)
     readers = [CopyLanes(device, 1) for _ in range(4)]
     wholes = [torch.empty(3, 1 << 22, device=device) for _ in readers]
     targets = [reader.add_target(list(whole)) for reader, whole in zip(readers, wholes, strict=True)]
-    order = [(source.data_ptr(), number, 0, words[number]) for number, source in enumerate(sources)]
+    order = [(source.data_ptr(), number, 0, busy[number:].data_ptr()) for number, source in enumerate(sources)]
     for _ in range(50):
         for first, (reader, target) in enumerate(zip(readers, targets, strict=True)):
             reader.gather(target, order[first % 3 :] + order[: first % 3], sources[0].nbytes)
             reader.wait(target)
     for whole in wholes:
         assert all(torch.equal(part, source) for part, source in zip(whole, sources, strict=True))
-    assert turns.tolist() == [0, 0, 0]
+    assert busy.tolist() == [0, 0, 0]

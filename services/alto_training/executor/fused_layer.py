@@ -56,7 +56,7 @@ def fuse_layers(decoder: nn.Module) -> int:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Have torch's CPU operators use the calling thread: for what is tiny, the threads of ranks only wait for cores."""
+    """Have torch use the calling thread: probes are tiny, and all ranks' threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -2,8 +2,8 @@
 
 A unit's parameters lie in one flat buffer, cut into equal shares. A gather is a copy of the others' shares, which never
 change, by the GPU's copy engines over NVLink: no multiprocessor is taken from the computation beside it, and no rank
-waits for another to come to a gather. From three ranks on two could read from one GPU while nobody reads from another:
-copies take turns at each. CUDA alone.
+waits for another to come to a gather. With three ranks or more, two could read from one GPU while nobody reads from
+another: copies take turns at each. CUDA alone.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ class GatherBuffers:
         return GatherBuffer(whole, parts, None if self._lanes is None else self._lanes.add_target(parts))
 
 
-def plan_copies(shares: Sequence[torch.Tensor], mine: int, turns: Sequence[torch.Tensor]) -> Copies:
+def plan_copies(shares: Sequence[torch.Tensor], mine: int, busy: Sequence[torch.Tensor]) -> Copies:
     """Return what is copied by which lane: the shares of the others, from the next rank on, and `mine` beside them.
 
-    `turns` say of each rank whether somebody reads from there; empty where nobody else does.
+    `busy` says of each rank whether somebody reads from there; empty where nobody else does.
     """
     ranks = len(shares)
     others = [(mine + step) % ranks for step in range(1, ranks)]
-    copies = [(shares[rank].data_ptr(), rank, 0, turns[rank].data_ptr() if turns else 0) for rank in others]
+    copies = [(shares[rank].data_ptr(), rank, 0, busy[rank].data_ptr() if busy else 0) for rank in others]
     return [*copies, (shares[mine].data_ptr(), mine, 1, 0)]
 
 
@@ -119,7 +119,7 @@ class PeerEngine:
         self._group = group
         self._device = device
         self._buffers = GatherBuffers(device)
-        self._turns = self._share_turns() if self.ranks > 2 else []
+        self._busy = self._share_busy() if self.ranks > 2 else []
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         """See `ShardingEngine.shard`."""
@@ -128,9 +128,9 @@ class PeerEngine:
         layout = flat_layout([parameter.numel() for parameter in parameters], self.ranks)
         whole = flatten(parameters, layout, self.ranks)
         shares = self._share(whole[rank * layout.share : (rank + 1) * layout.share])
-        return PeerUnit(name, parameters, layout, shares, rank, self._buffers, self._turns)
+        return PeerUnit(name, parameters, layout, shares, rank, self._buffers, self._busy)
 
-    def _share_turns(self) -> list[torch.Tensor]:
+    def _share_busy(self) -> list[torch.Tensor]:
         """Return an int32 in each GPU's memory: one while somebody reads from there."""
         return self._share(torch.zeros(_ALIGNMENT, dtype=torch.int32, device=self._device))
 
@@ -157,7 +157,7 @@ def flatten(parameters: Sequence[nn.Parameter], layout: FlatLayout, ranks: int) 
 
 
 class PeerUnit:
-    """A `ShardedUnit` over `shares`, one of each rank, all within this process's reach, and `turns` at each of them."""
+    """A `ShardedUnit` over `shares`, one of each rank, all in this process's reach, with what says who is `busy`."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class PeerUnit:
         shares: Sequence[torch.Tensor],
         rank: int,
         buffers: GatherBuffers,
-        turns: Sequence[torch.Tensor] = (),
+        busy: Sequence[torch.Tensor] = (),
     ) -> None:
         self.name = name
         self.gathered_bytes = tensor_bytes(list(shares))
@@ -176,8 +176,8 @@ class PeerUnit:
         self._shapes = [parameter.shape for parameter in parameters]
         self._layout = layout
         self._shares = shares
-        self._turns = turns  # copies name memory by its address: here it is kept
-        self._copies = plan_copies(shares, rank, turns)
+        self._busy = busy  # copies name memory by its address: here it is kept
+        self._copies = plan_copies(shares, rank, busy)
         self._buffers = buffers
         self._nothing = shares[rank].new_empty(0)
         # By the buffer's address: there are few, and making views anew takes the host longer than all else here.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from alto_training.sharding.peer_units import GatherBuffers, PeerUnit, flat_layout, flatten
+from alto_training.sharding.peer_units import GatherBuffers, PeerUnit, flat_layout, flatten, plan_copies
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -46,3 +46,13 @@ def test_what_is_gathered_is_what_was_cut_and_buffers_are_used_again(ranks: int)
         assert all(parameter.numel() == 0 for parameter in (*one_parameters, *other_parameters))
     assert len(addresses) == 2
     assert one.gathered_bytes == ranks * one.shard_bytes
+
+
+def test_copies_take_turns_at_the_others_from_the_next_rank_on() -> None:
+    shares, busy = [torch.zeros(64) for _ in range(4)], [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
+    *others, own = plan_copies(shares, 2, busy)
+    assert [part for _, part, _, _ in others] == [3, 0, 1]
+    for address, part, lane, word in others:
+        assert (address, lane, word) == (shares[part].data_ptr(), 0, busy[part].data_ptr())
+    assert own == (shares[2].data_ptr(), 2, 1, 0)
+    assert all(word == 0 for *_, word in plan_copies(shares, 2, []))

@@ -9,12 +9,12 @@
 namespace alto::cuda {
 
 // What is copied to a part of a target, by which lane. Where others read from the same GPU, all of them name the same
-// word by `turn`: zero, or one while somebody reads. Two that come at once may both go: that is slower and no error.
+// int32 by `busy`: one while somebody reads, zero else. Two that come at once may both go: slower, and no error.
 struct Copy {
     const void* from;
     int part;
     int lane;
-    void* turn;  // null where nobody else reads
+    void* busy;  // null where nobody else reads
 };
 
 // `lanes` streams of the current device, and targets: memory in parts that copies go to, by one gather at a time.
@@ -40,10 +40,13 @@ class CopyLanes {
         std::vector<cudaEvent_t> ends;  // of the last gather, one a lane
     };
 
+    // Launches one copy, in turn with those of others.
+    cudaError_t launch(const Copy& copy, void* to, std::size_t bytes);
+
     std::vector<cudaStream_t> lanes_;
     std::vector<Target> targets_;
     cudaEvent_t begin_ = nullptr;
-    bool takes_turns_ = true;
+    bool takes_turns_ = true;  // until the driver says that it cannot
 };
 
 }  // namespace alto::cuda
