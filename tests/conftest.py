@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import structlog
 from hypothesis import Phase, settings
 
 # Hypothesis takes up to five minutes to shrink what failed, as long as a test may take in all: it would be ended before
@@ -16,6 +17,15 @@ from hypothesis import Phase, settings
 settings.register_profile("shrink", deadline=None)
 settings.register_profile("as_found", deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target])
 settings.load_profile("as_found")
+
+# Tracebacks as services log them. Those of structlog's default show every variable, and take seconds each in which a
+# server answers nobody.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 
 @pytest.fixture(scope="session")
