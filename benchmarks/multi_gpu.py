@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import multi_gpu_others as others
 import multi_gpu_ours as ours
+from benchmark_ranks import join, rank_environment
 from multi_gpu_ours import World
 from multi_gpu_shapes import SHAPES
 
@@ -63,15 +64,8 @@ class Run:
 
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked = asked
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = torch.device(asked.device, rank) if asked.device == "cuda" else torch.device("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        place = f"file://{asked.rendezvous}"
-        bound = self.device if self.device.type == "cuda" else None
-        dist.init_process_group(backend, init_method=place, rank=rank, world_size=size, device_id=bound)
-        self.rank = rank
+        self.device = join(asked.device, asked.rendezvous)
+        self.rank = dist.get_rank()
         self.world = ours.together(self.device, dist.new_group(backend="gloo"))
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
@@ -267,10 +261,7 @@ def ask_where(rank: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def start(command: list[str], rank: int, asked: argparse.Namespace, log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(asked.gpus)}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    if asked.device == "cpu":
-        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = rank_environment(rank, asked.gpus, asked.device)
     with log.open("ab") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 

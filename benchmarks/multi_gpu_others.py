@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from alto_training.sharding.deepspeed_extension import load_extension
+from benchmark_ranks import finished
 from multi_gpu_shapes import LORA_RANK, TARGETS, make_config
 
 TIMED_STEPS = 5
@@ -24,11 +24,11 @@ def measure(step: Callable[[Any], None], batch: int, length: int, device: torch.
     ids = (torch.arange(length, device=device) * 7 % 251).repeat(batch, 1)
     for _ in range(2):
         step(ids)
-    started = _now(device)
+    started = finished(device)
     for _ in range(TIMED_STEPS):
         step(ids)
     tokens = dist.get_world_size() * batch * length * TIMED_STEPS
-    return {"tokens_per_s": round(tokens / (_now(device) - started), 1)}
+    return {"tokens_per_s": round(tokens / (finished(device) - started), 1)}
 
 
 def peft_model(model: Any) -> Any:
@@ -93,9 +93,3 @@ def zero3_step(shape: str, device: torch.device, dtype: torch.dtype) -> Callable
         engine.step()
 
     return step
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -26,6 +26,7 @@ from alto_training.sharding.counted_passes import CountedPasses
 from alto_training.sharding.strategy import EngineName, Strategy, make_layout
 from alto_training.sharding.traffic import TrafficMeter
 from alto_training.sharding.worker_ranks import WorkerRanks
+from benchmark_ranks import finished
 from multi_gpu_shapes import LORA_RANK, TARGETS, make_config
 from safetensors.torch import load_file
 
@@ -219,10 +220,10 @@ def gather_seconds(world: World, backbone: Any) -> float:
         return 0.0
     order.walk(True)
     world.ranks.united({})
-    started = _now(world)
+    started = finished(world.device)
     for _ in range(3):
         order.walk(True)
-    return round((_now(world) - started) / 3, 5)
+    return round((finished(world.device) - started) / 3, 5)
 
 
 # Parity
@@ -319,9 +320,3 @@ def shared_folder(world: World) -> Path:
     made = tempfile.mkdtemp(prefix="multi-gpu-") if world.rank == 0 else ""
     told = world.ranks.united({"folder": made} if world.rank == 0 else {})
     return Path(told["folder"])
-
-
-def _now(world: World) -> float:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-    return perf_counter()

@@ -7,16 +7,15 @@ import torch
 from alto_kernels.availability import BackendUnavailableError
 from alto_kernels.copies import CopyLanes, copy_lanes_available
 
+needs_cuda = pytest.mark.skipif(
+    not (copy_lanes_available() and torch.cuda.is_available()), reason="needs CUDA and the build"
+)
+
 
 @pytest.mark.skipif(copy_lanes_available(), reason="the build for CUDA is here")
 def test_without_the_cuda_build_it_says_so() -> None:
     with pytest.raises(BackendUnavailableError, match="built without CUDA"):
         CopyLanes(torch.device("cpu"), 2)
-
-
-needs_cuda = pytest.mark.skipif(
-    not (copy_lanes_available() and torch.cuda.is_available()), reason="needs CUDA and the build"
-)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3])
