@@ -301,7 +301,7 @@ def main() -> int:
     parser.add_argument("--parity", default="replicated,sharded:deepspeed,sharded:fsdp2,sharded:peer")
     parser.add_argument("--backend", default="auto", help="alto_kernels' back end")
     parser.add_argument("--ranks-per-host", type=int, help="for hybrid: share the backbone among so many")
-    parser.add_argument("--prefetch", type=int, default=1, help="gathers that are under way beforehand")
+    parser.add_argument("--prefetch", type=int, help="gathers under way beforehand, else as many as the service has")
     parser.add_argument("--tokens-per-tick", type=int, default=8192)
     parser.add_argument("--single-trials", type=int, default=8, help="the most that one GPU has room for")
     parser.add_argument("--singles", choices=["all", "shares"], default="all", help="whole cells on one GPU too?")

@@ -92,7 +92,13 @@ class EnoughError(Exception):
 
 
 def load(
-    shape: str, strategy: str, engine: str, world: World, dtype: torch.dtype, ranks_per_host: int, prefetch: int = 1
+    shape: str,
+    strategy: str,
+    engine: str,
+    world: World,
+    dtype: torch.dtype,
+    ranks_per_host: int,
+    prefetch: int | None = None,
 ) -> Any:
     """Return a backbone with random weights, whole or in shares.
 
@@ -114,9 +120,8 @@ def load(
         name, _, room = engine.partition("+")
         cutter = make_engine(EngineName(name), groups[layout.group_of(world.rank).start], world.device)
         room_bytes = int(float(room or 0) * 2**30)
-        backbone = shard_model(
-            model, shape, RandomWeights(_DEVIATION), cutter, world.device, prefetch, room_bytes=room_bytes
-        )
+        weights = RandomWeights(_DEVIATION)
+        backbone = shard_model(model, shape, weights, cutter, world.device, room_bytes=room_bytes, prefetch=prefetch)
     backbone.weights = CountedPasses(backbone.weights)
     return backbone
 

@@ -29,7 +29,6 @@ def load_shared_backbone(
     engine: EngineName | None,
     group: dist.ProcessGroup,
     device: torch.device,
-    prefetch: int = 1,
     beat: Callable[[], None] = lambda: None,
     room_bytes: int = 0,
 ) -> Backbone:
@@ -43,7 +42,7 @@ def load_shared_backbone(
             f"a backbone in {settings.backbone_dtype} cannot be shared out", "choose float32 or bfloat16"
         )
     cutter = make_engine(engine or best_engine(device), group, device)
-    return load_sharded_backbone(str(local_folder(base_model)), cutter, dtype, device, prefetch, beat, room_bytes)
+    return load_sharded_backbone(str(local_folder(base_model)), cutter, dtype, device, beat, room_bytes)
 
 
 def local_folder(base_model: str) -> Path:

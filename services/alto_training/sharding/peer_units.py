@@ -98,12 +98,14 @@ class GatherBuffers:
 
 
 def plan_copies(shares: Sequence[torch.Tensor], mine: int, busy: Sequence[torch.Tensor]) -> Copies:
-    """Return what is copied by which lane: the shares of the others, from the next rank on, and `mine` beside them.
+    """Return what is copied by which lane: the shares of the others, and `mine` beside them.
 
-    `busy` says of each rank whether somebody reads from there; empty where nobody else does.
+    Ranks read from each other in pairs, in each turn from another: who waits for a turn waits for the rank that it is
+    waited for by. `busy` says of each rank whether somebody reads from there; empty where nobody else does.
     """
     ranks = len(shares)
-    others = [(mine + step) % ranks for step in range(1, ranks)]
+    pairs = range(1, 1 << (ranks - 1).bit_length())
+    others = [mine ^ pair for pair in pairs if mine ^ pair < ranks]
     copies = [(shares[rank].data_ptr(), rank, 0, busy[rank].data_ptr() if busy else 0) for rank in others]
     return [*copies, (shares[mine].data_ptr(), mine, 1, 0)]
 

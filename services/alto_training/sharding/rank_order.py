@@ -36,7 +36,6 @@ class RankOrder:
     ranks_per_host: int
     parent_process_id: int
     collective_timeout_s: float = 1800.0
-    prefetch: int = 1
     room_for_weights_bytes: int = 0
     count_traffic: bool = False
 

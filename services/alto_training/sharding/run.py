@@ -46,7 +46,6 @@ class RankSettings:
     strategy: Strategy
     engine: EngineName | None = None
     ranks_per_host: int | None = None
-    prefetch: int = 1
     room_for_weights_bytes: int = 0
     hang_timeout_s: float = 300.0
     start_timeout_s: float = 1800.0
@@ -184,7 +183,6 @@ class RankedRun:
             ranks=ranks,
             ranks_per_host=asked.ranks_per_host if asked.ranks_per_host and whole_hosts else ranks,
             parent_process_id=os.getpid(),
-            prefetch=asked.prefetch,
             room_for_weights_bytes=self._room_for_weights_bytes if ranks > 1 else 0,
             count_traffic=asked.count_traffic,
         )

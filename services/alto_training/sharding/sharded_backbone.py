@@ -15,7 +15,14 @@ from alto_training.executor.backbone import Backbone, prepare_backbone
 from alto_training.executor.backbone_weights import fingerprint, fingerprint_part, output_head
 from alto_training.executor.losses import OutputHead
 from alto_training.sharding.gather_order import GatherOrder
-from alto_training.sharding.units import ShardedUnit, ShardingEngine, layers_kept_whole, plan_units, tensor_bytes
+from alto_training.sharding.units import (
+    ShardedUnit,
+    ShardingEngine,
+    gathers_ahead,
+    layers_kept_whole,
+    plan_units,
+    tensor_bytes,
+)
 from alto_training.sharding.weight_files import SafetensorsFolder, WeightSource, fill, parameters_on_meta
 
 
@@ -56,9 +63,9 @@ def load_sharded_backbone(
     engine: ShardingEngine,
     dtype: torch.dtype,
     device: torch.device,
-    prefetch: int = 1,
     beat: Callable[[], None] = lambda: None,
     room_bytes: int = 0,
+    prefetch: int | None = None,
 ) -> Backbone:
     """Load a model folder in safetensors, one unit at a time; a rank keeps its share and reads the next.
 
@@ -69,7 +76,7 @@ def load_sharded_backbone(
     config = AutoConfig.from_pretrained(folder)
     model = empty_model(config, dtype)
     source = SafetensorsFolder(Path(folder), model.base_model_prefix)
-    return shard_model(model, folder, source, engine, device, prefetch, beat, room_bytes)
+    return shard_model(model, folder, source, engine, device, beat, room_bytes, prefetch)
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
@@ -89,15 +96,16 @@ def shard_model(
     source: WeightSource,
     engine: ShardingEngine,
     device: torch.device,
-    prefetch: int = 1,
     beat: Callable[[], None] = lambda: None,
     room_bytes: int = 0,
+    prefetch: int | None = None,
 ) -> Backbone:
     """Fill an `empty_model` from `source`, unit by unit, in shares, and make it a backbone.
 
-    See `layers_kept_whole` for what `room_bytes` has kept whole.
+    See `layers_kept_whole` for what `room_bytes` has kept whole, `gathers_ahead` for `prefetch` where none is given.
     """
     plan = plan_units(model)
+    prefetch = gathers_ahead(engine, room_bytes) if prefetch is None else prefetch
     whole = layers_kept_whole(plan, engine.ranks, room_bytes, at_once=2 + prefetch)
     named = list(model.named_parameters())
     names = {parameter: name for name, parameter in named}

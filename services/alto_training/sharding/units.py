@@ -96,6 +96,17 @@ def plan_units(model: Any) -> UnitPlan:
     return UnitPlan(tuple(embeddings), tuple(layers), (head_name, nn.Sequential(head)), head_is_tied, tuple(resident))
 
 
+def gathers_ahead(engine: ShardingEngine, room_bytes: int) -> int:
+    """Return how many gathers are under way while a unit is used, each in a buffer of its own.
+
+    More even out that a forward pass waits for gathers and a backward pass for none. With room for whole layers there
+    are fewer gathers, and the memory of a buffer is better spent on one more. In lock step more than one was not tried.
+    """
+    if engine.in_lock_step:
+        return 1
+    return 2 if room_bytes else 6
+
+
 def layers_kept_whole(plan: UnitPlan, ranks: int, room_bytes: int, at_once: int) -> frozenset[int]:
     """Return the decoder layers, by index, that every rank keeps whole: as many as its room for weights holds.
 

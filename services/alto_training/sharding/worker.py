@@ -166,7 +166,6 @@ def _load(order: RankOrder, device: torch.device, beat: Callable[[], None]) -> B
             order.engine,
             group,
             device,
-            order.prefetch,
             beat,
             order.room_for_weights_bytes,
         )

@@ -55,6 +55,28 @@ def test_the_last_layer_stays_for_the_way_back() -> None:
     assert log.count("start layer0") == 2
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_where_no_rank_waits_for_another_the_next_pass_begins_while_a_training_pass_ends(training: bool) -> None:
+    order, _, log = make(layers=8, prefetch=2, in_lock_step=False)
+    order.walk(training=True)
+    assert log[-4:] == ["start embedding", "finish layer1", "release layer1", "finish layer0"]
+    log.clear()
+    order.walk(training)
+    # The embedding is under way, and layer 0 still here.
+    assert log[:4] == ["start layer1", "finish embedding", "release embedding", "start layer2"]
+
+
+def test_what_stays_for_the_next_pass_is_not_counted_again() -> None:
+    order, _, log = make(layers=8, prefetch=4, in_lock_step=False)
+    order.walk(training=True)
+    for _ in range(2):
+        log.clear()
+        order.walk(training=True)
+        assert order.gathered_bytes(training=True) == 10 * sum(entry.startswith("start") for entry in log)
+        # Of 8 + 8 layers two stay at the turn and two from pass to pass.
+        assert order.gathered_bytes(training=True) == 10 * (1 + 8 + 1 + 8 - 4)
+
+
 def test_a_rank_out_of_step_is_told_so() -> None:
     order, units, _ = make(layers=2, prefetch=1)
     order.begin(training=True)

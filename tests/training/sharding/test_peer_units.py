@@ -48,7 +48,7 @@ def test_what_is_gathered_is_what_was_cut_and_buffers_are_used_again(ranks: int)
     assert one.gathered_bytes == ranks * one.shard_bytes
 
 
-def test_copies_take_turns_at_the_others_from_the_next_rank_on() -> None:
+def test_copies_name_what_they_read_and_whose_turn_to_wait_for() -> None:
     shares, busy = [torch.zeros(64) for _ in range(4)], [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
     *others, own = plan_copies(shares, 2, busy)
     assert [part for _, part, _, _ in others] == [3, 0, 1]
@@ -56,3 +56,15 @@ def test_copies_take_turns_at_the_others_from_the_next_rank_on() -> None:
         assert (address, lane, word) == (shares[part].data_ptr(), 0, busy[part].data_ptr())
     assert own == (shares[2].data_ptr(), 2, 1, 0)
     assert all(word == 0 for *_, word in plan_copies(shares, 2, []))
+
+
+@pytest.mark.parametrize("ranks", range(1, 10))
+def test_every_rank_reads_from_every_other_once_and_where_they_come_out_in_pairs(ranks: int) -> None:
+    shares = [torch.zeros(64) for _ in range(ranks)]
+    order = [[part for _, part, _, _ in plan_copies(shares, mine, [])] for mine in range(ranks)]
+    for mine, parts in enumerate(order):
+        assert sorted(parts) == list(range(ranks))
+        assert parts[-1] == mine
+    if ranks in (2, 4, 8):
+        for at_once in zip(*order, strict=True):
+            assert all(at_once[at_once[mine]] == mine for mine in range(ranks))
