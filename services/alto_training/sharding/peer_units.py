@@ -100,8 +100,8 @@ class GatherBuffers:
 def plan_copies(shares: Sequence[torch.Tensor], mine: int, busy: Sequence[torch.Tensor]) -> Copies:
     """Return what is copied by which lane: the shares of the others, and `mine` beside them.
 
-    Ranks read from each other in pairs, in each turn from another: who waits for a turn waits for the rank that it is
-    waited for by. `busy` says of each rank whether somebody reads from there; empty where nobody else does.
+    Ranks read from each other in pairs, in each turn from another: of four 0 and 1, 2 and 3; then 0 and 2, 1 and 3.
+    `busy` says of each rank whether somebody reads from there; empty where nobody else does.
     """
     ranks = len(shares)
     pairs = range(1, 1 << (ranks - 1).bit_length())
