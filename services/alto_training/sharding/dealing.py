@@ -35,8 +35,8 @@ def deal(loads: Sequence[float], owners: Sequence[int | None], ranks: int) -> li
             break
         movable = [trial for trial, rank in dealt.items() if rank == fullest]
         best = min(movable, key=lambda one: (_higher(totals, fullest, emptiest, loads[one]), one))
-        # Each move must be worth a part of the tolerance: no endless shifting of ever smaller differences.
-        if _higher(totals, fullest, emptiest, loads[best]) > totals[fullest] - 0.5 * _TOLERANCE * sum(totals) / ranks:
+        # Each move must be worth more than a part of the tolerance: no endless shifting of ever smaller differences.
+        if _higher(totals, fullest, emptiest, loads[best]) >= totals[fullest] - 0.5 * _TOLERANCE * sum(totals) / ranks:
             break
         dealt[best] = emptiest
         totals[fullest] -= loads[best]

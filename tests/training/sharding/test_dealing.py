@@ -23,6 +23,11 @@ def test_each_trial_has_a_rank_and_dealing_again_moves_nothing(loads: list[float
         assert max(totals(loads, dealt, ranks)) <= sum(loads) / ranks + max(loads) * 1.0001 + 0.11 * sum(loads) / ranks
 
 
+def test_loads_whose_tenth_is_nothing_are_dealt_too() -> None:
+    assert sorted(deal([5e-324], [0], 2)) == [0]
+    assert len(deal([5e-324, 1e-323], [0, 0], 3)) == 2
+
+
 def test_newcomers_are_dealt_heaviest_first() -> None:
     assert deal([1.0, 5.0, 4.0, 2.0], [None] * 4, 2) == [0, 0, 1, 1]
 
