@@ -7,8 +7,9 @@ Weights are random, of the shape named: nothing is fetched. First **parity**: on
 dropout, a trial that becomes NaN) on one GPU and with each strategy, in fp32 (`max_rel_weight_err` of final weights)
 and in bf16 (`max_loss_difference`, beside the `spread` of one GPU: the largest between two of its tick sizes, which
 change the order of sums). Then **throughput** of cells TRIALSxBATCHxLENGTH (lora_rank 16, all seven projections, no
-early exit): ours is the executor itself, on every rank, with all that it does between ticks. Strategy `single` is one
-GPU while the others idle; it also runs each cell with its share of the trials, the load that a GPU has among N. The
+early exit): ours is the executor itself, on every rank, with all that it does between ticks. Strategy `single` is each
+GPU in turn while the others idle (`gpu`: they differ); it also runs each cell with its share of the trials, the load
+that a GPU has among N. Ratios are to the sum of all GPUs, each alone. The
 others train one adapter at a time, BATCH sequences on *each* GPU, and so count N times the tokens of a step: that
 favours them; `_split` compares with their BATCH / N on each GPU, which is the trial's own batch. Warm-up is not timed.
 Speeds are those of the median round (`round_s`: all trials' steps); `mean_tokens_per_s` is that of all rounds.
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import combinations
@@ -122,9 +124,12 @@ def throughput(run: Run, strategy: str, engine: str, those: list[Cell]) -> Resul
     backbone = run.load(run.asked.shape, named["strategy"], engine, run.world, run.dtype)
     traffic = ours.count_traffic(run.world, backbone, run.backend(run.dtype))
     yield {**named, **traffic, "gather_s": ours.gather_seconds(run.world, backbone)}
-    alone = ours.alone(run.device) if run.rank == 0 else None
+    alone = ours.alone(run.device)
     for cell in single_cells(those, run.world.size, run.asked) if whole else []:
-        yield {"strategy": "single", "cell": cell, **speed_of(run, alone, backbone, cell)}
+        for gpu in range(run.world.size):
+            found = speed_of(run, alone if gpu == run.rank else None, backbone, cell)
+            told = run.world.ranks.united({"found": found} if gpu == run.rank else {})
+            yield {"strategy": "single", "gpu": gpu, "cell": cell, **told["found"]}
     for cell in those:
         yield {**named, "cell": cell, **speed_of(run, run.world, backbone, cell)}
 
@@ -353,10 +358,14 @@ def summary(asked: argparse.Namespace, results: list[dict[str, Any]], absent: di
 def ratios(results: list[dict[str, Any]], gpus: int) -> list[dict[str, Any]]:
     """Return what each cell gives: scaling over one GPU, sharded over replicated, and ours over the others."""
     speed: dict[tuple[str, Cell], float] = {}
+    alone: defaultdict[Cell, list[float]] = defaultdict(list)  # each GPU
     for one in results:
         if "tokens_per_s" in one:
             name = f"{one['strategy']}:{one['engine']}" if one.get("engine") else one["strategy"]
             speed[name, tuple(one["cell"])] = one["tokens_per_s"]
+            if name == "single":
+                alone[tuple(one["cell"])].append(one["tokens_per_s"])
+    all_alone = {cell: sum(speeds) / len(speeds) * gpus for cell, speeds in alone.items()}
     found = []
     for cell in dict.fromkeys(cell for name, cell in speed if name not in (*OTHERS, "single")):
         trials, batch, length = cell
@@ -364,14 +373,14 @@ def ratios(results: list[dict[str, Any]], gpus: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"cell": cell}
         for name in here:
             rows = {
-                "weak_scaling": (speed.get(("single", (trials // gpus, batch, length))), gpus),
-                "strong_scaling": (speed.get(("single", cell)), gpus),
-                "over_replicated": (here.get("replicated"), 1),
-                "over_fsdp_peft": (speed.get(("fsdp_peft", (1, batch, length))), 1),
-                "over_fsdp_peft_split": (speed.get(("fsdp_peft", (1, batch // gpus, length))), 1),
-                "over_zero3_peft": (speed.get(("zero3_peft", (1, batch, length))), 1),
+                "weak_scaling": all_alone.get((trials // gpus, batch, length)),
+                "strong_scaling": all_alone.get(cell),
+                "over_replicated": here.get("replicated"),
+                "over_fsdp_peft": speed.get(("fsdp_peft", (1, batch, length))),
+                "over_fsdp_peft_split": speed.get(("fsdp_peft", (1, batch // gpus, length))),
+                "over_zero3_peft": speed.get(("zero3_peft", (1, batch, length))),
             }
-            row[name] = {key: round(here[name] / base / n, 3) for key, (base, n) in rows.items() if base}
+            row[name] = {key: round(here[name] / base, 3) for key, base in rows.items() if base}
         found.append(row)
     return found
 

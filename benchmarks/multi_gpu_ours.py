@@ -33,8 +33,9 @@ from safetensors.torch import load_file
 # Before what is timed; the first small ticks of a process are a third slower than later ones.
 WARM_ROUNDS = 2
 WARM_TOKENS = 24 * 1024
-TIMED_TICKS = 6  # at the least, of full size
-MOST_ROUNDS = 12
+# Before and in what is timed: a GPU's tokens, about two seconds of an 8B model, and no more rounds than that.
+TIMED_TOKENS = 32 * 1024
+MOST_ROUNDS = 36
 _DEVIATION = 0.01  # of weights: with 0.02, bf16's roundings are a tenth of the logits of 64 layers
 
 
@@ -154,7 +155,7 @@ def measure(
     """
     trials, batch, length = cell
     round_tokens = trials * batch * length
-    rounds = min(MOST_ROUNDS, max(3, -(-TIMED_TICKS * tokens_per_tick * world.size // round_tokens)))
+    rounds = min(MOST_ROUNDS, max(3, -(-TIMED_TOKENS * world.size // round_tokens)))
     warm = min(MOST_ROUNDS, max(WARM_ROUNDS, WARM_TOKENS // round_tokens))
     steps, exchanged = 0, [0.0, 0.0]
     moments: list[float] = []
