@@ -28,7 +28,7 @@ endfunction()
 target_sources(alto_kernels_module PRIVATE
   csrc/cuda/adamw.cu
   csrc/cuda/bindings.cpp
-  csrc/cuda/copy_lanes.cpp
+  csrc/cuda/copy_lane.cpp
   csrc/cuda/decoder_layer.cpp
   csrc/cuda/decoder_layer_bindings.cpp
   csrc/cuda/elementwise.cu
@@ -41,6 +41,8 @@ target_sources(alto_kernels_module PRIVATE
   csrc/cuda/grouped_up_bfloat16.cu
   csrc/cuda/grouped_up_float16.cu
   csrc/cuda/launch.cpp
+  csrc/cuda/mapped_memory.cpp
+  csrc/cuda/mapped_memory_bindings.cpp
   csrc/cuda/norm.cu
   csrc/cuda/pools.cu
   csrc/cuda/schedule.cpp

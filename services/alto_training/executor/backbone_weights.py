@@ -16,14 +16,18 @@ class BackboneWeights(Protocol):
     """What a backbone asks of whoever keeps its weights.
 
     Layers and embeddings are seen to by hooks on the modules. `fingerprint` names the weights, wherever they are.
-    `in_lock_step`: every pass must be one of all ranks. `uncounted_bytes` of them lie where torch's allocator does not
-    count.
+    `in_lock_step`: every pass must be one of all ranks. `uncounted_bytes`, of them and of what they are
+    gathered in, lie where torch's allocator does not count.
     """
 
     fingerprint: str
     parameters: int
     in_lock_step: bool
-    uncounted_bytes: int
+
+    @property
+    def uncounted_bytes(self) -> int:
+        """See above."""
+        ...
 
     def head(self) -> AbstractContextManager[OutputHead]:
         """Return the output head, usable within the context."""

@@ -23,11 +23,15 @@ class CountedPasses:
         self.fingerprint = weights.fingerprint
         self.parameters = weights.parameters
         self.in_lock_step = weights.in_lock_step
-        self.uncounted_bytes = weights.uncounted_bytes
         self.training = 0
         self.inference = 0
         self.idle_training = 0
         self.idle_inference = 0
+
+    @property
+    def uncounted_bytes(self) -> int:
+        """See `BackboneWeights`."""
+        return self.weights.uncounted_bytes
 
     def head(self) -> AbstractContextManager[OutputHead]:
         """See `BackboneWeights.head`: once a pass."""

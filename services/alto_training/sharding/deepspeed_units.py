@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from alto_training.sharding.deepspeed_extension import load_extension
-from alto_training.sharding.units import ShardedUnit, tensor_bytes
+from alto_training.sharding.units import ShardedRows, ShardedUnit, tensor_bytes
 
 
 class DeepSpeedEngine:
@@ -22,6 +22,8 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
     in_lock_step = True
+    in_place = False
+    uncounted_bytes = 0
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         import deepspeed
@@ -39,6 +41,10 @@ class DeepSpeedEngine:
         dtype = next(modules.parameters()).dtype
         self._zero.Init(module=modules, data_parallel_group=self._group, mem_efficient_linear=False, dtype=dtype)
         return _DeepSpeedUnit(name, gathered_bytes, list(modules.parameters()))
+
+    def shard_rows(self, embedding: nn.Embedding) -> ShardedRows | None:
+        """See `ShardingEngine.shard_rows`: a gather is all there is."""
+        return None
 
 
 class _DeepSpeedUnit:

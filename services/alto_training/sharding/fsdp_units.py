@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from alto_training.sharding.units import ShardedUnit, tensor_bytes
+from alto_training.sharding.units import ShardedRows, ShardedUnit, tensor_bytes
 
 
 class FsdpEngine:
@@ -19,6 +19,8 @@ class FsdpEngine:
 
     name = "fsdp2"
     in_lock_step = True
+    in_place = False
+    uncounted_bytes = 0
 
     def __init__(self, group: dist.ProcessGroup, device_type: str) -> None:
         from torch.distributed.device_mesh import DeviceMesh
@@ -33,6 +35,10 @@ class FsdpEngine:
         gathered_bytes = tensor_bytes(list(modules.parameters()))
         fully_shard(modules, mesh=self._mesh, reshard_after_forward=True)
         return _FsdpUnit(name, gathered_bytes, modules)
+
+    def shard_rows(self, embedding: nn.Embedding) -> ShardedRows | None:
+        """See `ShardingEngine.shard_rows`: a gather is all there is."""
+        return None
 
 
 class _FsdpUnit:

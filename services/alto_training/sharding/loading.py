@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from alto_kernels.copies import copy_lanes_available
+from alto_kernels.copies import copy_lane_available
 
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.errors import UnsupportedBackboneError
@@ -61,7 +61,7 @@ def best_engine(device: torch.device) -> EngineName:
     That is `peer` where `alto_kernels` is built for CUDA and all GPUs here reach each other's memory, else DeepSpeed or
     FSDP2.
     """
-    if device.type == "cuda" and copy_lanes_available():
+    if device.type == "cuda" and copy_lane_available():
         pairs = permutations(range(torch.cuda.device_count()), 2)
         if all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
             return EngineName.PEER
@@ -79,7 +79,7 @@ def make_engine(name: EngineName, group: dist.ProcessGroup, device: torch.device
 
         if device.type != "cuda":
             raise StrategyError(f"engine peer is for GPUs, not {device.type}", "choose engine deepspeed or fsdp2")
-        if not copy_lanes_available():
+        if not copy_lane_available():
             raise StrategyError("alto_kernels is built without CUDA", "build it, or choose engine deepspeed or fsdp2")
         return PeerEngine(group, device)
     from alto_training.sharding.deepspeed_units import DeepSpeedEngine

@@ -3,25 +3,26 @@
 A unit's parameters lie in one flat buffer, cut into equal shares. A gather is a copy of the others' shares, which never
 change, by the GPU's copy engines over NVLink: no multiprocessor is taken from the computation beside it, and no rank
 waits for another to come to a gather. With three ranks or more, two could read from one GPU while nobody reads from
-another: copies take turns at each. CUDA alone.
+another: copies take turns at each. Of an embedding the rows of a pass are read where they lie. CUDA alone.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from alto_kernels.copies import Copies, CopyLanes
+from alto_kernels.mapped_memory import PhysicalMemory, granularity, make_memory, mapped, memory_of
 from torch import nn
 
-from alto_training.sharding.units import ShardedUnit, tensor_bytes
+from alto_training.sharding.gather_buffers import GatherBuffer, GatherBuffers, MappedBuffers, Shares
+from alto_training.sharding.host_memory import DescriptorExchange
+from alto_training.sharding.units import ShardedRows, ShardedUnit, tensor_bytes
 
 _ALIGNMENT = 64  # elements: what kernels and copies like
-_LANES = 2  # streams of copies: for the shares of the others, and for this rank's own
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class FlatLayout:
     share: int
 
 
-def flat_layout(sizes: Sequence[int], ranks: int) -> FlatLayout:
-    """Lay parameters of these sizes one behind the other, and cut the whole into equal shares.
+def flat_layout(sizes: Sequence[int], ranks: int, multiple: int = _ALIGNMENT) -> FlatLayout:
+    """Lay parameters of these sizes one behind the other, and cut the whole into equal shares, of a multiple each.
 
     >>> flat_layout([100, 30], ranks=2)
     FlatLayout(offsets=(0, 128), share=128)
@@ -43,71 +44,7 @@ def flat_layout(sizes: Sequence[int], ranks: int) -> FlatLayout:
         offsets.append(end)
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
     share = -(-end // ranks)
-    return FlatLayout(tuple(offsets), -(-share // _ALIGNMENT) * _ALIGNMENT)
-
-
-@dataclass(frozen=True)
-class GatherBuffer:
-    """Room for all shares of a unit: `whole`, and each rank's part of it; `target` is its number with the lanes."""
-
-    whole: torch.Tensor
-    parts: Sequence[torch.Tensor]
-    target: int | None = None
-
-
-class GatherBuffers:
-    """Buffers that units take turns in, filled by copies beside the computation. On a CPU they are plain copies.
-
-    A rank's own share goes by a lane of its own: over NVLink the others' shares are what takes long.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._lanes = CopyLanes(device, _LANES) if device.type == "cuda" else None
-        self._idle: dict[tuple[int, torch.dtype], list[GatherBuffer]] = {}
-
-    def gather(self, shares: Sequence[torch.Tensor], copies: Copies) -> GatherBuffer:
-        """Launch the copies of all shares, which `plan_copies` gave; return the buffer that they go to.
-
-        Whoever used the buffer last has been launched on the current stream.
-        """
-        size, ranks = shares[0].numel(), len(shares)
-        waiting = self._idle.setdefault((size * ranks, shares[0].dtype), [])
-        buffer = waiting.pop() if waiting else self._make_buffer(shares)
-        if self._lanes is None or buffer.target is None:
-            for part, share in zip(buffer.parts, shares, strict=True):
-                part.copy_(share)
-        else:
-            self._lanes.gather(buffer.target, copies, size * shares[0].element_size())
-        return buffer
-
-    def wait(self, buffer: GatherBuffer) -> None:
-        """Have what is launched from here on wait for the copies into the buffer."""
-        if self._lanes is not None and buffer.target is not None:
-            self._lanes.wait(buffer.target)
-
-    def give_back(self, buffer: GatherBuffer) -> None:
-        """Let another unit have the buffer."""
-        self._idle[buffer.whole.numel(), buffer.whole.dtype].append(buffer)
-
-    def _make_buffer(self, shares: Sequence[torch.Tensor]) -> GatherBuffer:
-        size = shares[0].numel()
-        whole = torch.empty(size * len(shares), dtype=shares[0].dtype, device=self._device)
-        parts = torch.split(whole, size)
-        return GatherBuffer(whole, parts, None if self._lanes is None else self._lanes.add_target(parts))
-
-
-def plan_copies(shares: Sequence[torch.Tensor], mine: int, busy: Sequence[torch.Tensor]) -> Copies:
-    """Return what is copied by which lane: the shares of the others, and `mine` beside them.
-
-    Ranks read from each other in pairs, in each turn from another: of four 0 and 1, 2 and 3; then 0 and 2, 1 and 3.
-    `busy` says of each rank whether somebody reads from there; empty where nobody else does.
-    """
-    ranks = len(shares)
-    pairs = range(1, 1 << (ranks - 1).bit_length())
-    others = [mine ^ pair for pair in pairs if mine ^ pair < ranks]
-    copies = [(shares[rank].data_ptr(), rank, 0, busy[rank].data_ptr() if busy else 0) for rank in others]
-    return [*copies, (shares[mine].data_ptr(), mine, 1, 0)]
+    return FlatLayout(tuple(offsets), -(-share // multiple) * multiple)
 
 
 class PeerEngine:
@@ -115,38 +52,70 @@ class PeerEngine:
 
     name = "peer"
     in_lock_step = False
+    in_place = True
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.ranks = dist.get_world_size(group)
-        self._group = group
+        self._rank = dist.get_rank(group)
         self._device = device
-        self._buffers = GatherBuffers(device)
+        self._exchange = DescriptorExchange(group)
+        self._granularity = granularity(device)
+        self._buffers = MappedBuffers(device)
+        self._kept_bytes = 0
         self._busy = self._share_busy() if self.ranks > 2 else []
+
+    @property
+    def uncounted_bytes(self) -> int:
+        """See `ShardingEngine`: all shares and buffers."""
+        return self._kept_bytes + self._buffers.size_bytes
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         """See `ShardingEngine.shard`."""
         parameters = list(modules.parameters())
-        rank = dist.get_rank(self._group)
-        layout = flat_layout([parameter.numel() for parameter in parameters], self.ranks)
+        multiple = self._granularity // parameters[0].element_size()
+        layout = flat_layout([parameter.numel() for parameter in parameters], self.ranks, multiple)
         whole = flatten(parameters, layout, self.ranks)
-        shares = self._share(whole[rank * layout.share : (rank + 1) * layout.share])
-        return PeerUnit(name, parameters, layout, shares, rank, self._buffers, self._busy)
+        memory, tensors = self._bring(whole[self._rank * layout.share : (self._rank + 1) * layout.share])
+        return PeerUnit(name, parameters, layout, Shares(tensors, self._rank, memory, self._busy), self._buffers)
+
+    def shard_rows(self, embedding: nn.Embedding) -> ShardedRows | None:
+        """See `ShardingEngine.shard_rows`."""
+        weight_VH = embedding.weight.detach()
+        rows, width = -(-weight_VH.shape[0] // self.ranks), weight_VH.shape[1]
+        mine_RH = weight_VH.new_zeros(rows, width)
+        part_RH = weight_VH[self._rank * rows : (self._rank + 1) * rows]
+        mine_RH[: part_RH.shape[0]].copy_(part_RH)
+        _, tensors = self._bring(mine_RH.flatten())
+        return PeerRows([tensor[: rows * width].view(rows, width) for tensor in tensors], self._rank)
 
     def _share_busy(self) -> list[torch.Tensor]:
         """Return an int32 in each GPU's memory: one while somebody reads from there."""
-        return self._share(torch.zeros(_ALIGNMENT, dtype=torch.int32, device=self._device))
+        return self._bring(torch.zeros(1, dtype=torch.int32, device=self._device))[1]
 
-    def _share(self, content: torch.Tensor) -> list[torch.Tensor]:
-        """Return what each rank brought, all in reach: this rank's a copy of `content`, as long as any other's."""
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
-        rank, length, dtype = dist.get_rank(self._group), content.numel(), content.dtype
-        mine = symmetric_memory.empty(length, dtype=dtype, device=self._device)
-        reach: Any = symmetric_memory.rendezvous(mine, self._group.group_name)
-        mine.copy_(content)
-        torch.cuda.synchronize(self._device)
-        dist.barrier(self._group)  # nobody reads before all have written
-        return [mine if peer == rank else reach.get_buffer(peer, (length,), dtype) for peer in range(self.ranks)]
+    def _bring(self, content: torch.Tensor) -> tuple[PhysicalMemory, list[torch.Tensor]]:
+        """Return this rank's memory with a copy of `content`, and what each rank brought, all in reach and as long."""
+        size_bytes = -(-content.nbytes // self._granularity) * self._granularity
+        memory = make_memory(self._device, size_bytes)
+        mine = mapped(self._device, [memory], content.dtype)
+        mine[: content.numel()].copy_(content)
+        torch.cuda.synchronize(self._device)  # nobody reads before all have written: then they share
+        self._kept_bytes += size_bytes
+        shared = memory.share()
+        try:
+            descriptors = self._exchange.exchange(shared)
+        finally:
+            os.close(shared)
+        found = []
+        for descriptor in descriptors:
+            if descriptor < 0:
+                found.append(mine)
+                continue
+            try:
+                others = memory_of(self._device, descriptor, size_bytes)
+            finally:
+                os.close(descriptor)
+            found.append(mapped(self._device, [others], content.dtype))
+        return memory, found
 
 
 def flatten(parameters: Sequence[nn.Parameter], layout: FlatLayout, ranks: int) -> torch.Tensor:
@@ -159,49 +128,45 @@ def flatten(parameters: Sequence[nn.Parameter], layout: FlatLayout, ranks: int) 
 
 
 class PeerUnit:
-    """A `ShardedUnit` over `shares`, one of each rank, all in this process's reach, with what says who is `busy`."""
+    """A `ShardedUnit` over shares that are all in this process's reach."""
 
     def __init__(
         self,
         name: str,
         parameters: Sequence[nn.Parameter],
         layout: FlatLayout,
-        shares: Sequence[torch.Tensor],
-        rank: int,
+        shares: Shares,
         buffers: GatherBuffers,
-        busy: Sequence[torch.Tensor] = (),
     ) -> None:
         self.name = name
-        self.gathered_bytes = tensor_bytes(list(shares))
-        self.shard_bytes = tensor_bytes([shares[rank]])
+        self.gathered_bytes = tensor_bytes(list(shares.tensors))
+        self.shard_bytes = shares.share_bytes
         self._parameters = parameters
         self._shapes = [parameter.shape for parameter in parameters]
         self._layout = layout
         self._shares = shares
-        self._busy = busy  # copies name memory by its address: here it is kept
-        self._copies = plan_copies(shares, rank, busy)
         self._buffers = buffers
-        self._nothing = shares[rank].new_empty(0)
-        # By the buffer's address: there are few, and making views anew takes the host longer than all else here.
-        self._views: dict[int, list[torch.Tensor]] = {}
+        self._nothing = shares.tensors[shares.mine].new_empty(0)
+        # There are few buffers, and making views anew takes the host longer than all else here.
+        self._views: dict[GatherBuffer, list[torch.Tensor]] = {}
         self._buffer: GatherBuffer | None = None
         self.release()
 
     def start(self) -> None:
         """See `ShardedUnit.start`."""
-        self._buffer = self._buffers.gather(self._shares, self._copies)
+        self._buffer = self._buffers.gather(self._shares)
 
     def finish(self) -> None:
         """See `ShardedUnit.finish`."""
-        assert self._buffer is not None
-        self._buffers.wait(self._buffer)
-        whole = self._buffer.whole
-        if whole.data_ptr() not in self._views:
-            self._views[whole.data_ptr()] = [
-                whole[offset : offset + math.prod(shape)].view(shape)
+        buffer = self._buffer
+        assert buffer is not None
+        self._buffers.wait(buffer)
+        if buffer not in self._views:
+            self._views[buffer] = [
+                buffer.whole[offset : offset + math.prod(shape)].view(shape)
                 for shape, offset in zip(self._shapes, self._layout.offsets, strict=True)
             ]
-        for parameter, view in zip(self._parameters, self._views[whole.data_ptr()], strict=True):
+        for parameter, view in zip(self._parameters, self._views[buffer], strict=True):
             parameter.data = view
 
     def release(self) -> None:
@@ -211,3 +176,21 @@ class PeerUnit:
         if self._buffer is not None:
             self._buffers.give_back(self._buffer)
         self._buffer = None
+
+
+class PeerRows:
+    """`ShardedRows` over tables that are all in this process's reach: rank r's, [R, H], has the R rows from r R on."""
+
+    def __init__(self, tables_RH: Sequence[torch.Tensor], mine: int) -> None:
+        self.shard_bytes = tables_RH[mine].nbytes
+        self._tables_RH = tables_RH
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `ShardedRows.read`."""
+        rows = self._tables_RH[0].shape[0]
+        flat_N = ids.flatten()
+        owner_N, row_N = flat_N // rows, flat_N % rows
+        found_NH = self._tables_RH[0].index_select(0, row_N)
+        for rank, table_RH in enumerate(self._tables_RH[1:], start=1):
+            found_NH = torch.where((owner_N == rank).unsqueeze(1), table_RH.index_select(0, row_N), found_NH)
+        return found_NH

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from alto_training.executor.backbone_weights import fingerprint, fingerprint_par
 from alto_training.executor.losses import OutputHead
 from alto_training.sharding.gather_order import GatherOrder
 from alto_training.sharding.units import (
+    ShardedRows,
     ShardedUnit,
     ShardingEngine,
     gathers_ahead,
@@ -33,17 +35,28 @@ class ShardedWeights:
     """
 
     def __init__(
-        self, model: Any, order: GatherOrder, head: ShardedUnit, digest: str, parameters: int, whole_bytes: int
+        self,
+        model: Any,
+        engine: ShardingEngine,
+        order: GatherOrder,
+        head: ShardedUnit,
+        digest: str,
+        parameters: int,
+        kept_bytes: int,
     ) -> None:
         self.fingerprint = digest
         self.parameters = parameters
         self.order = order
-        self.kept_bytes = order.shard_bytes + whole_bytes
+        self.kept_bytes = kept_bytes
         self.in_lock_step = order.in_lock_step
-        # Shares that other ranks read by themselves lie in symmetric memory.
-        self.uncounted_bytes = 0 if order.in_lock_step else order.shard_bytes
+        self._engine = engine
         self._model = model
         self._head = head
+
+    @property
+    def uncounted_bytes(self) -> int:
+        """See `BackboneWeights`."""
+        return self._engine.uncounted_bytes
 
     @contextmanager
     def head(self) -> Iterator[OutputHead]:
@@ -106,7 +119,7 @@ def shard_model(
     """
     plan = plan_units(model)
     prefetch = gathers_ahead(engine, room_bytes) if prefetch is None else prefetch
-    whole = layers_kept_whole(plan, engine.ranks, room_bytes, at_once=2 + prefetch)
+    whole = layers_kept_whole(plan, engine.ranks, room_bytes, 1 + prefetch, engine.in_place)
     named = list(model.named_parameters())
     names = {parameter: name for name, parameter in named}
     parts: dict[str, bytes] = {}
@@ -126,7 +139,16 @@ def shard_model(
         read(module)
     for index in whole:
         read(plan.layers[index][1])
-    embeddings = [(modules, shard(name, modules)) for name, modules in plan.embeddings]
+    rows: list[tuple[nn.Embedding, ShardedRows]] = []
+    embeddings: list[tuple[nn.Sequential, ShardedUnit]] = []
+    for name, modules in plan.embeddings:
+        read(modules)
+        embedding: Any = modules[0]
+        own = engine.shard_rows(embedding) if len(modules) == 1 else None  # a tied head wants all of them anyway
+        if own is None:
+            embeddings.append((modules, engine.shard(name, modules)))
+        else:
+            rows.append((embedding, own))
     layers = [
         (modules, shard(name, modules)) for index, (name, modules) in enumerate(plan.layers) if index not in whole
     ]
@@ -135,23 +157,39 @@ def shard_model(
     order = GatherOrder(
         [unit for _, unit in embeddings], [unit for _, unit in layers], head, prefetch, beat, engine.in_lock_step
     )
-    _hook_embeddings(embeddings, order)
+    first: nn.Module = plan.embeddings[0][1][0]
+    first.register_forward_pre_hook(lambda *_: order.begin(torch.is_grad_enabled()))
+    for module, of_module in rows:
+        _hook_rows(module, of_module)
+    for modules, unit in embeddings:
+        _hook_whole(modules[0], unit, order)
     for modules, unit in layers:
         _hook_layer(modules[0], unit, order)
     _hook_whole(model.get_output_embeddings(), head, order)
     model.to(device)
     digest = fingerprint([parts[name] for name, _ in named])
-    whole_bytes = sum(tensor_bytes(list(plan.layers[index][1].parameters())) for index in whole)
-    weights = ShardedWeights(model, order, head, digest, parameters, whole_bytes)
+    kept_bytes = order.shard_bytes + sum(of_module.shard_bytes for _, of_module in rows)
+    kept_bytes += sum(tensor_bytes(list(plan.layers[index][1].parameters())) for index in whole)
+    weights = ShardedWeights(model, engine, order, head, digest, parameters, kept_bytes)
     return prepare_backbone(model, name_or_path, device, weights)
 
 
-def _hook_embeddings(embeddings: list[tuple[nn.Sequential, ShardedUnit]], order: GatherOrder) -> None:
-    """Gather an embedding around its call; the first begins the pass."""
-    first: nn.Module = embeddings[0][0][0]
-    first.register_forward_pre_hook(lambda *_: order.begin(torch.is_grad_enabled()))
-    for modules, unit in embeddings:
-        _hook_whole(modules[0], unit, order)
+def _hook_rows(embedding: nn.Embedding, rows: ShardedRows) -> None:
+    """Have each call of `embedding` read the rows it asks for: they are its weight, and it is asked for all in turn."""
+    nothing = embedding.weight.data.new_empty(0)
+    embedding.weight.data = nothing
+    embedding.padding_idx = None  # of the whole; it is for gradients alone
+
+    def before(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+        ids = inputs[0] if inputs else options["input"]
+        embedding.weight.data = rows.read(ids)
+        return (torch.arange(ids.numel(), device=ids.device).view(ids.shape),), {}
+
+    def after(*_: Any) -> None:
+        embedding.weight.data = nothing
+
+    embedding.register_forward_pre_hook(before, with_kwargs=True)
+    embedding.register_forward_hook(after)
 
 
 def _hook_whole(module: nn.Module, unit: ShardedUnit, order: GatherOrder) -> None:
@@ -163,41 +201,47 @@ def _hook_whole(module: nn.Module, unit: ShardedUnit, order: GatherOrder) -> Non
 def _hook_layer(layer: nn.Module, unit: ShardedUnit, order: GatherOrder) -> None:
     """Gather a decoder layer around its forward pass and around its backward pass.
 
-    Gradients flow through every layer of every rank, whatever its adapters adapt: the input of the first layer is made
-    to ask for them.
+    Backward passes come to every layer of every rank, whatever its adapters adapt: the output of a layer that nothing
+    before it has asked for gradients is made to ask for them.
     """
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         order.enter(unit)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not inputs[0].requires_grad:
             return inputs
-        hidden = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
-        return _LeaveGoingBack.apply(hidden, unit, order), *inputs[1:]  # type: ignore[no-untyped-call]
+        return _LeaveGoingBack.apply(inputs[0], unit, order), *inputs[1:]  # type: ignore[no-untyped-call]
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    def after(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         order.leave(unit)
         if not torch.is_grad_enabled():
             return output
-        if isinstance(output, tuple):
-            return _EnterGoingBack.apply(output[0], unit, order), *output[1:]  # type: ignore[no-untyped-call]
-        return _EnterGoingBack.apply(output, unit, order)  # type: ignore[no-untyped-call]
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        hidden = _EnterGoingBack.apply(hidden, unit, order, not inputs[0].requires_grad)  # type: ignore[no-untyped-call]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     layer.register_forward_pre_hook(before)
     layer.register_forward_hook(after)
 
 
 class _EnterGoingBack(torch.autograd.Function):
-    """At a layer's output: the backward pass enters the layer here."""
+    """At a layer's output: the backward pass enters the layer here.
+
+    It leaves at the layer's input. With `ends`, where no gradient goes there, that is when the whole pass is over.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, unit: ShardedUnit, order: GatherOrder) -> torch.Tensor:
-        ctx.unit, ctx.order = unit, order
+    def forward(ctx: Any, hidden: torch.Tensor, unit: ShardedUnit, order: GatherOrder, ends: bool) -> torch.Tensor:
+        ctx.unit, ctx.order, ctx.ends = unit, order, ends
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         ctx.order.enter(ctx.unit)
-        return grad_outputs[0], None, None
+        if ctx.ends:
+            torch.autograd.Variable._execution_engine.queue_callback(partial(ctx.order.leave, ctx.unit))
+        return grad_outputs[0], None, None, None
 
 
 class _LeaveGoingBack(torch.autograd.Function):

@@ -34,19 +34,40 @@ class ShardedUnit(Protocol):
         ...
 
 
+class ShardedRows(Protocol):
+    """An embedding's rows on the ranks of a group, `shard_bytes` of them on this one."""
+
+    shard_bytes: int
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows of these ids, [number of ids, H]."""
+        ...
+
+
 class ShardingEngine(Protocol):
     """Cuts parameters into shares and gathers them: DeepSpeed's ZeRO-3, torch's FSDP2, or copies from peers.
 
-    `in_lock_step`: a gather is one of all ranks, which must come to the same ones in the same order. A share is one of
-    `ranks`.
+    `in_lock_step`: a gather is one of all ranks, which must come to the same ones in the same order. `in_place`: it
+    takes no room for this rank's own share, and embeddings are read by rows. A share is one of `ranks`.
+    `uncounted_bytes` of its memory are not in torch's count.
     """
 
     name: str
     in_lock_step: bool
+    in_place: bool
     ranks: int
+
+    @property
+    def uncounted_bytes(self) -> int:
+        """See above."""
+        ...
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         """Cut the parameters of `modules`, which hold their whole weights, and keep this rank's share."""
+        ...
+
+    def shard_rows(self, embedding: nn.Embedding) -> ShardedRows | None:
+        """Cut an embedding into rows that are read one by one; None where that is not `in_place`."""
         ...
 
 
@@ -108,23 +129,33 @@ def gathers_ahead(engine: ShardingEngine, room_bytes: int) -> int:
     return 2 if room_bytes else 6
 
 
-def layers_kept_whole(plan: UnitPlan, ranks: int, room_bytes: int, at_once: int) -> frozenset[int]:
+def layers_kept_whole(
+    plan: UnitPlan, ranks: int, room_bytes: int, at_once: int, in_place: bool = False
+) -> frozenset[int]:
     """Return the decoder layers, by index, that every rank keeps whole: as many as its room for weights holds.
 
-    That is beside its shares of all the others, and what is gathered of them: embeddings, head and `at_once` layers of
-    each size. They are spread evenly, so that while one is computed with, the next gather goes on.
+    That is beside its shares of all the others, and what is gathered of them: the head, `at_once` layers of each size,
+    and embeddings, unless gathers are `in_place`. They are spread evenly, so that while one is computed with, the next
+    gather goes on.
     """
     if ranks == 1:
         return frozenset()  # a share is the whole
-    layers = [tensor_bytes(list(modules.parameters())) for _, modules in plan.layers]
-    ends = [modules for _, modules in plan.embeddings] + ([] if plan.head_is_tied else [plan.head[1]])
-    outside = sum(tensor_bytes(list(modules.parameters())) for modules in ends)
+    layers = [_unit_bytes(modules) for _, modules in plan.layers]
+    untied = [_unit_bytes(modules) for _, modules in plan.embeddings if len(modules) == 1]
+    head = _unit_bytes(plan.head[1])
     resident = sum(tensor_bytes(list(module.parameters())) for module in plan.resident)
-    left = room_bytes - resident - (sum(layers) + outside) / ranks - outside - at_once * sum(set(layers))
-    count = min(len(layers), max(0, int(left / (max(layers) * (1 - 1 / ranks)))))
+    shares = (sum(layers) + sum(untied) + head) / ranks
+    others = 1 - 1 / ranks
+    gathered = head + at_once * sum(set(layers))
+    gathering = gathered * others if in_place else gathered + sum(untied)
+    count = min(len(layers), max(0, int((room_bytes - resident - shares - gathering) / (max(layers) * others))))
     return frozenset(
         index for index in range(len(layers)) if (index + 1) * count // len(layers) != index * count // len(layers)
     )
+
+
+def _unit_bytes(modules: nn.Sequential) -> int:
+    return tensor_bytes(list(modules.parameters()))
 
 
 def tensor_bytes(tensors: list[torch.Tensor]) -> int:

@@ -1,5 +1,6 @@
 """Weights that come and go: nothing may keep one for the backward pass, for its buffer is used by others."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import alto_kernels
@@ -8,6 +9,7 @@ import pytest
 import torch
 from alto_common.tuning import TrialConfig
 from alto_kernels import CudaKernels
+from alto_kernels.mapped_memory import granularity, make_memory, mapped
 from alto_training.executor import fused_layer, passes
 from alto_training.executor.adapter import Adapter
 from alto_training.executor.backbone import Backbone, prepare_backbone
@@ -16,9 +18,10 @@ from alto_training.executor.fused_layer import fuse_layers
 from alto_training.executor.fused_norm import fuse_norms
 from alto_training.executor.layer_steps import CompiledSteps, LayerParts, Steps, steps_of
 from alto_training.executor.tick import Item, PackedSequence, Share
-from alto_training.sharding.peer_units import GatherBuffer, GatherBuffers, PeerUnit, flat_layout, flatten
+from alto_training.sharding.gather_buffers import GatherBuffer, GatherBuffers, MappedBuffers, PlainBuffers, Shares
+from alto_training.sharding.peer_units import PeerRows, PeerUnit, flat_layout, flatten
 from alto_training.sharding.sharded_backbone import empty_model, shard_model
-from alto_training.sharding.units import ShardedUnit, layers_kept_whole, plan_units
+from alto_training.sharding.units import ShardedRows, ShardedUnit, layers_kept_whole, plan_units
 from alto_training.sharding.weight_files import RandomWeights, fill
 from tiny_task import room_for
 from torch import nn
@@ -32,11 +35,16 @@ GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_positions=64, n_layer=5, n_head=4)
 CONFIG = TrialConfig(lora_rank=4)
 
 
-class SpoiledBuffers(GatherBuffers):
-    """Spoils what is given back, as another layer's weights would."""
+class SpoiledBuffers:
+    """Spoils what is given back of the other rank's shares, as another layer's weights would; nobody has it again."""
+
+    def __init__(self, buffers: GatherBuffers) -> None:
+        self.size_bytes = 0
+        self.gather = buffers.gather
+        self.wait = buffers.wait
 
     def give_back(self, buffer: GatherBuffer) -> None:
-        buffer.whole.fill_(float("nan"))
+        buffer.parts[1].fill_(float("nan"))
 
 
 class OneHostEngine:
@@ -44,16 +52,33 @@ class OneHostEngine:
 
     name = "one host"
     ranks = 2
+    in_place = False  # by what it keeps whole
+    uncounted_bytes = 0
 
     def __init__(self, in_lock_step: bool, device: torch.device = CPU) -> None:
         self.in_lock_step = in_lock_step
-        self._buffers = SpoiledBuffers(device)
+        self._device = device
+        self._buffers = SpoiledBuffers(MappedBuffers(device) if device.type == "cuda" else PlainBuffers())
 
     def shard(self, name: str, modules: nn.Sequential) -> ShardedUnit:
         parameters = list(modules.parameters())
-        layout = flat_layout([parameter.numel() for parameter in parameters], 2)
-        shares = [share.clone() for share in flatten(parameters, layout, 2).split(layout.share)]
-        return PeerUnit(name, parameters, layout, shares, 0, self._buffers)
+        multiple = granularity(self._device) // 2 if self._device.type == "cuda" else 64
+        layout = flat_layout([parameter.numel() for parameter in parameters], 2, multiple)
+        flat = flatten(parameters, layout, 2)
+        return PeerUnit(name, parameters, layout, self._shares(flat.split(layout.share)), self._buffers)
+
+    def shard_rows(self, embedding: nn.Embedding) -> ShardedRows | None:
+        """Gathered in lock step, read row by row else."""
+        return None if self.in_lock_step else PeerRows(embedding.weight.detach().clone().split(32), 0)
+
+    def _shares(self, content: Sequence[torch.Tensor]) -> Shares:
+        if self._device.type == "cpu":
+            return Shares([share.clone() for share in content], 0)
+        memories = [make_memory(self._device, share.nbytes) for share in content]
+        tensors = [mapped(self._device, [memory], content[0].dtype) for memory in memories]
+        for tensor, share in zip(tensors, content, strict=True):
+            tensor.copy_(share)
+        return Shares(tensors, 0, memories[0])
 
 
 def make_share(backbone: Backbone) -> Share:
@@ -86,6 +111,10 @@ def test_layers_are_kept_whole_as_far_as_there_is_room() -> None:
     room = 2 * layer + 3 * layer // 2 + 2 * head // 2 + 2 * head + 3 * layer + norm
     assert layers_kept_whole(plan, 2, room, at_once=3) == {2, 4}
     assert len(layers_kept_whole(plan, 2, room - 1, at_once=3)) == 1
+    # In place the embedding is not gathered, nor half of the head and of three layers.
+    in_place = room - head - head // 2 - 3 * layer // 2
+    assert layers_kept_whole(plan, 2, in_place, at_once=3, in_place=True) == {2, 4}
+    assert len(layers_kept_whole(plan, 2, in_place - 1, at_once=3, in_place=True)) == 1
     assert layers_kept_whole(plan, 2, 0, at_once=3) == set()
     assert layers_kept_whole(plan, 2, 2**40, at_once=3) == set(range(5))
     assert layers_kept_whole(plan, 1, 2**40, at_once=3) == set(), "the only share is the whole"

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from alto_training.sharding.peer_units import GatherBuffers, PeerUnit, flat_layout, flatten, plan_copies
+from alto_training.sharding.gather_buffers import PlainBuffers, Shares
+from alto_training.sharding.peer_units import PeerRows, PeerUnit, flat_layout, flatten
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,18 +18,18 @@ def test_parameters_do_not_overlap_and_all_fit(sizes: list[int], ranks: int) -> 
     assert all(offset % 64 == 0 for offset in (*layout.offsets, layout.share))
 
 
-def make_unit(ranks: int, rank: int, buffers: GatherBuffers, seed: int) -> tuple[PeerUnit, list[nn.Parameter], list]:
+def make_unit(ranks: int, rank: int, buffers: PlainBuffers, seed: int) -> tuple[PeerUnit, list[nn.Parameter], list]:
     torch.manual_seed(seed)
     whole = [torch.randn(7, 13), torch.randn(5), torch.randn(64, 3)]
     parameters = [nn.Parameter(tensor.clone(), requires_grad=False) for tensor in whole]
     layout = flat_layout([parameter.numel() for parameter in parameters], ranks)
     shares = list(flatten(parameters, layout, ranks).split(layout.share))
-    return PeerUnit("unit", parameters, layout, shares, rank, buffers), parameters, whole
+    return PeerUnit("unit", parameters, layout, Shares(shares, rank), buffers), parameters, whole
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_what_is_gathered_is_what_was_cut_and_buffers_are_used_again(ranks: int) -> None:
-    buffers = GatherBuffers(torch.device("cpu"))
+    buffers = PlainBuffers()
     one, one_parameters, one_whole = make_unit(ranks, 0, buffers, seed=1)
     other, other_parameters, other_whole = make_unit(ranks, ranks - 1, buffers, seed=2)
     assert all(parameter.numel() == 0 for parameter in one_parameters)
@@ -49,22 +50,29 @@ def test_what_is_gathered_is_what_was_cut_and_buffers_are_used_again(ranks: int)
 
 
 def test_copies_name_what_they_read_and_whose_turn_to_wait_for() -> None:
-    shares, busy = [torch.zeros(64) for _ in range(4)], [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
-    *others, own = plan_copies(shares, 2, busy)
-    assert [part for _, part, _, _ in others] == [3, 0, 1]
-    for address, part, lane, word in others:
-        assert (address, lane, word) == (shares[part].data_ptr(), 0, busy[part].data_ptr())
-    assert own == (shares[2].data_ptr(), 2, 1, 0)
-    assert all(word == 0 for *_, word in plan_copies(shares, 2, []))
+    tensors, busy = [torch.zeros(64) for _ in range(4)], [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
+    copies = Shares(tensors, 2, busy=busy).copies
+    assert [part for _, part, _ in copies] == [3, 0, 1]
+    for address, part, word in copies:
+        assert (address, word) == (tensors[part].data_ptr(), busy[part].data_ptr())
+    assert all(word == 0 for *_, word in Shares(tensors, 2).copies)
 
 
 @pytest.mark.parametrize("ranks", range(1, 10))
 def test_every_rank_reads_from_every_other_once_and_where_they_come_out_in_pairs(ranks: int) -> None:
-    shares = [torch.zeros(64) for _ in range(ranks)]
-    order = [[part for _, part, _, _ in plan_copies(shares, mine, [])] for mine in range(ranks)]
+    tensors = [torch.zeros(64) for _ in range(ranks)]
+    order = [[part for _, part, _ in Shares(tensors, mine).copies] for mine in range(ranks)]
     for mine, parts in enumerate(order):
-        assert sorted(parts) == list(range(ranks))
-        assert parts[-1] == mine
+        assert sorted([*parts, mine]) == list(range(ranks))
     if ranks in (2, 4, 8):
         for at_once in zip(*order, strict=True):
             assert all(at_once[at_once[mine]] == mine for mine in range(ranks))
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.lists(st.integers(0, 1000), max_size=12))
+def test_rows_come_from_the_rank_that_has_them(vocabulary: int, ranks: int, drawn: list[int]) -> None:
+    weight = torch.arange(vocabulary * 3.0).view(vocabulary, 3)
+    rows = -(-vocabulary // ranks)
+    whole = torch.cat([weight, torch.full((rows * ranks - vocabulary, 3), float("nan"))])
+    ids = torch.tensor([number % vocabulary for number in drawn], dtype=torch.int64)
+    assert torch.equal(PeerRows(whole.split(rows), 0).read(ids.view(1, -1)), weight[ids])

@@ -157,10 +157,11 @@ void bind(py::module_& module) {
                py::arg("norm"), py::arg("finite"), py::arg("adapter_count"), py::arg("most_blocks"),
                py::arg("zero_grad"), py::arg("stream"));
     module.attr("adamw_block") = kAdamwBlock;
-    bind_copy_lanes(module);
+    bind_copy_lane(module);
     bind_decoder_layer(module);
     bind_elementwise(module);
     bind_grouped(module);
+    bind_mapped_memory(module);
     module.attr("cuda_architectures") = ALTO_CUDA_ARCHITECTURES;
 }
 

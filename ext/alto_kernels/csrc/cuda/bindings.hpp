@@ -9,9 +9,10 @@ namespace alto::cuda {
 
 void bind(pybind11::module_& module);
 // Called by bind.
-void bind_copy_lanes(pybind11::module_& module);
+void bind_copy_lane(pybind11::module_& module);
 void bind_decoder_layer(pybind11::module_& module);
 void bind_elementwise(pybind11::module_& module);
 void bind_grouped(pybind11::module_& module);
+void bind_mapped_memory(pybind11::module_& module);
 
 }  // namespace alto::cuda

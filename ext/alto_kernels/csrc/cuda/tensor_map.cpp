@@ -1,10 +1,10 @@
 #include "tensor_map.hpp"
 
-#include <cuda_runtime.h>
-
 #include <cstring>
 #include <stdexcept>
 #include <unordered_map>
+
+#include "driver.hpp"
 
 namespace alto::cuda {
 namespace {
@@ -15,17 +15,9 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// Asked of the runtime, so that the module links and imports where there is no driver.
 Encode encoder() {
-    static const Encode found = [] {
-        void* entry = nullptr;
-        cudaDriverEntryPointQueryResult result{};
-        const cudaError_t status =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-        if (status != cudaSuccess || result != cudaDriverEntryPointSuccess)
-            throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
-        return reinterpret_cast<Encode>(entry);
-    }();
+    static const auto found = driver_function<Encode>("cuTensorMapEncodeTiled");
+    if (!found) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
     return found;
 }
 
