@@ -33,9 +33,8 @@ from safetensors.torch import load_file
 # Before what is timed; the first small ticks of a process are a third slower than later ones.
 WARM_ROUNDS = 2
 WARM_TOKENS = 24 * 1024
-# Before and in what is timed: a GPU's tokens, about two seconds of an 8B model, and no more rounds than that.
-TIMED_TOKENS = 32 * 1024
-MOST_ROUNDS = 36
+TIMED_TOKENS = 32 * 1024  # of a GPU, about two seconds of an 8B model
+MOST_ROUNDS = 36  # of either
 _DEVIATION = 0.01  # of weights: with 0.02, bf16's roundings are a tenth of the logits of 64 layers
 
 

@@ -32,7 +32,7 @@ if [ "$gpus" -ge 4 ]; then
   # Two "hosts" of one: shared out within each, whole on both.
   options=(--ranks-per-host "$((gpus / 2))")
   parity="$parity,hybrid:peer"
-  # peer+13: room for 13 GiB of weights, 19 of an 8B model's 32 layers whole. What small ticks gain by fewer gathers.
+  # peer+13: room for 13 GiB of weights, 24 of an 8B model's 32 layers whole. What small ticks gain by fewer gathers.
   stages="$stages,sharded:peer+13@8x1x256+8x2x256+8x4x256,hybrid:peer@8x1x256+8x2x256+8x8x256"
   left_s="$((left_s - 90))"
 fi

@@ -127,11 +127,14 @@ class MappedBuffers:
     def gather(self, shares: Shares) -> GatherBuffer:
         """See `GatherBuffers.gather`. Raises `MemoryError`."""
         waiting = self._idle.setdefault((shares.share_bytes, len(shares.tensors)), [])
-        room = waiting.pop() if waiting else self._make_room(shares)
+        if not waiting:
+            waiting.append(self._make_room(shares))
+        room = waiting[-1]
         if shares not in room.buffers:
             room.buffers[shares] = self._lay_out(room, shares)
         buffer = room.buffers[shares]
         self._lane.gather(buffer.target, shares.copies, shares.share_bytes)
+        waiting.pop()
         return buffer
 
     def wait(self, buffer: GatherBuffer) -> None:

@@ -19,7 +19,7 @@ from alto_kernels.mapped_memory import PhysicalMemory, granularity, make_memory,
 from torch import nn
 
 from alto_training.sharding.gather_buffers import GatherBuffer, GatherBuffers, MappedBuffers, Shares
-from alto_training.sharding.host_memory import DescriptorExchange
+from alto_training.sharding.host_memory import DescriptorExchange, close_all
 from alto_training.sharding.units import ShardedRows, ShardedUnit, tensor_bytes
 
 _ALIGNMENT = 64  # elements: what kernels and copies like
@@ -105,17 +105,17 @@ class PeerEngine:
             descriptors = self._exchange.exchange(shared)
         finally:
             os.close(shared)
-        found = []
-        for descriptor in descriptors:
-            if descriptor < 0:
-                found.append(mine)
-                continue
-            try:
-                others = memory_of(self._device, descriptor, size_bytes)
-            finally:
-                os.close(descriptor)
-            found.append(mapped(self._device, [others], content.dtype))
-        return memory, found
+        try:
+            return memory, [
+                mine if rank == self._rank else self._mapped_of(descriptor, size_bytes, content.dtype)
+                for rank, descriptor in enumerate(descriptors)
+            ]
+        finally:
+            close_all(descriptors)
+
+    def _mapped_of(self, descriptor: int, size_bytes: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the memory of another rank as a tensor of this one's device."""
+        return mapped(self._device, [memory_of(self._device, descriptor, size_bytes)], dtype)
 
 
 def flatten(parameters: Sequence[nn.Parameter], layout: FlatLayout, ranks: int) -> torch.Tensor:

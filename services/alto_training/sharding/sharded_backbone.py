@@ -119,7 +119,9 @@ def shard_model(
     """
     plan = plan_units(model)
     prefetch = gathers_ahead(engine, room_bytes) if prefetch is None else prefetch
-    whole = layers_kept_whole(plan, engine.ranks, room_bytes, 1 + prefetch, engine.in_place)
+    # In lock step a gather that ends is there twice: as it came, and in its parameters.
+    at_once = 1 + prefetch + (1 if engine.in_lock_step else 0)
+    whole = layers_kept_whole(plan, engine.ranks, room_bytes, at_once, engine.in_place)
     named = list(model.named_parameters())
     names = {parameter: name for name, parameter in named}
     parts: dict[str, bytes] = {}
@@ -144,7 +146,9 @@ def shard_model(
     for name, modules in plan.embeddings:
         read(modules)
         embedding: Any = modules[0]
-        own = engine.shard_rows(embedding) if len(modules) == 1 else None  # a tied head wants all of them anyway
+        # A tied head wants all of them anyway; other classes of embeddings may be called with something else than ids.
+        by_rows = len(modules) == 1 and type(embedding) is nn.Embedding
+        own = engine.shard_rows(embedding) if by_rows else None
         if own is None:
             embeddings.append((modules, engine.shard(name, modules)))
         else:

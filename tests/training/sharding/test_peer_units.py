@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from alto_training.sharding.gather_buffers import PlainBuffers, Shares
+from alto_training.sharding import gather_buffers
+from alto_training.sharding.gather_buffers import MappedBuffers, PlainBuffers, Shares
 from alto_training.sharding.peer_units import PeerRows, PeerUnit, flat_layout, flatten
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,3 +77,57 @@ def test_rows_come_from_the_rank_that_has_them(vocabulary: int, ranks: int, draw
     whole = torch.cat([weight, torch.full((rows * ranks - vocabulary, 3), float("nan"))])
     ids = torch.tensor([number % vocabulary for number in drawn], dtype=torch.int64)
     assert torch.equal(PeerRows(whole.split(rows), 0).read(ids.view(1, -1)), weight[ids])
+
+
+class CountedMemory:
+    """Stands for memory of a GPU; counts what is there."""
+
+    there = 0
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        CountedMemory.there += 1
+
+    def __del__(self) -> None:
+        CountedMemory.there -= 1
+
+
+class NoLane:
+    def __init__(self, device: torch.device) -> None:
+        self.targets: list[list[int]] = []
+
+    def add_target(self, parts: list[int]) -> int:
+        self.targets.append(parts)
+        return len(self.targets) - 1
+
+    def gather(self, target: int, copies: list, size_bytes: int) -> None:
+        """Copies nothing: what goes where is tested on a GPU."""
+
+
+def test_a_room_that_cannot_be_laid_out_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing: list[bool] = []
+
+    def mapped(device: torch.device, parts: list[CountedMemory], dtype: torch.dtype) -> torch.Tensor:
+        if failing:
+            raise MemoryError
+        return torch.zeros(sum(part.size_bytes for part in parts) // 4)
+
+    monkeypatch.setattr(gather_buffers, "make_memory", lambda device, size_bytes: CountedMemory(size_bytes))
+    monkeypatch.setattr(gather_buffers, "mapped", mapped)
+    monkeypatch.setattr(gather_buffers, "CopyLane", NoLane)
+    buffers = MappedBuffers(torch.device("cpu"))
+    own = CountedMemory(256)
+    for mine in (0, 1, 2):
+        shares = Shares([torch.zeros(64) for _ in range(3)], mine, own)
+        failing.append(True)
+        with pytest.raises(MemoryError):
+            buffers.gather(shares)
+        failing.clear()
+        buffer = buffers.gather(shares)
+        assert buffer.room is not None
+        assert [part.numel() for part in buffer.parts] == [64, 64, 64]
+        buffers.give_back(buffer)
+        assert (buffers.size_bytes, CountedMemory.there) == (2 * 256, 3)
+    first, second = buffers.gather(shares), buffers.gather(shares)
+    assert first.room is not second.room
+    assert buffers.size_bytes == 4 * 256

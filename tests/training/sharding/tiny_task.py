@@ -14,10 +14,13 @@ from alto_training.sharding.units import layers_kept_whole, plan_units
 WORDS = 90
 
 
-def room_for(config: Any, layers: int) -> int:
-    """Return the least room for fp32 weights, to 256 bytes, that has each of two ranks keep so many layers whole."""
+def room_for(config: Any, layers: int, at_once: int = 3) -> int:
+    """Return the least room for fp32 weights, to 256 bytes, that has each of two ranks keep so many layers whole.
+
+    With one gather ahead `at_once` is three in lock step, two else.
+    """
     plan = plan_units(empty_model(config, torch.float32))
-    return next(room for room in count(0, 256) if len(layers_kept_whole(plan, 2, room, at_once=2)) == layers)
+    return next(room for room in count(0, 256) if len(layers_kept_whole(plan, 2, room, at_once)) == layers)
 
 
 def write_model(folder: Path, **changes: Any) -> Path:
