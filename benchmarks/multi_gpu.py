@@ -8,11 +8,11 @@ dropout, a trial that becomes NaN) on one GPU and with each strategy, in fp32 (`
 and in bf16 (`max_loss_difference`, beside the `spread` of one GPU: the largest between two of its tick sizes, which
 change the order of sums). Then **throughput** of cells TRIALSxBATCHxLENGTH (lora_rank 16, all seven projections, no
 early exit): ours is the executor itself, on every rank, with all that it does between ticks. Strategy `single` is each
-GPU in turn while the others idle (`gpu`: they differ); it also runs each cell with its share of the trials, the load
-that a GPU has among N. Ratios are to the sum of all GPUs, each alone. The
-others train one adapter at a time, BATCH sequences on *each* GPU, and so count N times the tokens of a step: that
-favours them; `_split` compares with their BATCH / N on each GPU, which is the trial's own batch. Warm-up is not timed.
-Speeds are those of the median round (`round_s`: all trials' steps); `mean_tokens_per_s` is that of all rounds.
+GPU in turn while the others idle (`gpu`: they differ), and ratios are to the sum of all, each alone; it also runs each
+cell with its share of the trials, the load that a GPU has among N. The others train one adapter at a time, BATCH
+sequences on *each* GPU, and so count N times the tokens of a step: that favours them; `_split` compares with their
+BATCH / N on each GPU, which is the trial's own batch. Warm-up is not timed. Speeds are those of the median round
+(`round_s`: all trials' steps); `mean_tokens_per_s` is that of all rounds.
 
 `bytes_per_tick` are the gathers of a training pass on a rank, `adapter_bytes` what collectives sent beyond gathers and
 the fixed small messages, `exchange_shares` the part of its time that each rank's host spends on those messages (waiting

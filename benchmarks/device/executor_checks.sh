@@ -10,7 +10,8 @@ test_options=(-c /dev/null --rootdir=. --import-mode=importlib -q --maxfail=6 -p
 benchmarks/device/wheels.sh "$wheels" || exit 1
 time benchmarks/device/kernels_build.sh "$headers" || exit 1
 time python3 -m pytest "${test_options[@]}" --noconftest tests/kernels/test_cutlass.py \
-  tests/kernels/test_elementwise.py tests/kernels/test_norm.py tests/kernels/test_token_nll.py tests/kernels/test_copies.py tests/kernels/test_mapped_memory.py
+  tests/kernels/test_elementwise.py tests/kernels/test_norm.py tests/kernels/test_token_nll.py \
+  tests/kernels/test_copies.py tests/kernels/test_mapped_memory.py
 time python3 -m pytest "${test_options[@]}" --confcutdir=tests/training/executor tests/training/executor/test_cuda.py \
   tests/training/executor/test_fused_layer.py
 time python3 benchmarks/executor_gpu.py --output "$results/executor-h100.json"

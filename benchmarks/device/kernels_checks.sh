@@ -9,7 +9,8 @@ tests=(python3 -m pytest -c /dev/null --rootdir=. --noconftest --import-mode=imp
 benchmarks/device/kernels_build.sh "$1" || exit 1
 # A kernel that hangs holds its process in the driver, where no timeout of pytest's reaches it: this one does.
 timeout -k 5 180 "${tests[@]}" -n 12 -v tests/kernels/test_cutlass.py tests/kernels/test_elementwise.py \
-  tests/kernels/test_norm.py tests/kernels/test_token_nll.py tests/kernels/test_copies.py tests/kernels/test_mapped_memory.py tests/kernels/test_schedule.py \
+  tests/kernels/test_norm.py tests/kernels/test_token_nll.py tests/kernels/test_copies.py \
+  tests/kernels/test_mapped_memory.py tests/kernels/test_schedule.py \
   > "$2/tests.log" 2>&1 || { tail -40 "$2/tests.log"; exit 1; }
 tail -1 "$2/tests.log"
 # racecheck takes ten times as long. Our kernels alone: torch's run in these tests too.

@@ -120,7 +120,7 @@ def shard_model(
     plan = plan_units(model)
     prefetch = gathers_ahead(engine, room_bytes) if prefetch is None else prefetch
     # In lock step a gather that ends is there twice: as it came, and in its parameters.
-    at_once = 1 + prefetch + (1 if engine.in_lock_step else 0)
+    at_once = 2 + prefetch if engine.in_lock_step else 1 + prefetch
     whole = layers_kept_whole(plan, engine.ranks, room_bytes, at_once, engine.in_place)
     named = list(model.named_parameters())
     names = {parameter: name for name, parameter in named}
@@ -213,7 +213,7 @@ def _hook_layer(layer: nn.Module, unit: ShardedUnit, order: GatherOrder) -> None
         order.enter(unit)
         if not torch.is_grad_enabled() or not inputs[0].requires_grad:
             return inputs
-        return _LeaveGoingBack.apply(inputs[0], unit, order), *inputs[1:]  # type: ignore[no-untyped-call]
+        return _LeaveGoingBack.apply(inputs[0], unit, order), *inputs[1:]  # type: ignore[no-untyped-call]  # torch has no types
 
     def after(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         order.leave(unit)
@@ -222,7 +222,7 @@ def _hook_layer(layer: nn.Module, unit: ShardedUnit, order: GatherOrder) -> None
         hidden = output[0] if isinstance(output, tuple) else output
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()
-        hidden = _EnterGoingBack.apply(hidden, unit, order, not inputs[0].requires_grad)  # type: ignore[no-untyped-call]
+        hidden = _EnterGoingBack.apply(hidden, unit, order, not inputs[0].requires_grad)  # type: ignore[no-untyped-call]  # torch has no types
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     layer.register_forward_pre_hook(before)

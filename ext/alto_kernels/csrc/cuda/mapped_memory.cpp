@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <new>
 #include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "address.hpp"

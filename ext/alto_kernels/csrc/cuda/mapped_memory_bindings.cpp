@@ -1,4 +1,3 @@
-#include <cuda.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -73,8 +72,7 @@ void bind_mapped_memory(py::module_& module) {
     py::class_<PhysicalMemory, std::shared_ptr<PhysicalMemory>>(module, "PhysicalMemory")
         .def(py::init(&PhysicalMemory::create))
         .def_static("of_descriptor", &PhysicalMemory::import)
-        .def("share", &PhysicalMemory::share)
-        .def_property_readonly("bytes", &PhysicalMemory::bytes);
+        .def("share", &PhysicalMemory::share);
     module.def("mapped", [](std::vector<std::shared_ptr<PhysicalMemory>> parts) {
         return as_dlpack(std::make_shared<Mapping>(std::move(parts)));
     });
