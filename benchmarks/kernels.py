@@ -7,7 +7,9 @@ Each cell is one bundle of linear layers, forward and backward with the gradient
 tokens. Columns: the frozen product alone; `loop`: one adapter after another, as PEFT would; `grouped_mm`: two
 torch._grouped_mm over stacked weights padded to the largest rank; `ours`, which adds to the gradients of A and B in
 place, and `ours_fresh`, which overwrites them (the first tick of an effective batch). Eager and replayed from a CUDA
-graph. `--gradients bf16` gives ours and AdamW gradients of that format. The last line is one JSON object.
+graph, both under load that lasts, as in training: the GPU has come down to the clock of its power limit. `rested` is
+the graph's step after a pause of 3 ms each time, at the highest clock; `clock_mhz` says which that was. `--gradients
+bf16` gives ours and AdamW gradients of that format. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import datetime
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +39,9 @@ BUNDLES = {
 }
 RANKS = {"16": (16,), "64": (64,), "8-128": (8, 16, 32, 64, 128)}
 GRADIENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WARM_UP_S = 0.2
+PAUSE_CYCLES = 6_000_000
+CLOCK_CYCLES = 400_000
 Step = Callable[[], object]
 
 
@@ -183,21 +189,29 @@ def captured(step: Step) -> Step:
     return replay
 
 
-def milliseconds(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+def milliseconds(steps: dict[str, Step], rounds: int, pause_cycles: int = 0) -> dict[str, list[float]]:
     """Return each step's times on the device, the host running ahead where it can.
 
     The steps take turns, every other round backwards: the clock of a GPU at its power limit drifts by more than what is
-    measured here, and depends on what ran just before.
+    measured here, and depends on what ran just before. With `pause_cycles` all but one multiprocessor rest before each.
     """
-    for _ in range(3):
+
+    def rest() -> None:
+        if pause_cycles:
+            torch.cuda._sleep(pause_cycles)
+
+    warm_at = time.monotonic() + WARM_UP_S
+    while time.monotonic() < warm_at:
         for step in steps.values():
+            rest()
             step()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
         events = []
         for name in list(steps) if turn % 2 == 0 else reversed(steps):
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            rest()
             before.record()
             steps[name]()
             after.record()
@@ -206,6 +220,17 @@ def milliseconds(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
         for name, before, after in events:
             times[name].append(before.elapsed_time(after))
     return times
+
+
+def clock_mhz() -> int:
+    """Return the multiprocessors' clock at the end of what was launched last."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    torch.cuda._sleep(CLOCK_CYCLES)
+    after.record()
+    torch.cuda.synchronize()
+    took_ms: float = before.elapsed_time(after)
+    return round(CLOCK_CYCLES / took_ms / 1e3)
 
 
 def bytes_beyond_frozen(cell: Cell, gradient_dtype: torch.dtype) -> int:
@@ -228,15 +253,16 @@ def measure(cell: Cell, rounds: int, peers: bool, gradient_dtype: torch.dtype) -
     if peers:
         turns += [{"grouped_mm": lambda: grouped_step(cell, problem)}, {"loop": lambda: loop_step(cell, problem)}]
     row: dict[str, Any] = asdict(cell)
-    for mode in ("eager", "graph"):
+    for mode in ("eager", "graph", "rested"):
         figures: dict[str, float] = {}
-        for makers in turns:
+        for makers in turns[:1] if mode == "rested" else turns:
             steps = {name: make() for name, make in ({"frozen": lambda: frozen_step(problem)} | makers).items()}
-            if mode == "graph":
+            if mode != "eager":
                 steps = {name: captured(step) for name, step in steps.items()}
-            times = milliseconds(steps, rounds)
+            times = milliseconds(steps, rounds, PAUSE_CYCLES if mode == "rested" else 0)
             frozen = times.pop("frozen")
             if "frozen_ms" not in figures:
+                figures["clock_mhz"] = clock_mhz()
                 low, *_, high = statistics.quantiles(frozen, n=10)
                 figures["frozen_ms"] = round(statistics.median(frozen), 4)
                 figures["frozen_spread_percent"] = round((high - low) / statistics.median(frozen) * 100, 1)
@@ -290,7 +316,7 @@ def cells(quick: bool) -> list[Cell]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer cells, no peers")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--only", default="", help="bundles whose name contains this")
     parser.add_argument("--gradients", choices=GRADIENTS, default="fp32", help="the format of the adapters' gradients")
     parser.add_argument("--output", type=Path, help="write the JSON object there too")
@@ -321,7 +347,7 @@ def main() -> int:
         figures = " ".join(
             f"{mode}: {row[mode]['frozen_ms']:.3f} "
             + " ".join(f"{k[:-12]} {v}%" for k, v in row[mode].items() if k.endswith("tax_percent"))
-            for mode in ("eager", "graph")
+            for mode in ("eager", "graph", "rested")
         )
         print(f"{cell.bundle:12} n={cell.adapters:<3} r={cell.ranks:6} {cell.tokens:7} {figures}", flush=True)
         torch.cuda.empty_cache()

@@ -43,7 +43,8 @@ class TickPlan:
     `fresh` names slots whose gradients backward overwrites instead of adding to them, whatever they held: for the first
     tick of an effective batch, in place of clearing them. Each needs tokens, and each module one backward pass.
 
-    Keep the plan alive until the backward pass is done; a table whose slots changed since refuses it.
+    Keep the plan alive until the backward pass is done; a table whose slots changed since refuses it. Its launches
+    follow each other on one stream, or with a wait between streams: at once they would wait for each other for ever.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <queue>
 #include <utility>
 
@@ -255,19 +256,29 @@ struct Dealt {
     double makespan = 0.0;
 };
 
-// Deals `downs` to the first `down_clusters` in turn, then each of `rest` to the cluster that is free first.
+// Deals `downs` to the first `down_clusters`, then each of `rest` to the cluster that is free first.
 Dealt deal(const std::vector<Pair>& downs, const Order& rest, int down_clusters, bool extra_first, int row_pairs,
            int clusters) {
     Dealt dealt;
     dealt.lists.resize(static_cast<std::size_t>(clusters));
     std::vector<double> busy(static_cast<std::size_t>(clusters), 0.0);
     std::vector<double> written(static_cast<std::size_t>(row_pairs), 0.0);  // when a pair of tiles has its S blocks
-    for (std::size_t i = 0; i < downs.size(); ++i) {
-        const std::size_t cluster = i % static_cast<std::size_t>(down_clusters);
-        dealt.lists[cluster].push_back(&downs[i]);
-        busy[cluster] += downs[i].cost;
-        double& at = written[static_cast<std::size_t>(downs[i].items[0].row / kTileRows / kClusterSize)];
-        at = std::max(at, busy[cluster]);
+    // In rounds of one for each cluster, so that tiles have their S blocks in the order in which they need them; the
+    // longest of a round goes to the cluster that has least.
+    const auto size = static_cast<std::size_t>(down_clusters);
+    for (std::size_t first = 0; first < downs.size(); first += size) {
+        Order round;
+        for (std::size_t i = first; i < std::min(first + size, downs.size()); ++i) round.push_back(&downs[i]);
+        std::stable_sort(round.begin(), round.end(), [](const Pair* a, const Pair* b) { return a->cost > b->cost; });
+        std::vector<std::size_t> order(size);
+        std::iota(order.begin(), order.end(), std::size_t{0});
+        std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return busy[a] < busy[b]; });
+        for (std::size_t i = 0; i < round.size(); ++i) {
+            dealt.lists[order[i]].push_back(round[i]);
+            busy[order[i]] += round[i]->cost;
+            double& at = written[static_cast<std::size_t>(round[i]->items[0].row / kTileRows / kClusterSize)];
+            at = std::max(at, busy[order[i]]);
+        }
     }
     const double all_written = *std::max_element(busy.begin(), busy.end());
     using Free = std::pair<double, std::size_t>;
