@@ -5,6 +5,7 @@ It is not torch's: its allocator neither counts it nor has it back.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,15 @@ def make_memory(device: torch.device, size_bytes: int) -> PhysicalMemory:
         except MemoryError:
             torch.cuda.empty_cache()  # what torch keeps and does not use
             return PhysicalMemory(require_compiled().PhysicalMemory(size_bytes), size_bytes)
+
+
+def memory_can_be_given(device: torch.device) -> bool:
+    """Return whether other processes can have memory of this GPU, by trying it: on some virtual GPUs they cannot."""
+    try:
+        os.close(make_memory(device, granularity(device)).share())
+    except RuntimeError:
+        return False
+    return True
 
 
 def memory_of(device: torch.device, descriptor: int, size_bytes: int) -> PhysicalMemory:

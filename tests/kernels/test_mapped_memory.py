@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from alto_kernels.copies import copy_lane_available
-from alto_kernels.mapped_memory import granularity, make_memory, mapped, memory_of
+from alto_kernels.mapped_memory import granularity, make_memory, mapped, memory_can_be_given, memory_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +53,16 @@ def test_memory_comes_back_when_no_tensor_has_it() -> None:
         assert torch.cuda.mem_get_info(device)[0] <= before - size
         del tensor
     assert torch.cuda.mem_get_info(device)[0] == before
+
+
+def test_that_memory_can_be_given_is_found_out_without_a_trace() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.empty(1, device=device)
+    before = torch.cuda.mem_get_info(device)[0]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    assert memory_can_be_given(device)
+    assert torch.cuda.mem_get_info(device)[0] == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from alto_kernels.copies import copy_lane_available
+from alto_kernels.mapped_memory import memory_can_be_given
 
 from alto_training.executor.backbone import Backbone
 from alto_training.executor.errors import UnsupportedBackboneError
@@ -58,12 +59,13 @@ def local_folder(base_model: str) -> Path:
 def best_engine(device: torch.device) -> EngineName:
     """Return the fastest that there is, the same on every rank of a host.
 
-    That is `peer` where `alto_kernels` is built for CUDA and all GPUs here reach each other's memory, else DeepSpeed or
-    FSDP2.
+    That is `peer` where `alto_kernels` is built for CUDA, all GPUs here reach each other's memory and their memory can
+    be given to other processes, else DeepSpeed or FSDP2.
     """
     if device.type == "cuda" and copy_lane_available():
         pairs = permutations(range(torch.cuda.device_count()), 2)
-        if all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
+        reached = all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+        if reached and memory_can_be_given(device):
             return EngineName.PEER
     return EngineName.DEEPSPEED if find_spec("deepspeed") else EngineName.FSDP2
 
