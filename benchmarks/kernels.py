@@ -7,9 +7,10 @@ Each cell is one bundle of linear layers, forward and backward with the gradient
 tokens. Columns: the frozen product alone; `loop`: one adapter after another, as PEFT would; `grouped_mm`: two
 torch._grouped_mm over stacked weights padded to the largest rank; `ours`, which adds to the gradients of A and B in
 place, and `ours_fresh`, which overwrites them (the first tick of an effective batch). Eager and replayed from a CUDA
-graph, both under load that lasts, as in training: the GPU has come down to the clock of its power limit. `rested` is
-the graph's step after a pause of 3 ms each time, at the highest clock; `clock_mhz` says which that was. `--gradients
-bf16` gives ours and AdamW gradients of that format. The last line is one JSON object.
+graph, both under load that lasts, as in training: the GPU has come down to the clock of its power limit, which columns
+share that take turns (kernels_parts.py has them each alone). `rested` is the graph's step after a pause of 3 ms each
+time, at the highest clock; `clock_mhz` says which that was. `--gradients bf16` gives ours and AdamW gradients of that
+format. The last line is one JSON object.
 """
 
 from __future__ import annotations
