@@ -30,8 +30,10 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 # What the facts below depend on; a change of any of these files makes them be gathered again.
 DESCRIBING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _HUB_TIMEOUT_S = 10.0
+# What experts' projections and routers were called before transformers kept all experts of a layer in one tensor.
+_EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
 class BaseModelError(ValueError):
@@ -194,22 +196,37 @@ def weights_being_read(location: str) -> Iterator[None]:
 def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the modules of a loaded model that may carry an adapter, in its order, with (in_features, out_features).
 
-    These are all nn.Linear and GPT-2's Conv1D (their subclasses too: quantised layers) but the output head.
+    These are all nn.Linear and GPT-2's Conv1D (their subclasses too: quantised layers) but the output head and what
+    `read_as_experts` names.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    experts = read_as_experts(model)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
     found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
-        if module is head:
+        if module is head or name.rsplit(".", 1)[-1] in experts:
             continue
         if isinstance(module, nn.Linear):
             found[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             found[name] = (module.weight.shape[0], module.weight.shape[1])
     return found
+
+
+def read_as_experts(model: nn.Module) -> frozenset[str]:
+    """Return the last names of modules that PEFT takes for experts' projections; none for most kinds of model.
+
+    Where transformers keeps all experts of a layer in one tensor, PEFT reads "gate_proj" in an adapter's target modules
+    as a part of that, in other layers too: an adapter of a dense layer or a shared expert would be lost when loaded.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    changes = get_checkpoint_conversion_mapping(getattr(model.config, "model_type", None)) or ()
+    patterns = [pattern for change in changes for pattern in getattr(change, "target_patterns", ())]
+    return _EXPERT_NAMES if any("experts.gate_up_proj" in pattern for pattern in patterns) else frozenset()
 
 
 def select_modules(

@@ -87,7 +87,7 @@ def varlen_attention(
             query_THD, key_THD, value_THD, tick, options
         )
         return attended_THD.unsqueeze(0), None
-    return _attend_each(query, key, value, tick, options).transpose(1, 2), None
+    return _attend_each(query, key, value, tick, options).transpose(1, 2).contiguous(), None
 
 
 def attend(

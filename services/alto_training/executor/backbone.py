@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from alto_common.base_models import select_modules, weights_being_read
+from alto_common.base_models import read_as_experts, select_modules, weights_being_read
 from alto_common.tuning import ALL_LINEAR, TrialConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -206,8 +206,12 @@ def prepare_backbone(
     )
     backbone.fan_in_fan_out = any(type(module).__name__ == "Conv1D" for module in decoder.modules())
     backbone.layers = _install_layers(decoder, backbone.module_prefix, backbone.backend, current)
-    with shared_inputs_found(backbone.layers):
-        _verify_packing(backbone, probe_ids, expected_SV)
+    try:
+        with shared_inputs_found(backbone.layers):
+            _verify_packing(backbone, probe_ids, expected_SV)
+    except (AttributeError, TypeError) as error:  # it asks of a linear layer what one with adapters does not have
+        problem = f"{type(model).__name__} does not run with layers that carry adapters ({error})"
+        raise UnsupportedBackboneError(problem, _SUPPORTED) from error
     if device.type == "cuda" and model.dtype.itemsize == 2 and fuse_layers(decoder):
         _verify_packing(backbone, probe_ids, expected_SV)
     return backbone
@@ -223,11 +227,12 @@ def _install_layers(
     decoder: nn.Module, prefix: str, backend: LoraBackend, current: CurrentTick
 ) -> tuple[MultiLoraLinear, ...]:
     layers: list[MultiLoraLinear] = []
+    experts = read_as_experts(decoder)
     for name, module in list(decoder.named_modules()):
-        frozen = frozen_linear(module)
+        parent_name, _, child = name.rpartition(".")
+        frozen = None if child in experts else frozen_linear(module)
         if frozen is None:
             continue
-        parent_name, _, child = name.rpartition(".")
         layer = MultiLoraLinear(frozen, len(layers), prefix + name, backend, current)
         setattr(decoder.get_submodule(parent_name), child, layer)
         layers.append(layer)
@@ -272,6 +277,9 @@ def _verify_packing(backbone: Backbone, probe_ids: torch.Tensor, expected_SV: to
     tick = build_tick([Share(None, items)], training=False, device=backbone.device)
     hidden_SH = backbone.hidden_states(tick)
     with backbone.weights.head() as head:
+        if head.weight_VH.shape[1] != hidden_SH.shape[1]:
+            name = type(backbone.decoder).__name__
+            raise UnsupportedBackboneError(f"{name}'s hidden states are changed before its output head", _SUPPORTED)
         packed_SV = head.logits(hidden_SH)
     error = float((packed_SV - expected_SV).abs().max() / expected_SV.abs().max().clamp_min(1e-6))
     if not error <= _PACKING_TOLERANCE.get(backbone.dtype, 0.1):

@@ -90,7 +90,7 @@ def backbone_facts(backbone: Backbone) -> ModelFacts:
         architecture=type(backbone.decoder).__name__,
         hidden_size=backbone.layers[0].frozen.in_features,
         layers=len(numbers),
-        vocabulary=int(backbone.decoder.config.vocab_size),  # type: ignore[union-attr, arg-type]
+        vocabulary=int(backbone.decoder.config.get_text_config().vocab_size),  # type: ignore[union-attr, operator]
         context_length=backbone.context_length,
         parameters=backbone.parameters,
         bytes=backbone.parameters * backbone.dtype.itemsize,

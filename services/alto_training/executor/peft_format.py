@@ -93,6 +93,8 @@ def peft_config(adapter: Adapter, config: TrialConfig, backbone: Backbone, base_
         for layer in backbone.layers
         if layer.path.rsplit(".", 1)[-1] in suffixes and (layers is None or layer_number(layer.path) in layers)
     }
+    # A number names a layer of a sequence, and PEFT would look for a linear layer in whatever else has that number.
+    said_by_suffixes = selected == set(paths) and not any(suffix.isdigit() for suffix in suffixes)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -102,8 +104,8 @@ def peft_config(adapter: Adapter, config: TrialConfig, backbone: Backbone, base_
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": suffixes if selected == set(paths) else paths,
-        "layers_to_transform": layers if selected == set(paths) else None,
+        "target_modules": suffixes if said_by_suffixes else paths,
+        "layers_to_transform": layers if said_by_suffixes else None,
         "fan_in_fan_out": backbone.fan_in_fan_out,
         "bias": "none",
         "init_lora_weights": True,

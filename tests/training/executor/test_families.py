@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from alto_common.base_models import UnusableModelError
+from alto_common.base_models import UnusableModelError, linear_modules
 from alto_common.tuning import Evaluation, TrialConfig
 from alto_training.executor.backbone import load_backbone, prepare_backbone
 from alto_training.executor.errors import ContextLengthError, TargetModulesError, UnsupportedBackboneError
@@ -63,12 +63,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "neox": ("GPTNeoX", DECODER),
 }
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+GROUPS = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+OF_EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", DECODER | GROUPED | EXPERTS),
+    "qwen2-moe": ("Qwen2Moe", DECODER | {"num_key_value_heads": 2} | EXPERTS),
+    "deepseek-v3": ("DeepseekV3", DECODER | {"num_key_value_heads": 4} | EXPERTS | LATENT | GROUPS),
+    "glm4-moe": ("Glm4Moe", DECODER | GROUPED | EXPERTS | GROUPS),
+    "afmoe": ("Afmoe", DECODER | GROUPED | EXPERTS | {"layer_types": ["full_attention"] * 2}),
+    "beam": ("Beam", DECODER | GROUPED),  # of experts by its kind, not by what it has
+}
+# Its layers and the linear layers in them are both called by numbers.
+CTRL = {"vocab_size": VOCABULARY, "n_embd": 48, "dff": 80, "n_layer": 2, "n_head": 4, "n_positions": 64, **NO_DROPOUT}
+NUMBERED: dict[str, tuple[str, dict[str, Any]]] = {"ctrl": ("CTRL", CTRL)}
 LAYERS_OF_LLAMAS_KIND = {"llama", "qwen2", "qwen3", "mistral"}
 
 
 def make(family: str) -> Any:
-    prefix, values = FAMILIES[family]
-    head = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
+    prefix, values = (FAMILIES | OF_EXPERTS | NUMBERED)[family]
+    head = f"{prefix}LMHeadModel" if prefix in {"GPT2", "CTRL"} else f"{prefix}ForCausalLM"
     torch.manual_seed(3)
     return getattr(transformers, head)(getattr(transformers, f"{prefix}Config")(**values)).eval()
 
@@ -97,7 +111,7 @@ def test_trials_over_each_family_equal_peft(tmp_path: Path, family: str, fused: 
         assert (ours - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", *NUMBERED, *OF_EXPERTS])
 def test_the_adapter_loads_into_peft_and_its_validation_loss_is_the_reported_one(tmp_path: Path, family: str) -> None:
     from peft import PeftModel
 
@@ -118,11 +132,35 @@ def test_the_adapter_loads_into_peft_and_its_validation_loss_is_the_reported_one
     assert total / tokens == pytest.approx(outcome.best.best_validation_loss, abs=1e-4)
 
 
+@pytest.mark.parametrize("family", OF_EXPERTS)
+def test_layers_that_peft_would_take_for_experts_carry_no_adapter(family: str) -> None:
+    facts = set(linear_modules(make(family)))
+    backbone = prepare_backbone(make(family), family, torch.device("cpu"))
+    paths = {layer.path for layer in backbone.layers}
+    assert paths == facts
+    assert any(path.endswith("o_proj") for path in paths)
+    with pytest.raises(TargetModulesError, match="gate_proj"):
+        backbone.adapted_modules(TrialConfig(target_modules=("gate_proj",)))
+
+
 def test_a_model_whose_positions_depend_on_the_batch_is_refused() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = transformers.LlamaForCausalLM(llama_config(rope_parameters=rope))
     with pytest.raises(UnsupportedBackboneError, match="longest sequence of a batch"):
         prepare_backbone(model, "dynamic", torch.device("cpu"))
+
+
+def test_a_model_that_asks_more_of_its_linear_layers_is_refused() -> None:
+    routed = {"moe_topk": 2, "num_shared_expert": 1}
+    config = transformers.HunYuanMoEV1Config(**(DECODER | GROUPED | EXPERTS | routed))
+    with pytest.raises(UnsupportedBackboneError, match="does not run with layers that carry adapters"):
+        prepare_backbone(transformers.HunYuanMoEV1ForCausalLM(config).eval(), "hunyuan", torch.device("cpu"))
+
+
+def test_a_model_whose_head_takes_other_than_the_hidden_states_is_refused() -> None:
+    config = transformers.ElectraConfig(**DECODER, embedding_size=32, is_decoder=True)
+    with pytest.raises(UnsupportedBackboneError, match="before its output head"):
+        prepare_backbone(transformers.ElectraForCausalLM(config).eval(), "electra", torch.device("cpu"))
 
 
 def test_a_model_that_mixes_packed_sequences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
