@@ -30,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 # What the facts below depend on; a change of any of these files makes them be gathered again.
 DESCRIBING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _HUB_TIMEOUT_S = 10.0
 # What experts' projections and routers were called before transformers kept all experts of a layer in one tensor.
 _EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
@@ -175,6 +175,15 @@ def text_vocabulary(location: str) -> int:
     """Return how many tokens the model at `location` has embeddings for; raises `UnusableModelError`."""
     vocabulary: int = _config(location).get_text_config().vocab_size
     return vocabulary
+
+
+def context_length(location: str) -> int:
+    """Return the most tokens that the model at `location` takes; raises `UnusableModelError`."""
+    found: int | None = getattr(_config(location).get_text_config(), "max_position_embeddings", None)
+    if not found:
+        cure = "give a causal language model whose config.json has max_position_embeddings"
+        raise UnusableModelError(_name_of(location), "has no length of context", cure)
+    return found
 
 
 @contextmanager
@@ -348,6 +357,12 @@ def _gather(location: str) -> ModelFacts:
             f"cannot be built ({_first_line(error, location)})",
             "give a causal language model that the installed transformers can build from its config.json",
         ) from error
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnusableModelError(
+            _name_of(location),
+            f"is a {type(model).__name__}, which does not go through transformers' attention interface",
+            "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model",
+        )
     tokenizer = load_tokenizer(location)
     text = config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -357,7 +372,7 @@ def _gather(location: str) -> ModelFacts:
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
-        context_length=text.max_position_embeddings,
+        context_length=context_length(location),
         parameters=parameters,
         bytes=parameters * width,
         linear_modules=linear_modules(model),

@@ -268,7 +268,7 @@ class _Reader:
                             yield line, [self._too_long(line, f"{characters:,} characters")], characters
                         else:
                             yield line, present, characters
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # a date beyond Python's too
             cure = f"write the Parquet file again ({str(error)[:SHOWN_CHARACTERS]})"
             yield line + 1, [Violation(f"line[{line + 1}]", self.file_name, cure)], 0
 
@@ -311,7 +311,10 @@ def _unpacked_bytes(array: Any) -> int:
         return int(pyarrow.compute.sum(lengths).as_py() or 0)
     if pyarrow.types.is_struct(kind):
         return sum(map(_unpacked_bytes, array.flatten()))
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_map(kind):
+    if pyarrow.types.is_map(kind):
+        entries = pyarrow.StructArray.from_arrays([array.keys, array.items], ["key", "value"])
+        return _unpacked_bytes(pyarrow.ListArray.from_arrays(array.offsets, entries))
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         return int(array.offsets.nbytes) + _unpacked_bytes(array.flatten())
     return int(array.nbytes)
 

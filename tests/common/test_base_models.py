@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from alto_common import base_models
 from alto_common.base_models import (
     ModelFacts,
@@ -223,6 +224,17 @@ def test_targets_absent_from_the_chosen_layers_are_named(facts: ModelFacts) -> N
 
 def test_a_narrow_module_outside_the_targets_does_not_limit_the_rank(facts: ModelFacts) -> None:
     assert check_targets(facts, TrialConfig(lora_rank=48, target_modules=("q_proj",), max_length=64)) == []
+
+
+@pytest.mark.parametrize("architecture", ["Bloom", "Falcon", "Mamba"])
+def test_an_architecture_that_cannot_be_trained_is_unusable_at_once(root: Path, architecture: str) -> None:
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, bos_token_id=0, eos_token_id=0
+    )
+    config.save_pretrained(root / "other")
+    save_tokenizer(root / "other")
+    with pytest.raises(UnusableModelError, match="attention interface"):
+        inspect(str(root / "other"), root / "cache")
 
 
 def test_a_hub_id_that_cannot_be_had_is_unknown_at_once(root: Path) -> None:

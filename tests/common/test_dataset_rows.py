@@ -190,6 +190,16 @@ def test_a_value_that_a_parquet_file_repeats_is_weighed_before_it_is_copied(tmp_
     assert "shorten" in faults(path, DatasetLimits(max_bytes=10_000_000_000))[0][2]
 
 
+def test_columns_of_other_types_beside_the_text_are_read_or_refused_by_what_they_hold(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    maps = pyarrow.array([[("a", 1)], [("b", 2), ("c", 3)]], pyarrow.map_(pyarrow.string(), pyarrow.int32()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"], "about": maps}), path)
+    assert scan(path).rows == 2
+    late = pyarrow.array([1, 10**8], pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"], "on": late}), path)
+    assert "out of range" in faults(path)[0][2]
+
+
 def test_a_parquet_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     columns = [pyarrow.array(["a"]), pyarrow.array(["b"]), pyarrow.array(["c"])]

@@ -14,7 +14,9 @@ from alto_cli.quiet import quiet_libraries
 from alto_cli.view.wording import bytes_text
 
 
-def check_dataset(path: Path, model: str, objective: str, loss_scope: str, max_length: int, json_output: bool) -> None:
+def check_dataset(
+    path: Path, model: str, objective: str, loss_scope: str, max_length: int | None, json_output: bool
+) -> None:
     """Check `path` and print what it is; raise `CommandError` naming the lines that are not sound."""
     with needs_extra("training", "checking a dataset"):
         from alto_common.dataset_rows import DatasetError, check_objective, scan
@@ -43,23 +45,25 @@ def check_dataset(path: Path, model: str, objective: str, loss_scope: str, max_l
     say("every line is sound; --model NAME shows tokens, what is cut off, and where the loss is taken")
 
 
-def _describe(path: Path, model: str, objective: Any, max_length: int, json_output: bool) -> None:
+def _describe(path: Path, model: str, objective: Any, max_length: int | None, json_output: bool) -> None:
     with needs_extra("training", "showing what a model sees"):
         quiet_libraries("cpu")
-        from alto_common.base_models import BaseModelError, list_models, load_tokenizer
+        from alto_common.base_models import BaseModelError, context_length, list_models, load_tokenizer
+        from alto_common.tuning import TrialConfig
         from alto_training.executor.data.report import describe
         from alto_training.executor.data.segments import TokenizerError
         from alto_training.executor.loading import locate_base_model
     try:
         folder = locate_base_model(str(Path(model).resolve()) if Path(model).is_dir() else model)
         tokenizer = load_tokenizer(folder)
+        kept = max_length or min(TrialConfig.max_length, context_length(folder))
     except BaseModelError as error:
         here = ", ".join(list_models()) or "none yet"
         named = [] if here in error.cure else [f"models on this machine: {here}"]
         raise CommandError(str(error), *named, "fetch a small one: alto models fetch") from None
     with tempfile.TemporaryDirectory() as cache:
         try:
-            report = describe(path, tokenizer, objective, Path(cache), max_length)
+            report = describe(path, tokenizer, objective, Path(cache), kept)
         except TokenizerError as error:
             raise CommandError(f"--model {model}: {error}") from None
     if json_output:

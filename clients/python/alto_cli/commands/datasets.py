@@ -20,7 +20,9 @@ def check(
     model: Annotated[str, typer.Option(help="Base model: a name or a folder. Without it only lines are checked.")] = "",
     objective: Annotated[str, typer.Option(help="sft or dpo.")] = "sft",
     loss_scope: Annotated[str, typer.Option(help="completion or all.")] = "completion",
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens that a sequence is cut to.")] = 1024,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens that a sequence is cut to. Else 1024, or the model's context.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Check a file on this machine: lines, tokens, what is cut off, and where the loss is taken."""
