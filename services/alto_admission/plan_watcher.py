@@ -95,11 +95,15 @@ class PlanWatcher:
         """Take over one plan; None when placement cannot be reached."""
         given_up, self._given_up = self._given_up, {}
         planned = given_up | {task.task_id: task for task in plan.tasks} if plan is not None else given_up
-        for task in await self._tasks.unfinished():
-            if plan is None and task.task_id not in given_up:
-                await self._unreachable(task)
-            else:
-                await self._compare(task, planned.get(task.task_id))
+        try:
+            for task in await self._tasks.unfinished():
+                if plan is None and task.task_id not in given_up:
+                    await self._unreachable(task)
+                else:
+                    await self._compare(task, planned.get(task.task_id))
+        except BaseException:
+            self._given_up = given_up | self._given_up  # no later plan has them
+            raise
 
     async def _unreachable(self, task: Task) -> None:
         self._missing_since.pop(task.task_id, None)

@@ -113,10 +113,9 @@ class TuningTasks:
         await self._check_placeable(tenant, spec, checked)
         if validate_only:
             return task
-        await self._check_quota(tenant)
         story = Story(task, trials, task.create_us)
         story.begin()
-        if await self._tasks.create(story, spec.labels):
+        if await self._tasks.create(story, spec.labels, self._max_unfinished_tasks):
             return task
         known = await self._tasks.by_request(tenant, request_id)
         assert known is not None
@@ -216,16 +215,6 @@ class TuningTasks:
                 return (dataset.size_bytes // (BYTES_PER_TOKEN * max(1, dataset.row_count)) + 1,)
             lengths = self._token_lengths[key] = counted
         return lengths
-
-    async def _check_quota(self, tenant: str) -> None:
-        unfinished = await self._tasks.count_unfinished(tenant)
-        if unfinished >= self._max_unfinished_tasks:
-            limit = f"{self._max_unfinished_tasks} tasks at a time"
-            raise DomainError(
-                error_pb2.ERROR_REASON_QUOTA_EXCEEDED,
-                f"{unfinished} tasks have not ended; the quota is {limit}",
-                quota=(f"tenant:{tenant}", limit),
-            )
 
 
 def _check_size(spec: tuning_pb2.TuningTaskSpec, trials: Sequence[Trial]) -> None:

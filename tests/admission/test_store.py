@@ -117,6 +117,18 @@ async def test_a_request_id_makes_one_task_however_many_calls_race(tasks, databa
     assert len(await Outbox(database).due(NOW_US, 10)) == 1
 
 
+async def test_the_quota_holds_however_many_calls_race(tasks):
+    stories = [a_story(f"task-{number}") for number in range(6)]
+    for number, story in enumerate(stories):
+        story.task.request_id = f"r{number}"
+    made = await asyncio.gather(*(tasks.create(story, {}, 2) for story in stories), return_exceptions=True)
+    assert made.count(True) == 2
+    refused = [found for found in made if found is not True]
+    assert all(isinstance(found, DomainError) and "the quota is 2 tasks" in str(found) for found in refused)
+    again = stories[made.index(True)]
+    assert await tasks.create(again, {}, 2) is False
+
+
 async def test_a_request_id_belongs_to_its_tenant(tasks, database):
     await keep(DatasetStore(database), replace(a_dataset(), dataset_id="d2", tenant="other"))
     other = a_story("task-2", tenant="other")

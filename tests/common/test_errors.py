@@ -62,3 +62,11 @@ def test_a_status_stays_within_what_a_client_accepts():
     assert status.ByteSize() * 4 / 3 + 3 * len(status.message.encode()) < 8192
     (bad_request,) = unpacked(status, error_details_pb2.BadRequest)
     assert bad_request.field_violations[0].description.endswith("cure")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("a" * 5000, "'" + "a" * 1000 + "'"), ([0] * 2_000_000, "2,000,000 values"), ([1, 2], "[1, 2]")],
+)
+def test_a_value_is_shown_as_far_as_a_person_reads(value: object, shown: str) -> None:
+    assert str(Violation("field", value, "give less")) == f"field = {shown}: give less"

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import sqlalchemy as sa
-from alto.v1 import event_pb2
+from alto.v1 import error_pb2, event_pb2
 from alto_common.database import Database
-from alto_common.errors import not_found
+from alto_common.errors import DomainError, not_found
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -54,15 +54,17 @@ class TaskStore:
         self._on_events = on_events
         self._events_kept = events_kept
 
-    async def create(self, story: Story, labels: Mapping[str, str]) -> bool:
+    async def create(self, story: Story, labels: Mapping[str, str], most_unfinished: int | None = None) -> bool:
         """Keep a new task with its trials, labels, first events and deliveries, all or nothing.
 
         Returns False, keeping nothing, when its request_id is taken. Raises RESOURCE_NOT_FOUND when a dataset of it
-        has been deleted meanwhile.
+        has been deleted meanwhile, and QUOTA_EXCEEDED when its tenant has `most_unfinished`, however many come at once.
         """
         task = story.task
         try:
             async with self._database.transaction() as connection:
+                if most_unfinished is not None and not await self._has_room(connection, task, most_unfinished):
+                    return False
                 await _lock_datasets(connection, task)
                 await connection.execute(tasks.insert().values(**asdict(task)))
                 await connection.execute(trials.insert(), [asdict(trial) for trial in story.trials.values()])
@@ -77,6 +79,26 @@ class TaskStore:
             return False
         self._on_change(task.task_id, task.last_event_sequence)
         return True
+
+    async def _has_room(self, connection: AsyncConnection, task: Task, most_unfinished: int) -> bool:
+        """Return whether the task may be added; False when its request_id is taken. Raises QUOTA_EXCEEDED."""
+        if not self._database.is_sqlite:  # its transactions follow one another anyway
+            lock = sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"tasks of {task.tenant}"))
+            await connection.execute(sa.select(lock))
+        mine = tasks.c.tenant == task.tenant
+        counted = sa.select(sa.func.count()).where(mine, tasks.c.state.not_in(TERMINAL))
+        unfinished = (await connection.execute(counted)).scalar_one()
+        if unfinished < most_unfinished:
+            return True
+        known = sa.select(tasks.c.task_id).where(mine, tasks.c.request_id == task.request_id)
+        if (await connection.execute(known)).first() is not None:
+            return False
+        limit = f"{most_unfinished} tasks at a time"
+        raise DomainError(
+            error_pb2.ERROR_REASON_QUOTA_EXCEEDED,
+            f"{unfinished} tasks have not ended; the quota is {limit}",
+            quota=(f"tenant:{task.tenant}", limit),
+        )
 
     async def by_request(self, tenant: str, request_id: str) -> Task | None:
         """Return the task that a request_id made."""
@@ -118,12 +140,6 @@ class TaskStore:
         async with self._database.snapshot() as connection:
             rows = await connection.execute(sa.select(tasks).where(tasks.c.state.not_in(TERMINAL)))
             return [_task(row) for row in rows]
-
-    async def count_unfinished(self, tenant: str) -> int:
-        """Return how many tasks of a tenant have not ended."""
-        query = sa.select(sa.func.count()).where(tasks.c.tenant == tenant, tasks.c.state.not_in(TERMINAL))
-        async with self._database.snapshot() as connection:
-            return int((await connection.execute(query)).scalar_one())
 
     async def count_by_state(self) -> list[tuple[State, int, int]]:
         """Return, for each state of unfinished tasks, how many are in it, and when the first was created (us)."""

@@ -222,6 +222,7 @@ class Executor:
                     resumed_from_tick=None if checkpoint is None else checkpoint.tick,
                 )
             )
+            self._roster.tell_seated(task)
 
     def _tell_halved(self, before: int, after: int) -> None:
         for task in self._roster.tasks:

@@ -139,8 +139,7 @@ class Roster:
         """Give free slots to waiting trials."""
         self._release_parked()
         for slot, run in self.slots.fill():
-            task = self._task_of[run]
-            self._emit(TrialStarted(task.task_id, run.trial_id, slot, run.step, run.total_steps, run.adapter.size))
+            self._tell_started(slot, run)
         active = list(self.slots)
         if active != self._balanced:
             loads = [self._task_of[run].remaining_tokens(run) for run in active]
@@ -237,6 +236,16 @@ class Roster:
             in_line.extend((1, place, task.runs[trial_id]) for trial_id, place in state["in_line"].items())
         for _, _, run in sorted(in_line, key=lambda one: one[:2]):
             self.slots.enqueue(run)
+
+    def tell_seated(self, task: TaskRun) -> None:
+        """Tell which of a task's trials have a slot, after `take_up`."""
+        for slot, run in enumerate(self.slots.places):
+            if run is not None and self._task_of[run] is task:
+                self._tell_started(slot, run)
+
+    def _tell_started(self, slot: int, run: TrialRun) -> None:
+        task = self._task_of[run]
+        self._emit(TrialStarted(task.task_id, run.trial_id, slot, run.step, run.total_steps, run.adapter.size))
 
     def _numbers_of(self, task: TaskRun, runs: Sequence[TrialRun | None]) -> dict[str, int]:
         numbered = [(number, run) for number, run in enumerate(runs) if run is not None]
