@@ -32,6 +32,7 @@ _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 DESCRIBING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _CACHE_VERSION = 3
 _HUB_TIMEOUT_S = 10.0
+SUPPORTED_MODELS = "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model"  # the cure for one that is not
 # What experts' projections and routers were called before transformers kept all experts of a layer in one tensor.
 _EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
@@ -179,7 +180,11 @@ def text_vocabulary(location: str) -> int:
 
 def context_length(location: str) -> int:
     """Return the most tokens that the model at `location` takes; raises `UnusableModelError`."""
-    found: int | None = getattr(_config(location).get_text_config(), "max_position_embeddings", None)
+    return _context_length(_config(location), location)
+
+
+def _context_length(config: Any, location: str) -> int:
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not found:
         cure = "give a causal language model whose config.json has max_position_embeddings"
         raise UnusableModelError(_name_of(location), "has no length of context", cure)
@@ -361,7 +366,7 @@ def _gather(location: str) -> ModelFacts:
         raise UnusableModelError(
             _name_of(location),
             f"is a {type(model).__name__}, which does not go through transformers' attention interface",
-            "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model",
+            SUPPORTED_MODELS,
         )
     tokenizer = load_tokenizer(location)
     text = config.get_text_config()
@@ -372,7 +377,7 @@ def _gather(location: str) -> ModelFacts:
         hidden_size=text.hidden_size,
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
-        context_length=context_length(location),
+        context_length=_context_length(config, location),
         parameters=parameters,
         bytes=parameters * width,
         linear_modules=linear_modules(model),

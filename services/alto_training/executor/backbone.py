@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from alto_common.base_models import read_as_experts, select_modules, weights_being_read
+from alto_common.base_models import SUPPORTED_MODELS, read_as_experts, select_modules, weights_being_read
 from alto_common.tuning import ALL_LINEAR, TrialConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +29,6 @@ from alto_training.executor.nf4 import quantise_layers
 from alto_training.executor.projections import shared_inputs_found
 from alto_training.executor.tick import CurrentTick, Item, PackedSequence, Share, Tick, build_tick
 
-_SUPPORTED = "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model"
 _PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -211,7 +210,7 @@ def prepare_backbone(
             _verify_packing(backbone, probe_ids, expected_SV)
     except (AttributeError, TypeError) as error:  # it asks of a linear layer what one with adapters does not have
         problem = f"{type(model).__name__} does not run with layers that carry adapters ({error})"
-        raise UnsupportedBackboneError(problem, _SUPPORTED) from error
+        raise UnsupportedBackboneError(problem, SUPPORTED_MODELS) from error
     if device.type == "cuda" and model.dtype.itemsize == 2 and fuse_layers(decoder):
         _verify_packing(backbone, probe_ids, expected_SV)
     return backbone
@@ -244,11 +243,11 @@ def _refuse_what_packing_breaks(model: Any) -> None:
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedBackboneError(
-            f"{type(model).__name__} does not go through transformers' attention interface", _SUPPORTED
+            f"{type(model).__name__} does not go through transformers' attention interface", SUPPORTED_MODELS
         )
     # Two short probes cannot show these: they begin where a sequence is longer than one of a real model's chunks.
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UnsupportedBackboneError(f"{type(model).__name__} attends within chunks", _SUPPORTED)
+        raise UnsupportedBackboneError(f"{type(model).__name__} attends within chunks", SUPPORTED_MODELS)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in {"dynamic", "longrope"}:
         raise UnsupportedBackboneError(
@@ -279,11 +278,13 @@ def _verify_packing(backbone: Backbone, probe_ids: torch.Tensor, expected_SV: to
     with backbone.weights.head() as head:
         if head.weight_VH.shape[1] != hidden_SH.shape[1]:
             name = type(backbone.decoder).__name__
-            raise UnsupportedBackboneError(f"{name}'s hidden states are changed before its output head", _SUPPORTED)
+            raise UnsupportedBackboneError(
+                f"{name}'s hidden states are changed before its output head", SUPPORTED_MODELS
+            )
         packed_SV = head.logits(hidden_SH)
     error = float((packed_SV - expected_SV).abs().max() / expected_SV.abs().max().clamp_min(1e-6))
     if not error <= _PACKING_TOLERANCE.get(backbone.dtype, 0.1):
         raise UnsupportedBackboneError(
             f"{type(backbone.decoder).__name__} gives other logits for packed sequences (relative error {error:.2g})",
-            _SUPPORTED,
+            SUPPORTED_MODELS,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from alto_common.base_models import ModelFacts
@@ -86,11 +87,12 @@ def memory_limit_bytes(settings: ExecutorSettings, facts: ModelFacts, backbone_l
 def backbone_facts(backbone: Backbone) -> ModelFacts:
     """Return what the cost model asks of a loaded backbone."""
     numbers = {number for layer in backbone.layers if (number := layer_number(layer.path)) is not None}
+    config: Any = backbone.decoder.config
     return ModelFacts(
         architecture=type(backbone.decoder).__name__,
         hidden_size=backbone.layers[0].frozen.in_features,
         layers=len(numbers),
-        vocabulary=int(backbone.decoder.config.get_text_config().vocab_size),  # type: ignore[union-attr, operator]
+        vocabulary=int(config.get_text_config().vocab_size),
         context_length=backbone.context_length,
         parameters=backbone.parameters,
         bytes=backbone.parameters * backbone.dtype.itemsize,
