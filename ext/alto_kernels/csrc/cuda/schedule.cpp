@@ -16,14 +16,19 @@ constexpr double kTileCost = 3.0;        // around the steps of an output tile
 constexpr double kDownStageCost = 0.95;  // of S blocks, and for each part
 constexpr double kDownPartCost = 0.06;
 constexpr double kDownCost = 7.0;  // around them
-constexpr double kGradientStepCost = 1.3;
+constexpr double kGradientStepCost = 1.1;
 constexpr double kGradientCost = 2.0;  // around a gradient's steps, and for each 64 features of each part
 constexpr double kGradientPieceCost = 0.8;
 constexpr double kGradientColumnCost =
     0.03;                              // of each rank column that is written, and as much again if it is added to
+constexpr double kCrowdedCost = 1.15;  // by which a gradient takes longer where all clusters make gradients
 constexpr double kUnsharedCost = 1.2;  // of an extra step whose pool columns each block loads for itself
 constexpr double kMaskCost = 0.75;     // of dropout, for each 64 x 64 that a warpgroup masks
 constexpr double kMaskTileCost = 4.0;  // the same for the low-rank part of a tile of dX
+
+// Clusters that make gradients while others make tiles. More would slow them by what they read and write; the
+// simulation does not know it.
+constexpr int kMostGradientClusters = 4;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -228,44 +233,40 @@ std::vector<Pair> gradient_pairs(const TickLayout& layout, const LaunchShape& sh
 
 using Order = std::vector<const Pair*>;
 
-// The order in which output tiles and gradients are dealt. First the gradients that take longer than a tile, which
-// would else stick out at the end: those of B, and after a tile for each cluster those of A, which wait for all S
-// blocks. Then the tiles, one after another: they sweep weight and operand together, and whatever else comes between
-// them tears that apart (beside contractions of 14336 it costs up to 25 % of the whole). Then the other gradients,
-// longest first, which fill the wave that the tiles leave unfinished.
-Order arrange(const std::vector<Pair>& base, const std::vector<Pair>& gradients, int clusters) {
-    Order order;
-    Order long_a;
-    Order shorter;
-    for (const auto& pair : gradients) {
-        const bool is_long = base.empty() || pair.cost > base.front().cost;
-        (!is_long ? shorter : pair.items[0].kind == Kind::kGradA ? long_a : order).push_back(&pair);
-    }
-    for (Order* part : {&order, &long_a, &shorter})
-        std::stable_sort(part->begin(), part->end(), [](const Pair* a, const Pair* b) { return a->cost > b->cost; });
-    const std::size_t first_wave = std::min(base.size(), static_cast<std::size_t>(clusters));
-    for (std::size_t i = 0; i < first_wave; ++i) order.push_back(&base[i]);
-    order.insert(order.end(), long_a.begin(), long_a.end());
-    for (std::size_t i = first_wave; i < base.size(); ++i) order.push_back(&base[i]);
-    order.insert(order.end(), shorter.begin(), shorter.end());
-    return order;
-}
+// How a launch's work is dealt.
+struct Deal {
+    int down_clusters = 1;      // so many, from the first on, make the S blocks
+    int gradient_clusters = 0;  // so many, from the last on, make gradients before tiles
+};
 
 struct Dealt {
     std::vector<Order> lists;
     double makespan = 0.0;
 };
 
-// Deals `downs` to the first `down_clusters`, then each of `rest` to the cluster that is free first.
-Dealt deal(const std::vector<Pair>& downs, const Order& rest, int down_clusters, bool extra_first, int row_pairs,
-           int clusters) {
+struct Work {
+    std::vector<std::vector<Pair>> downs;  // the same S blocks, from few passes over the operand or from many
+    std::vector<Pair> tiles;
+    std::vector<Pair> gradients;
+    int row_pairs;
+    int clusters;
+    bool extra_first;
+};
+
+// Deals S blocks, then tiles and gradients, each to the cluster that is free first.
+//
+// Tiles come one after another, without anything between them: they sweep weight and operand together, and what tears
+// that apart costs up to 25 % beside contractions of 14336. So gradients have clusters of their own, all the time that
+// there are tiles: what they read and write hides behind products there. What is left of them fills the wave that the
+// tiles leave unfinished.
+Dealt deal(const Work& work, const std::vector<Pair>& downs, const Deal& how) {
     Dealt dealt;
-    dealt.lists.resize(static_cast<std::size_t>(clusters));
-    std::vector<double> busy(static_cast<std::size_t>(clusters), 0.0);
-    std::vector<double> written(static_cast<std::size_t>(row_pairs), 0.0);  // when a pair of tiles has its S blocks
+    dealt.lists.resize(static_cast<std::size_t>(work.clusters));
+    std::vector<double> busy(static_cast<std::size_t>(work.clusters), 0.0);
+    std::vector<double> written(static_cast<std::size_t>(work.row_pairs), 0.0);  // when two tiles have their S blocks
     // In rounds of one for each cluster, so that tiles have their S blocks in the order in which they need them; the
     // longest of a round goes to the cluster that has least.
-    const auto size = static_cast<std::size_t>(down_clusters);
+    const auto size = static_cast<std::size_t>(how.down_clusters);
     for (std::size_t first = 0; first < downs.size(); first += size) {
         Order round;
         for (std::size_t i = first; i < std::min(first + size, downs.size()); ++i) round.push_back(&downs[i]);
@@ -284,51 +285,69 @@ Dealt deal(const std::vector<Pair>& downs, const Order& rest, int down_clusters,
     using Free = std::pair<double, std::size_t>;
     std::priority_queue<Free, std::vector<Free>, std::greater<>> free;
     for (std::size_t cluster = 0; cluster < busy.size(); ++cluster) free.emplace(busy[cluster], cluster);
-    for (const Pair* pair : rest) {
-        auto [start, cluster] = free.top();
+    const auto first_of_gradients = static_cast<std::size_t>(work.clusters - how.gradient_clusters);
+    auto tile = work.tiles.begin();
+    auto gradient = work.gradients.begin();
+    while (tile != work.tiles.end() || gradient != work.gradients.end()) {
+        const auto [start, cluster] = free.top();
         free.pop();
-        const Item& item = pair->items[0];
-        double end = start + pair->cost;
+        const bool crowded = tile == work.tiles.end();
+        const bool takes_tile = gradient == work.gradients.end() || (!crowded && cluster < first_of_gradients);
+        const Pair& pair = takes_tile ? *tile++ : *gradient++;
+        const Item& item = pair.items[0];
+        double end = start + pair.cost * (crowded ? kCrowdedCost : 1.0);
         if (item.kind == Kind::kBase) {
             const double ready = written[static_cast<std::size_t>(item.row / kTileRows / kClusterSize)];
-            end = extra_first ? std::max(start, ready) + pair->cost : std::max(end, ready + kTileCost);
+            end = work.extra_first ? std::max(start, ready) + pair.cost : std::max(end, ready + kTileCost);
         } else if (item.kind == Kind::kGradA) {
-            end = std::max(start, all_written) + pair->cost;
+            end += std::max(0.0, all_written - start);
         }
         dealt.makespan = std::max(dealt.makespan, end);
-        dealt.lists[cluster].push_back(pair);
+        dealt.lists[cluster].push_back(&pair);
         free.emplace(end, cluster);
     }
     dealt.makespan = std::max(dealt.makespan, all_written);
     return dealt;
 }
 
+// Of some ways to deal, the one with the shortest simulated run; of equals the first: S blocks from as few passes as
+// can be. First how many clusters are for gradients, then how S blocks are made.
+Dealt best_deal(const Work& work) {
+    Dealt best;
+    best.makespan = std::numeric_limits<double>::max();
+    Deal how;
+    const auto consider = [&](const std::vector<Pair>& downs, const Deal& candidate) {
+        Dealt dealt = deal(work, downs, candidate);
+        if (dealt.makespan >= best.makespan) return;
+        best = std::move(dealt);
+        how = candidate;
+    };
+    const bool both = !work.tiles.empty() && !work.gradients.empty();
+    const int down_clusters = std::clamp(static_cast<int>(work.downs.front().size()), 1, work.clusters);
+    for (int count = 0; count <= (both ? std::min(kMostGradientClusters, work.clusters) : 0); ++count)
+        consider(work.downs.front(), {down_clusters, count});
+    const int gradient_clusters = how.gradient_clusters;
+    for (const auto& downs : work.downs) {
+        for (const int each : {1, 2, 3, 4}) {
+            const int wanted = ceil_div(static_cast<int>(downs.size()), each);
+            if (each > 1 && wanted >= work.clusters) continue;
+            consider(downs, {std::clamp(wanted, 1, work.clusters), gradient_clusters});
+        }
+    }
+    return best;
+}
+
 }  // namespace
 
 Schedule make_schedule(const TickLayout& layout, const LaunchShape& shape, int clusters) {
-    const std::vector<Pair> base = base_pairs(layout, shape);
-    const std::vector<Pair> gradients = gradient_pairs(layout, shape);
-    const bool extra_first = shape.backward && shape.drops;
-    const int row_pairs = ceil_div(layout.tiles, kClusterSize);
-
-    // Of a few ways to deal, the one with the shortest simulated run; of equals the first: S blocks from as few passes
-    // as can be. The lists of `best` point into all of these.
-    std::vector<std::vector<Pair>> downs;
+    Work work{
+        {},       base_pairs(layout, shape),    gradient_pairs(layout, shape), ceil_div(layout.tiles, kClusterSize),
+        clusters, shape.backward && shape.drops};
     for (const int limit : {kMaxParts, 2, 1}) {
-        downs.push_back(down_pairs(layout, shape, limit));
-        if (downs.size() > 1 && downs.back().size() == downs[downs.size() - 2].size()) downs.pop_back();
+        std::vector<Pair> downs = down_pairs(layout, shape, limit);
+        if (work.downs.empty() || downs.size() != work.downs.back().size()) work.downs.push_back(std::move(downs));
     }
-    const Order order = arrange(base, gradients, clusters);
-    Dealt best;
-    best.makespan = std::numeric_limits<double>::max();
-    for (const auto& pairs : downs) {
-        for (const int each : {1, 2, 3, 4}) {
-            const int wanted = ceil_div(static_cast<int>(pairs.size()), each);
-            if (each > 1 && wanted >= clusters) continue;
-            Dealt dealt = deal(pairs, order, std::clamp(wanted, 1, clusters), extra_first, row_pairs, clusters);
-            if (dealt.makespan < best.makespan) best = std::move(dealt);
-        }
-    }
+    const Dealt best = best_deal(work);
 
     Schedule schedule;
     schedule.offsets.push_back(0);
