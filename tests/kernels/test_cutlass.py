@@ -257,6 +257,27 @@ def test_gradients_of_others_are_not_touched_by_nan(variant: Variant) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[slot, 0], clean.grads[slot, 0], strict=True))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("poisoned", ["x", "dy", "both"])
+def test_small_neighbours_share_their_work_but_no_nan(variant: Variant, dropout: float, poisoned: str) -> None:
+    adapters = {slot: ((8, 16, 24, 16)[slot % 4], dropout, (0,)) for slot in range(6)}
+    case = Case([(576, 320)], adapters, list(adapters), [0, 110, 230, 350, 470, 600, 700])
+    clean = run(variant, case, [0])
+    x, weights, dys = inputs(variant, case, [0])
+    table = variant.table(case)
+    row = case.offsets[2] + 5
+    if poisoned != "dy":
+        x[row, 7:] = float("inf")
+    if poisoned != "x":
+        dys[0][row] = float("nan")
+    lora_linear(x, weights[0], None, case.plan(table), 0).backward(dys[0])
+    found = gradients(case, [0])
+    assert not all(gradient.isfinite().all() for gradient in found[2, 0])
+    for slot in (0, 1, 3, 4, 5):
+        for a, b in zip(found[slot, 0], clean.grads[slot, 0], strict=True):
+            assert relative_error(a, b) < (1e-5 if variant.gradient_dtype == torch.float32 else 4e-3)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_fresh_gradients_are_overwritten(variant: Variant, dropout: float) -> None:
     shapes = [(512, 1024), (512, 256)]

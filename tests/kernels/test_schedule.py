@@ -15,18 +15,19 @@ pytestmark = pytest.mark.skipif(kernels is None or not kernels.has_cuda, reason=
 
 DOWN, BASE, GRAD_B, GRAD_A = range(4)
 CLUSTERS = 66
-_LAYOUT = (
-    "kind flags row column steps module extra_begin extra_count extra_steps part_count slot start stop rank threshold"
-)
+_LAYOUT = "kind flags row column steps module extra_begin extra_count extra_steps block_count part_count start stop"
 WORDS = _LAYOUT.split()
+PART = ("s_row", "column", "module", "detail", "slot", "rank", "start", "stop")
+ITEM_BYTES = 192
+IN_STEP = ("kind", "flags", "steps", "block_count", "part_count", "extra_steps")
 
 
 def unpack(items: bytes) -> list[dict[str, Any]]:
     found = []
-    for at in range(0, len(items), 128):
-        words = struct.unpack_from("<15if16i", items, at)
+    for at in range(0, len(items), ITEM_BYTES):
+        words = struct.unpack_from("<48i", items, at)
         item: dict[str, Any] = dict(zip(WORDS, words, strict=False))
-        item["parts"] = [words[16 + 4 * i : 20 + 4 * i] for i in range(item["part_count"])]
+        item["parts"] = [dict(zip(PART, words[16 + 8 * i :], strict=False)) for i in range(item["part_count"])]
         found.append(item)
     return found
 
@@ -45,6 +46,7 @@ CASES = {
     "one": ([16], [0, 8192], [4096]),
     "many ragged": ([8, 16, 32, 64, 128] * 4, [0, *range(113, 113 * 20, 113), 2500], [576, 1536, 64]),
     "empty": ([256, 8, 40], [0, 0, 130, 300], [512]),
+    "small ranks": ([16] * 24, [*range(0, 24 * 100, 100), 2400], [512]),
 }
 
 
@@ -73,23 +75,28 @@ def test_everything_is_done_once_and_in_step(name: str, backward: bool) -> None:
         downs_are_over = False
         for pair in range(first, last):
             one, two = pairs[2 * pair], pairs[2 * pair + 1]
-            assert all(one[key] == two[key] for key in ("kind", "flags", "steps", "part_count", "extra_steps"))
+            assert all(
+                one[key] == two[key] for key in ("kind", "flags", "steps", "block_count", "part_count", "extra_steps")
+            )
             # A tile may wait for S blocks: whoever has to make them does so before waiting.
             assert not (downs_are_over and one["kind"] == DOWN)
             downs_are_over = downs_are_over or one["kind"] != DOWN
             for item in (one, two):
                 if item["kind"] == DOWN:
-                    written.update((s_row, module) for s_row, _, module, detail in item["parts"] if detail >= 0)
-                    depth = {1: 128, 2: 192}.get(item["part_count"], 64)
-                    contraction = out_features[item["parts"][0][2]] if backward else in_features
+                    written.update((part["s_row"], part["module"]) for part in item["parts"] if part["detail"] >= 0)
+                    depth = {1: 128, 2: 192}.get(item["block_count"], 64)
+                    contraction = out_features[item["parts"][0]["module"]] if backward else in_features
                     assert item["steps"] == -(-contraction // depth)
                 elif item["kind"] == BASE and item["row"] < tokens:
                     tiles[item["row"], item["column"], item["module"]] += 1
                 elif item["kind"] in (GRAD_B, GRAD_A):
-                    boxes = 4 if item["part_count"] == 1 else 2
-                    for _, _, module, chunk in item["parts"]:
+                    boxes = 4 if item["block_count"] == 1 else 2
+                    for part in item["parts"]:
+                        assert item["row"] <= part["start"] < part["stop"] <= item["row"] + 64 * item["steps"]
+                        assert item["start"] <= part["start"] < part["stop"] <= item["stop"]
                         for column in range(item["column"], item["column"] + boxes * 64, 64):
-                            gradients[item["kind"], item["slot"], module, chunk * 100_000 + column] += 1
+                            at = part["detail"] * 100_000 + column
+                            gradients[item["kind"], part["slot"], part["module"], at] += 1
     modules = range(len(out_features))
     assert set(written) == {(row, m) for row in range(0, layout.saved_rows, 128) for m in modules}
     outputs = [in_features] if backward else out_features
@@ -116,3 +123,25 @@ def test_adapters_of_small_rank_share_blocks() -> None:
     assert layout_of([16] * 4, [0, 32, 64, 96, 128]).saved_rows == 128
     assert layout_of([16, 64], [0, 64, 128]).saved_rows == 256
     assert layout_of([16, 16], [0, 128, 256]).saved_rows == 256
+
+
+def test_gradients_of_small_neighbours_are_made_together() -> None:
+    def gradients(fresh: list[bool], offsets: list[int]) -> int:
+        segments = [(i, offsets[i], offsets[i + 1], 16, 16 * i, 1.0, 0.0, fresh[i]) for i in range(4)]
+        assert kernels is not None
+        items, _ = kernels.TickLayout(tokens=offsets[-1], segments=segments).schedule(
+            backward=True,
+            wants_output=False,
+            in_features=512,
+            out_features=[512],
+            drops=False,
+            pairs_in_group=8,
+            clusters=CLUSTERS,
+        )
+        return sum(item["kind"] == GRAD_A for item in unpack(items)) // 2
+
+    near = [0, 100, 200, 300, 400]
+    assert gradients([False] * 4, near) == 1
+    assert gradients([False, False, True, True], near) == 2
+    # Each of a length of its own.
+    assert gradients([False] * 4, [0, 2000, 4000, 6000, 8000]) == 4

@@ -108,6 +108,17 @@ __device__ __forceinline__ void warpgroup_barrier(int warpgroup) {
     asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
 
+// The same, and whether it is so for any of them.
+__device__ __forceinline__ bool warpgroup_any(int warpgroup, bool own) {
+    int any;
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.s32 p, %1, 0;\nbarrier.cta.red.or.pred q, %2, 128, p;\nselp.s32 %0, 1, 0, q;\n}"
+        : "=r"(any)
+        : "r"(static_cast<int>(own)), "r"(warpgroup + 1)
+        : "memory");
+    return any != 0;
+}
+
 // What this thread wrote, and saw written, is seen by whoever sees what it adds to a counter after this.
 __device__ __forceinline__ void fence_release() { asm volatile("fence.release.gpu;" ::: "memory"); }
 __device__ __forceinline__ void add_to(int* counter, int value) {

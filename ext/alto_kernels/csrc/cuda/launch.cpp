@@ -43,8 +43,11 @@ void Launch::backward(const TickTables& tick, const std::vector<Address>& dys, A
                       const std::vector<Address>& ds, Address dx, bool adds_to_dx, Address stream) const {
     if (!backward_) throw std::invalid_argument("launch: made for forward");
     LoraGemmArguments arguments = arguments_of(tick, x, weights, dys, ds);
-    for (std::size_t i = 0; i < weights.size(); ++i)
+    for (std::size_t i = 0; i < weights.size(); ++i) {
         arguments.modules[i].saved = map_of(saved.at(i), tick.saved_rows, kStepDepth, "saved");
+        arguments.modules[i].saved_data = pointer<const void>(saved[i]);
+        arguments.modules[i].row_data = pointer<const void>(dys[i]);
+    }
     arguments.input_grads = map_of(dx, tick.tokens, fixed_.in_features, "dx_TK", kWarpRows);
     arguments.adds_to_output = adds_to_dx;
     const auto run = is_float16_ ? &launch<Format::kFloat16, true> : &launch<Format::kBfloat16, true>;
@@ -73,6 +76,7 @@ LoraGemmArguments Launch::arguments_of(const TickTables& tick, Address x, const 
     arguments.tokens = tick.tokens;
     arguments.tiles = (tick.tokens + kTileRows - 1) / kTileRows;
     arguments.input = map_of(x, tick.tokens, fixed_.in_features, "x_TK");
+    arguments.input_data = pointer<const void>(x);
     for (std::size_t i = 0; i < weights.size(); ++i) {
         ModuleArguments& module = arguments.modules[i];
         module.weight = map_of(weights[i], module.out_features, fixed_.in_features, "weight_NK");

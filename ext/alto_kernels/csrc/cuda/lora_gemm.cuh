@@ -14,14 +14,14 @@
 namespace alto::cuda {
 
 constexpr int kStages = 4;
-// A stage has six boxes of 64 x 64. Boxes by kind of item, P its parts:
+// A stage has six boxes of 64 x 64. Boxes by kind of item, S its S blocks:
 //   base              0-1 128 tokens of the operand, 2-5 256 features of the weight
-//   down, P = 1       0-1 128 tokens of the operand, 2-3 their next 64 features, 4-5 the pool's columns for each
-//   down, P = 2       0-5 128 tokens of the operand, 64 features after 64; in the next stage 0-5 the two parts' pool
+//   down, S = 1       0-1 128 tokens of the operand, 2-3 their next 64 features, 4-5 the pool's columns for each
+//   down, S = 2       0-5 128 tokens of the operand, 64 features after 64; in the next stage 0-5 the two blocks' pool
 //                     columns for each of these: a step is two stages, both full, for it costs the same half empty
-//   down, P > 2       0-1 128 tokens of the operand, 2-... each part's pool columns
-//   gradients, P = 1  0-3 64 tokens by 256 features, 4     the part's S block
-//   gradients, P > 1  0-1 64 tokens by 128 features, 2-... each part's S block
+//   down, S > 2       0-1 128 tokens of the operand, 2-... each block's pool columns
+//   gradients, S = 1  0-3 64 tokens by 256 features, 4     the S block
+//   gradients, S > 1  0-1 64 tokens by 128 features, 2-... each S block
 constexpr int kStageBytes = 6 * kBoxBytes;
 constexpr int kWeightBox = 2;
 constexpr int kThreads = 384;
@@ -36,8 +36,8 @@ static_assert(kStagingBytes % 1024 == 0 && kStagingBytes >= 4 * 2 * kWarpBufferB
 
 constexpr int kItemSlots = 4;
 
-__host__ __device__ constexpr int pool_box(int parts) { return parts == 1 ? 4 : 2; }        // where parts are not two
-__host__ __device__ constexpr int gradient_boxes(int parts) { return parts == 1 ? 4 : 2; }  // of 64 features
+__host__ __device__ constexpr int pool_box(int blocks) { return blocks == 1 ? 4 : 2; }        // where they are not two
+__host__ __device__ constexpr int gradient_boxes(int blocks) { return blocks == 1 ? 4 : 2; }  // of 64 features
 
 // Whether the low-rank part of dX is masked, and thus made before the frozen part. In forward it does not matter.
 __device__ __forceinline__ bool drops_in_backward(const LoraGemmArguments& arguments) {

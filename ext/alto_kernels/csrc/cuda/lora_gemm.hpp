@@ -29,6 +29,8 @@ struct ModuleArguments {
     CUtensorMap blocks;
     CUtensorMap saved;
     void* block_data;           // what `blocks` maps
+    const void* row_data;       // what `rows` maps, backward
+    const void* saved_data;     // what `saved` maps, backward
     const void* bias;           // [N] or null, forward only
     const SlotPointers* slots;  // of this module
     std::uint32_t module;       // its number in the table, which dropout mixes in
@@ -40,6 +42,7 @@ struct LoraGemmArguments {
     CUtensorMap input;        // X [T, K]
     CUtensorMap input_grads;  // dX [T, K], backward
     ModuleArguments modules[kMaxModules];
+    const void* input_data;  // what `input` maps
     int module_count;
     int in_features;
     int tokens;

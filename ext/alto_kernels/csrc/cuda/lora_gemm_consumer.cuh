@@ -183,7 +183,7 @@ struct Consumer {
     }
 
     // S blocks from one pass over the operand.
-    template <int parts>
+    template <int blocks>
     __device__ __forceinline__ void down(const Item& item, Sum& sum) {
         const bool drops = !kBackward && (item.flags & kMasked) != 0;
         std::uint32_t row_bits = 0;
@@ -201,13 +201,13 @@ struct Consumer {
             await_full();
             if (drops) {
                 // The operand's boxes, 64 features after 64.
-                const int feature = index * down_depth(parts);
+                const int feature = index * down_depth(blocks);
                 mask_box(warpgroup, true, row_bits, threshold, feature);
-                if constexpr (parts <= 2) mask_box(2 + warpgroup, true, row_bits, threshold, feature + 64);
-                if constexpr (parts == 2) mask_box(4 + warpgroup, true, row_bits, threshold, feature + 128);
+                if constexpr (blocks <= 2) mask_box(2 + warpgroup, true, row_bits, threshold, feature + 64);
+                if constexpr (blocks == 2) mask_box(4 + warpgroup, true, row_bits, threshold, feature + 128);
                 masked();
             }
-            if constexpr (parts == 2) {
+            if constexpr (blocks == 2) {
                 const int operand_stage = ring.stage;
                 const std::uint32_t operand = box(warpgroup);
                 ring.advance();
@@ -222,19 +222,20 @@ struct Consumer {
             } else {
                 fence_registers(sum);
                 cute::warpgroup_arrive();
-                multiply_boxes<Major::K, kWeightMajor, 0, 32 * parts>(box(warpgroup), box(pool_box(parts)), sum, keep);
-                if constexpr (parts == 1)
+                multiply_boxes<Major::K, kWeightMajor, 0, 32 * blocks>(box(warpgroup), box(pool_box(blocks)), sum,
+                                                                       keep);
+                if constexpr (blocks == 1)
                     multiply_boxes<Major::K, kWeightMajor, 0, 32>(box(2 + warpgroup), box(pool_box(1) + 1), sum, keep);
-                parts == 1 ? complete_step() : commit_step();
+                blocks == 1 ? complete_step() : commit_step();
             }
             fence_registers(sum);
         }
         finish(sum);
     }
 
-    template <int parts>
+    template <int blocks>
     __device__ __forceinline__ void gradient(const ItemSlot& slot, Sum& sum) {
-        constexpr int kOwnBoxes = gradient_boxes(parts) / 2;
+        constexpr int kOwnBoxes = gradient_boxes(blocks) / 2;
         const Item& item = slot.item;
         const std::int32_t threshold =
             item.kind == Kind::kGradA ? item.threshold : std::numeric_limits<std::int32_t>::min();
@@ -259,7 +260,7 @@ struct Consumer {
                     mask_box(warpgroup * kOwnBoxes + own, inside, row_bits, threshold, feature + own * 64);
                 masked();
             }
-            if constexpr (parts == 1) {
+            if constexpr (blocks == 1) {
                 // Accumulators of their own, set to zero: two chains within the shared ones make ptxas wait for each.
                 fence_registers(first);
                 fence_registers(second);
@@ -273,29 +274,31 @@ struct Consumer {
             } else {
                 fence_registers(sum);
                 cute::warpgroup_arrive();
-                multiply_boxes<Major::MN, Major::MN, 0, 32 * parts>(box(warpgroup), box(2), sum, keep);
+                multiply_boxes<Major::MN, Major::MN, 0, 32 * blocks>(box(warpgroup), box(2), sum, keep);
                 complete_step();
                 fence_registers(sum);
             }
         }
-        if constexpr (parts == 1) {
+        if constexpr (blocks == 1) {
             finish(first);
             fence_registers(second);
-            void* const gradient = slot.gradients[0];
-            epilogue.add_gradient(item, item.parts[0], gradient, feature, 0, first);
-            epilogue.add_gradient(item, item.parts[0], gradient, feature + 64, 0, second);
+            epilogue.add_gradients(slot, 0, item.part_count, feature, epilogue.turn(item, 0, first));
+            epilogue.add_gradients(slot, 0, item.part_count, feature + 64, epilogue.turn(item, 0, second));
+            // Or else the shared ones would stay alive through all of this, and others be spilled.
+#pragma unroll
+            for (float& value : sum) value = 0.0f;
         } else {
             finish(sum);
         }
     }
 
-    // Of parts that were made together.
+    // Of S blocks that were multiplied together.
     __device__ __forceinline__ void add_gradients(const ItemSlot& slot, const Sum& sum) {
+        const int feature = slot.item.column + warpgroup * 64;
 #pragma unroll
         for (int part = 0; part < kMaxParts; ++part)
             if (part < slot.item.part_count && slot.gradients[part] != nullptr)
-                epilogue.add_gradient(slot.item, slot.item.parts[part], slot.gradients[part],
-                                      slot.item.column + warpgroup * 64, part * 32, sum);
+                epilogue.add_gradients(slot, part, part + 1, feature, epilogue.turn(slot.item, part * 32, sum));
     }
 
     __device__ __forceinline__ void work(const ItemSlot& slot, Sum& sum) {
@@ -309,17 +312,17 @@ struct Consumer {
             epilogue.store_output(item, sum);
         } else if (item.kind == Kind::kDown) {
             const std::uint32_t bad = epilogue.bad_owners(item);
-            if (item.part_count == 1) down<1>(item, sum);
-            if (item.part_count == 2) down<2>(item, sum);
-            if (item.part_count == 3) down<3>(item, sum);
-            if (item.part_count == 4) down<4>(item, sum);
+            if (item.block_count == 1) down<1>(item, sum);
+            if (item.block_count == 2) down<2>(item, sum);
+            if (item.block_count == 3) down<3>(item, sum);
+            if (item.block_count == 4) down<4>(item, sum);
             epilogue.write_blocks(item, bad, sum);
         } else if (kBackward && adds_anything(slot)) {
-            if (item.part_count == 1) gradient<1>(slot, sum);
-            if (item.part_count == 2) gradient<2>(slot, sum);
-            if (item.part_count == 3) gradient<3>(slot, sum);
-            if (item.part_count == 4) gradient<4>(slot, sum);
-            if (item.part_count > 1) add_gradients(slot, sum);
+            if (item.block_count == 1) gradient<1>(slot, sum);
+            if (item.block_count == 2) gradient<2>(slot, sum);
+            if (item.block_count == 3) gradient<3>(slot, sum);
+            if (item.block_count == 4) gradient<4>(slot, sum);
+            if (item.block_count > 1) add_gradients(slot, sum);
         }
     }
 };

@@ -33,7 +33,7 @@ struct Producer {
         const Item& item = slot.item;
         if (kBackward && (item.kind == Kind::kGradA || item.kind == Kind::kGradB)) {
             for (int part = 0; part < item.part_count; ++part) {
-                const SlotPointers* pointers = arguments.modules[item.parts[part].module].slots + item.slot;
+                const SlotPointers* pointers = arguments.modules[item.parts[part].module].slots + item.parts[part].slot;
                 slot.gradients[part] = item.kind == Kind::kGradA ? pointers->grad_a : pointers->grad_b;
             }
         }
@@ -157,7 +157,7 @@ struct Producer {
 
     __device__ __forceinline__ void down(const Item& item) {
         const CUtensorMap& operand = kBackward ? arguments.modules[item.parts[0].module].rows : arguments.input;
-        const int parts = item.part_count;
+        const int parts = item.block_count;
         if (parts == 2) return down_of_two(item, operand);
         const bool for_both = (item.flags & kShared) != 0;
         int boxes = 2;
@@ -212,13 +212,13 @@ struct Producer {
     __device__ __forceinline__ void gradient(const Item& item) {
         const bool of_a = item.kind == Kind::kGradA;
         const CUtensorMap& rows = of_a ? arguments.input : arguments.modules[item.parts[0].module].rows;
-        const int boxes = gradient_boxes(item.part_count);
+        const int boxes = gradient_boxes(item.block_count);
         for (int step = 0; step < item.steps; ++step) {
             const int token = item.row + step * 64;
             if (of_a) await_blocks(token);
-            std::uint64_t* barrier = open(boxes + item.part_count);
+            std::uint64_t* barrier = open(boxes + item.block_count);
             for (int box = 0; box < boxes; ++box) load(rows, barrier, box, item.column + box * 64, token);
-            for (int part = 0; part < item.part_count; ++part) {
+            for (int part = 0; part < item.block_count; ++part) {
                 if (((part + step) & 1) != block) continue;
                 const ModuleArguments& module = arguments.modules[item.parts[part].module];
                 load_for_both(of_a ? module.blocks : module.saved, barrier, boxes + part, 0,

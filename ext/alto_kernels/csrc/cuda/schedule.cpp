@@ -17,8 +17,9 @@ constexpr double kDownStageCost = 0.95;  // of S blocks, and for each part
 constexpr double kDownPartCost = 0.06;
 constexpr double kDownCost = 7.0;  // around them
 constexpr double kGradientStepCost = 1.1;
-constexpr double kGradientCost = 2.0;  // around a gradient's steps, and for each 64 features of each part
-constexpr double kGradientPieceCost = 0.8;
+constexpr double kGradientCost = 2.0;       // around a gradient's steps,
+constexpr double kGradientBlockCost = 0.6;  // and of each 64 features: for each S block,
+constexpr double kGradientPartCost = 0.2;   // for each part,
 constexpr double kGradientColumnCost =
     0.03;                              // of each rank column that is written, and as much again if it is added to
 constexpr double kCrowdedCost = 1.15;  // by which a gradient takes longer where all clusters make gradients
@@ -26,9 +27,10 @@ constexpr double kUnsharedCost = 1.2;  // of an extra step whose pool columns ea
 constexpr double kMaskCost = 0.75;     // of dropout, for each 64 x 64 that a warpgroup masks
 constexpr double kMaskTileCost = 4.0;  // the same for the low-rank part of a tile of dX
 
-// Clusters that make gradients while others make tiles. More would slow them by what they read and write; the
-// simulation does not know it.
-constexpr int kMostGradientClusters = 4;
+// So many clusters may make gradients while others make tiles; each one more slows all by this part of the run, with
+// what it reads and writes.
+constexpr int kGradientClusters = 4;
+constexpr double kSlowedBy = 0.003;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -78,7 +80,7 @@ void add_down_pairs(const TickLayout& layout, const LaunchShape& shape, int limi
             item.kind = Kind::kDown;
             item.flags = (shared ? kShared : 0) | (masked ? kMasked : 0);
             item.row = (row_pair * kClusterSize + block) * kTileRows;
-            item.part_count = count;
+            item.block_count = item.part_count = count;
             item.steps = ceil_div(contraction, down_depth(count));
             for (int i = 0; i < count; ++i) {
                 const auto at = static_cast<std::size_t>(first + i);
@@ -170,51 +172,57 @@ std::vector<Pair> base_pairs(const TickLayout& layout, const LaunchShape& shape)
     return pairs;
 }
 
-// The gradients of one segment for parts that are read with the same rows: those of dY (B) or of X (A).
+// The gradients of one run for parts that are read with the same rows: those of dY (B) or of X (A).
 void add_gradient_pairs(const TickLayout& layout, const TickLayout::Run& run, Kind kind, int features,
-                        const std::vector<Part>& parts, std::vector<Pair>& pairs) {
-    const Segment& segment = layout.segments[static_cast<std::size_t>(run.segment)];
+                        const std::vector<Part>& parts, bool one_block, std::vector<Pair>& pairs) {
+    const Segment& segment = layout.segments[static_cast<std::size_t>(run.pieces.front().segment)];
     const bool masked = kind == Kind::kGradA && segment.threshold != std::numeric_limits<std::int32_t>::min();
     const int size = group_size(static_cast<int>(parts.size()), kMaxParts);
     for (int first = 0; first < static_cast<int>(parts.size()); first += size) {
         const int count = std::min(size, static_cast<int>(parts.size()) - first);
-        const int boxes = count == 1 ? 4 : 2;
-        const double step = kGradientStepCost + (masked ? kMaskCost * boxes / 2 : 0.0);
+        Item item{};
+        item.kind = kind;
+        item.flags = segment.fresh ? kFresh : 0;
+        item.row = run.first_row;
+        item.steps = run.half_tiles;
+        item.block_count = one_block ? 1 : count;
+        item.part_count = count;
+        item.start = std::numeric_limits<int>::max();
+        item.threshold = segment.threshold;
+        item.keep_factor = segment.keep_factor;
         int rank_columns = 0;
-        for (int part = first; part < first + count; ++part)
-            rank_columns += std::min(segment.rank - parts[static_cast<std::size_t>(part)].detail, kStepDepth);
+        for (int i = 0; i < count; ++i) {
+            const Part& part = item.parts[i] = parts[static_cast<std::size_t>(first + i)];
+            item.start = std::min(item.start, part.start);
+            item.stop = std::max(item.stop, part.stop);
+            const int columns = std::min(part.rank - part.detail, kStepDepth);
+            rank_columns += columns;
+            for (int at = part.column / 8; at < ceil_div(part.column + columns, 8); ++at)
+                item.eighths |= 1u << ((one_block ? 0 : i * 8) + at);
+        }
+        const int boxes = item.block_count == 1 ? 4 : 2;
+        const double step = kGradientStepCost + (masked ? kMaskCost * boxes / 2 : 0.0);
+        const double cost = item.steps * step + kGradientCost +
+                            boxes / 2 *
+                                (item.block_count * kGradientBlockCost + count * kGradientPartCost +
+                                 rank_columns * kGradientColumnCost * (segment.fresh ? 1.0 : 2.0));
         for (int column = 0; column < features; column += boxes * 64 * kClusterSize) {
-            Pair pair{};
-            pair.cost =
-                run.half_tiles * step + kGradientCost +
-                boxes / 2 *
-                    (count * kGradientPieceCost + rank_columns * kGradientColumnCost * (segment.fresh ? 1.0 : 2.0));
-            for (int block = 0; block < kClusterSize; ++block) {
-                Item& item = pair.items[block];
-                item.kind = kind;
-                item.flags = segment.fresh ? kFresh : 0;
-                item.row = run.first_row;
-                item.column = column + block * boxes * 64;
-                item.steps = run.half_tiles;
-                item.part_count = count;
-                item.slot = segment.slot;
-                item.start = segment.start;
-                item.stop = segment.stop;
-                item.rank = segment.rank;
-                item.threshold = segment.threshold;
-                item.keep_factor = segment.keep_factor;
-                std::copy_n(parts.begin() + first, count, item.parts);
-            }
+            Pair pair{{item, item}, cost};
+            for (int block = 0; block < kClusterSize; ++block) pair.items[block].column = column + block * boxes * 64;
             pairs.push_back(pair);
         }
     }
 }
 
-std::vector<Part> gradient_parts(const TickLayout::Run& run, int first_module, int last_module) {
+std::vector<Part> gradient_parts(const TickLayout& layout, const TickLayout::Run& run, int first_module,
+                                 int last_module) {
     std::vector<Part> parts;
-    for (const auto& piece : run.pieces)
+    for (const auto& piece : run.pieces) {
+        const Segment& segment = layout.segments[static_cast<std::size_t>(piece.segment)];
         for (int module = first_module; module < last_module; ++module)
-            parts.push_back({piece.s_row, piece.column, module, piece.chunk});
+            parts.push_back({piece.s_row, piece.column, module, piece.chunk, segment.slot, segment.rank, segment.start,
+                             segment.stop});
+    }
     return parts;
 }
 
@@ -222,12 +230,14 @@ std::vector<Pair> gradient_pairs(const TickLayout& layout, const LaunchShape& sh
     std::vector<Pair> pairs;
     if (!shape.backward) return pairs;
     const int modules = static_cast<int>(shape.out_features.size());
-    for (const auto& run : layout.runs)
+    for (const auto& run : layout.joint_runs)
         for (int module = 0; module < modules; ++module)
             add_gradient_pairs(layout, run, Kind::kGradB, shape.out_features[static_cast<std::size_t>(module)],
-                               gradient_parts(run, module, module + 1), pairs);
-    for (const auto& run : layout.runs)
-        add_gradient_pairs(layout, run, Kind::kGradA, shape.in_features, gradient_parts(run, 0, modules), pairs);
+                               gradient_parts(layout, run, module, module + 1), run.one_block, pairs);
+    // One pass over X for all modules: each has an S block there.
+    for (const auto& run : modules == 1 ? layout.joint_runs : layout.runs)
+        add_gradient_pairs(layout, run, Kind::kGradA, shape.in_features, gradient_parts(layout, run, 0, modules),
+                           run.one_block && modules == 1, pairs);
     return pairs;
 }
 
@@ -307,6 +317,7 @@ Dealt deal(const Work& work, const std::vector<Pair>& downs, const Deal& how) {
         free.emplace(end, cluster);
     }
     dealt.makespan = std::max(dealt.makespan, all_written);
+    dealt.makespan *= 1.0 + kSlowedBy * std::max(0, how.gradient_clusters - kGradientClusters);
     return dealt;
 }
 
@@ -322,9 +333,9 @@ Dealt best_deal(const Work& work) {
         best = std::move(dealt);
         how = candidate;
     };
-    const bool both = !work.tiles.empty() && !work.gradients.empty();
     const int down_clusters = std::clamp(static_cast<int>(work.downs.front().size()), 1, work.clusters);
-    for (int count = 0; count <= (both ? std::min(kMostGradientClusters, work.clusters) : 0); ++count)
+    const int most = work.tiles.empty() || work.gradients.empty() ? 0 : work.clusters / 2;
+    for (int count = 0; count <= most; count += count < kGradientClusters ? 1 : kGradientClusters)
         consider(work.downs.front(), {down_clusters, count});
     const int gradient_clusters = how.gradient_clusters;
     for (const auto& downs : work.downs) {

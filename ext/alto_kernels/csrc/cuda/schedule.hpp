@@ -22,16 +22,18 @@ class TickLayout {
     };
     // At most 64 of a segment's rank columns, which lie in one window.
     struct Piece {
+        int segment;
         int chunk;   // the first of them
         int column;  // where in the window
-        int s_row;   // of the segment's first half tile of tokens
+        int window;
+        int s_row;  // of the run's first half tile of tokens
     };
-    // The tokens of a segment in half tiles of 64.
+    // Half tiles of 64 tokens whose gradients are made together: of one segment, or of neighbours in one window.
     struct Run {
-        int segment;
         int first_row;
         int half_tiles;
         std::vector<Piece> pieces;
+        bool one_block;  // all pieces are in the same S blocks
     };
 
     int tokens = 0;
@@ -45,7 +47,11 @@ class TickLayout {
     std::vector<Extra> extras;
     std::vector<int> extra_begin;   // [tiles + 1]
     std::vector<int> ready_target;  // [tiles + 1]; the last is their sum
-    std::vector<Run> runs;
+    std::vector<Run> runs;          // one for each segment that has tokens
+    std::vector<Run> joint_runs;    // the same, neighbours joined
+
+  private:
+    void join_runs();
 };
 
 // The items of one launch in the order of clusters; `offsets` [clusters + 1] counts pairs of items.

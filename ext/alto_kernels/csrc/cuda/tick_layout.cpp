@@ -8,6 +8,9 @@
 namespace alto::cuda {
 namespace {
 
+// Half tiles of gradients that are joined.
+constexpr int kMostJoint = 16;
+
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // A piece before windows are known.
@@ -78,7 +81,7 @@ TickLayout::TickLayout(std::int64_t token_count, std::vector<Segment> given) : s
             const int start = segments[static_cast<std::size_t>(range.segment)].start;
             const int first_row = start / kStepDepth * kStepDepth;
             pieces[static_cast<std::size_t>(range.segment)].push_back(
-                {range.chunk, range.pool_column - window_columns[window],
+                {range.segment, range.chunk, range.pool_column - window_columns[window], static_cast<int>(window),
                  block_of_tile[start / kTileRows] * kTileRows + first_row % kTileRows});
         }
     }
@@ -88,12 +91,14 @@ TickLayout::TickLayout(std::int64_t token_count, std::vector<Segment> given) : s
         const Segment& segment = segments[i];
         if (segment.start >= segment.stop) continue;
         const int first_row = segment.start / kStepDepth * kStepDepth;
-        runs.push_back(
-            {static_cast<int>(i), first_row, ceil_div(segment.stop - first_row, kStepDepth), std::move(pieces[i])});
+        auto& own = pieces[i];
+        const bool one_block = own.size() == 1;
+        runs.push_back({first_row, ceil_div(segment.stop - first_row, kStepDepth), std::move(own), one_block});
         if (segment.threshold != std::numeric_limits<std::int32_t>::min())
             for (int tile = segment.start / kTileRows; tile <= (segment.stop - 1) / kTileRows; ++tile)
                 drops[static_cast<std::size_t>(tile)] = true;
     }
+    join_runs();
     extra_begin.push_back(0);
     for (const auto& list : blocks) {
         for (const Block& block : list)
@@ -102,6 +107,47 @@ TickLayout::TickLayout(std::int64_t token_count, std::vector<Segment> given) : s
         ready_target.push_back(kConsumerWarps * static_cast<int>(list.size()));
     }
     ready_target.push_back(kConsumerWarps * block_count);
+}
+
+// Neighbours in a window whose tokens follow each other: fewer gradients, with fuller columns. Not beyond a length that
+// still fills the end of a launch.
+void TickLayout::join_runs() {
+    const auto segment_of = [&](const Run& run) -> const Segment& {
+        return segments[static_cast<std::size_t>(run.pieces.front().segment)];
+    };
+    std::map<int, std::vector<const Run*>> by_window;
+    for (const Run& run : runs) {
+        if (run.one_block) {
+            by_window[run.pieces.front().window].push_back(&run);
+        } else {
+            joint_runs.push_back(run);
+        }
+    }
+    for (auto& [window, found] : by_window) {
+        std::stable_sort(found.begin(), found.end(),
+                         [](const Run* a, const Run* b) { return a->first_row < b->first_row; });
+        Run* joint = nullptr;
+        for (const Run* run : found) {
+            if (joint != nullptr) {
+                const Segment& one = segment_of(*joint);
+                const Segment& two = segment_of(*run);
+                Piece piece = run->pieces.front();
+                const int rows = run->first_row - joint->first_row;
+                const int half_tiles = std::max(joint->half_tiles, rows / kStepDepth + run->half_tiles);
+                if (piece.s_row == joint->pieces.front().s_row + rows && one.threshold == two.threshold &&
+                    one.fresh == two.fresh && joint->pieces.size() < kMaxParts && half_tiles <= kMostJoint) {
+                    piece.s_row -= rows;
+                    joint->pieces.push_back(piece);
+                    joint->half_tiles = half_tiles;
+                    continue;
+                }
+            }
+            joint_runs.push_back(*run);
+            joint = &joint_runs.back();
+        }
+    }
+    std::stable_sort(joint_runs.begin(), joint_runs.end(),
+                     [](const Run& a, const Run& b) { return a.first_row < b.first_row; });
 }
 
 }  // namespace alto::cuda
