@@ -118,7 +118,7 @@ def size_of(job: TuningJob) -> WorkSize:
     """Return the size that admission tells placement: tokens by the rows' mean length."""
     configs = [trial.config for trial in job.trials]
     mean = float(TRAIN.lengths.mean())
-    samples = sum(config.total_steps(len(TRAIN)) * config.effective_batch_size for config in configs)
+    samples = sum(config.total_samples(len(TRAIN)) for config in configs)
     evaluated = job.evaluation.count * 8 * float(VALIDATION.lengths.mean())
     return WorkSize(
         train_tokens=round(samples * mean),

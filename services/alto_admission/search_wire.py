@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 
 from alto.v1 import error_pb2, tuning_pb2
 from alto_common import search_space
@@ -15,6 +17,7 @@ from alto_common.violations import Violation
 from google.protobuf import struct_pb2
 
 FIELD_PREFIX = "spec.search_space."
+_DIMENSION = re.compile(r"(?<=\.)dimensions\[(\d+)\]")
 
 
 def expanded(message: tuning_pb2.SearchSpace, max_trials: int, context_length: int) -> tuple[Trial, ...]:
@@ -29,24 +32,23 @@ def expanded(message: tuning_pb2.SearchSpace, max_trials: int, context_length: i
     try:
         return search_space.expand(space, max_trials, FIELD_PREFIX)
     except SearchSpaceError as error:
-        violations = [
-            Violation(named_dimensions(message, violation.field), violation.value, violation.cure)
-            for violation in error.violations
-        ]
-        raise invalid_fields(violations, error_pb2.ERROR_REASON_SEARCH_SPACE_INVALID) from error
+        named = with_names(message, error.violations)
+        raise invalid_fields(named, error_pb2.ERROR_REASON_SEARCH_SPACE_INVALID) from error
 
 
-def named_dimensions(message: tuning_pb2.SearchSpace, path: str) -> str:
-    """Return a field's path with the dimension's name for its index: ...grid.dimensions[lora_rank].values[1]."""
+def with_names(message: tuning_pb2.SearchSpace, violations: Sequence[Violation]) -> list[Violation]:
+    """Return violations whose paths have a dimension's field for its index: dimensions[lora_rank].values.values[1].
+
+    An index stays where that field is none of a configuration's, or another dimension's too.
+    """
     dimensions = message.grid.dimensions if message.HasField("grid") else message.random.dimensions
     names = [dimension.field for dimension in dimensions]
 
     def name(found: re.Match[str]) -> str:
-        index = int(found[1])
-        known = names[index] in CONFIG_FIELDS and names.count(names[index]) == 1
-        return f"dimensions[{names[index]}]" if known else found[0]
+        own = names[int(found[1])]
+        return f"dimensions[{own}]" if own in CONFIG_FIELDS and names.count(own) == 1 else found[0]
 
-    return re.sub(r"dimensions\[(\d+)\]", name, path)
+    return [replace(one, field=_DIMENSION.sub(name, one.field, count=1)) for one in violations]
 
 
 def _kind(message: tuning_pb2.SearchSpace, base: TrialConfig) -> search_space.Kind:

@@ -19,6 +19,7 @@ from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import Scope, ServiceTokenAuthenticator
 from alto_common.rpc.server import Server
 from alto_common.rpc.tls import TlsFiles, service_tls, tls_files
+from google.protobuf.message import Message
 
 from alto_admission.access import ADMISSION_SERVICE, REPORT_SERVICE, SERVICE_SCOPES, TENANT_SCOPES
 from alto_admission.adapters import Adapters
@@ -31,6 +32,7 @@ from alto_admission.models import Models
 from alto_admission.placement_client import PlacementClient
 from alto_admission.plan_watcher import PlanWatcher
 from alto_admission.report_servicer import ReportServicer
+from alto_admission.request_check import check_request
 from alto_admission.servicer import AdmissionServicer
 from alto_admission.settings import AdmissionSettings
 from alto_admission.store.datasets import DatasetStore
@@ -113,6 +115,7 @@ class AdmissionServer:
             [ADMISSION_SERVICE],
             tls=public_tls,
             monitoring=self._monitoring,
+            check=self._check,
         )
         self.internal = Server(
             settings.internal_listen,
@@ -185,6 +188,9 @@ class AdmissionServer:
         self._model_worker.close()
         self._file_worker.close()
         await self.database.close()
+
+    def _check(self, request: Message) -> None:
+        check_request(request, self.settings.max_trials)
 
     def _begin(self, loop: Coroutine[Any, Any, None]) -> None:
         self._loops.append(asyncio.create_task(loop))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 from alto.v1 import admission_service_pb2 as messages
@@ -12,7 +11,6 @@ from alto.v1 import admission_service_pb2_grpc, tuning_pb2
 from alto_common.errors import invalid_fields, unavailable
 from alto_common.rpc.authentication import current_caller
 from alto_common.violations import Violation
-from google.protobuf.message import Message
 
 from alto_admission.adapters import Adapters
 from alto_admission.domain.task_states import Request
@@ -25,7 +23,14 @@ from alto_admission.store.tasks import TaskFilter, TaskStore
 from alto_admission.tuning_tasks import TuningTasks
 from alto_admission.uploads import Chunk, Uploads
 from alto_admission.watch import Watches
-from alto_admission.wire import base_model_to_wire, dataset_to_wire, metric_to_wire, task_to_wire, trial_to_wire
+from alto_admission.wire import (
+    base_model_to_wire,
+    dataset_to_wire,
+    metric_to_wire,
+    task_to_wire,
+    trial_to_wire,
+    usage_to_wire,
+)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -33,10 +38,9 @@ TASKS_A_PAGE = 50
 TRIALS_A_PAGE = 100
 METRICS_A_PAGE = 1000
 DATASETS_A_PAGE = 50
-# A response may have 4 MiB; a task or a trial far less.
+# Of texts and messages in a page, which may so have fewer tasks or trials than were asked for. A response may have
+# 4 MiB; what else a thousand of them hold takes far less than the rest.
 PAGE_BYTES = 3 << 20
-
-Listed = TypeVar("Listed", bound=Message)
 
 
 def tenant() -> str:
@@ -91,12 +95,10 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         binding = repr(("tasks", tenant(), wanted)).encode()
         key = page_key(request.page_token, binding, (int, str))
         size = request.page_size or TASKS_A_PAGE
-        tasks = await self._tasks.page(tenant(), wanted, key, size + 1)
-        shown = _fitting([task_to_wire(task) for task in tasks[:size]])
-        response = messages.ListTuningTasksResponse(tasks=shown)
-        if len(tasks) > len(shown):
-            last = tasks[len(shown) - 1]
-            response.next_page_token = page_token(binding, (last.create_us, last.task_id))
+        tasks, more = await self._tasks.page(tenant(), wanted, key, size, PAGE_BYTES)
+        response = messages.ListTuningTasksResponse(tasks=map(task_to_wire, tasks))
+        if more:
+            response.next_page_token = page_token(binding, (tasks[-1].create_us, tasks[-1].task_id))
         return response
 
     async def CancelTuningTask(
@@ -158,11 +160,11 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         binding = repr(("trials", request.task_id)).encode()
         key = page_key(request.page_token, binding, (int,))
         size = request.page_size or TRIALS_A_PAGE
-        trials = await self._tasks.trials(request.task_id, key[0] if key else -1, size + 1)
-        shown = _fitting([trial_to_wire(trial) for trial in trials[:size]])
-        response = messages.ListTrialsResponse(trials=shown)
-        if len(trials) > len(shown):
-            response.next_page_token = page_token(binding, (trials[len(shown) - 1].position,))
+        after = key[0] if key else -1
+        trials, more = await self._tasks.page_of_trials(request.task_id, after, size, PAGE_BYTES)
+        response = messages.ListTrialsResponse(trials=map(trial_to_wire, trials))
+        if more:
+            response.next_page_token = page_token(binding, (trials[-1].position,))
         return response
 
     async def GetTrial(self, request: messages.GetTrialRequest, context: Context) -> messages.GetTrialResponse:
@@ -206,9 +208,11 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         self, request: messages.GetDatasetUploadRequest, context: Context
     ) -> messages.GetDatasetUploadResponse:
         """Tell where an upload carries on."""
-        committed, dataset = await self._uploads.kept(tenant(), request.request_id)
+        upload, committed, dataset = await self._uploads.kept(tenant(), request.request_id)
         return messages.GetDatasetUploadResponse(
-            committed_bytes=committed, dataset=dataset_to_wire(dataset) if dataset else None
+            committed_bytes=committed,
+            dataset=dataset_to_wire(dataset) if dataset else None,
+            dataset_id=upload.dataset_id,
         )
 
     async def GetDataset(self, request: messages.GetDatasetRequest, context: Context) -> messages.GetDatasetResponse:
@@ -224,10 +228,8 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         key = page_key(request.page_token, binding, (int, str))
         size = request.page_size or DATASETS_A_PAGE
         datasets = await self._datasets.page(tenant(), key, size + 1)
-        used_bytes, quota_bytes = await self._uploads.usage(tenant())
         response = messages.ListDatasetsResponse(
-            datasets=[dataset_to_wire(dataset) for dataset in datasets[:size]],
-            usage=messages.DatasetUsage(used_bytes=used_bytes, quota_bytes=quota_bytes),
+            datasets=map(dataset_to_wire, datasets[:size]), usage=usage_to_wire(await self._uploads.usage(tenant()))
         )
         if len(datasets) > size:
             last = datasets[size - 1]
@@ -237,7 +239,7 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
     async def DeleteDataset(
         self, request: messages.DeleteDatasetRequest, context: Context
     ) -> messages.DeleteDatasetResponse:
-        """Delete a dataset that no unfinished task uses."""
+        """Delete a dataset that no unfinished task uses, or give up the unfinished upload of it."""
         await self._uploads.delete(tenant(), request.dataset_id)
         return messages.DeleteDatasetResponse()
 
@@ -259,12 +261,6 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
         yield messages.DownloadAdapterResponse(header=header)
         async for offset, data in pieces:
             yield messages.DownloadAdapterResponse(chunk=messages.AdapterChunk(offset=offset, data=data))
-
-
-def _fitting(listed: list[Listed]) -> list[Listed]:
-    """Return the first of a page that fit into a response, one at least: a page may have fewer than were asked for."""
-    sizes = itertools.accumulate(message.ByteSize() for message in listed)
-    return listed[: max(1, sum(size <= PAGE_BYTES for size in sizes))]
 
 
 async def _chunks(requests: AsyncIterator[messages.UploadDatasetRequest]) -> AsyncIterator[Chunk]:

@@ -27,7 +27,6 @@ from alto_admission.domain.work_size import (
     Rows,
     SearchSize,
     peak_memory_bytes,
-    samples_of,
     search_size,
 )
 from alto_admission.models import KnownModel, Models
@@ -103,7 +102,7 @@ class TuningTasks:
             dataset_id=spec.dataset_id,
             validation_dataset_id=spec.validation_dataset_id or None,
             trial_count=len(search.trials),
-            samples_planned=sum(samples_of(trial, search.train_rows) for trial in search.trials),
+            samples_planned=sum(trial.config.total_samples(search.train_rows) for trial in search.trials),
             create_us=self._clock_us(),
             queue_reason="ENTERING_QUEUE",
             queue_explanation="the task is being handed to placement",
@@ -134,13 +133,13 @@ class TuningTasks:
             validation = await self._datasets.get(spec.validation_dataset_id, tenant)
         model = await self._models.get(spec.base_model)
         trials: Sequence[tuning.Trial]
+        # In threads: a thousand configurations over a model of many layers take a moment.
         if admitted is None:
-            trials = expanded(spec.search_space, self._max_trials, model.facts.context_length)
+            trials = await asyncio.to_thread(expanded, spec.search_space, self._max_trials, model.facts.context_length)
         else:
             trials = [
                 trial_from_wire(trial.trial_id, tuning_pb2.TrialConfig.FromString(trial.config)) for trial in admitted
             ]
-        # A thousand configurations over a model of many layers take a moment.
         search = await asyncio.to_thread(
             plan_search, spec, model.facts, _shape(train), _shape(validation) if validation else None, trials
         )

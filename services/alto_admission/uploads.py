@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -25,6 +26,7 @@ from alto_admission.worker import Worker
 ENDINGS = (".jsonl", ".parquet")
 ABANDONED_S = 7 * 24 * 3600
 CLEAN_EVERY_S = 3600.0
+UNFINISHED_SHOWN = 100
 FORMATS: dict[RowFormat, dataset_pb2.DatasetFormat.ValueType] = {
     RowFormat.TEXT: dataset_pb2.DATASET_FORMAT_TEXT,
     RowFormat.PROMPT_COMPLETION: dataset_pb2.DATASET_FORMAT_PROMPT_COMPLETION,
@@ -37,6 +39,15 @@ Header = admission_service_pb2.DatasetUploadHeader
 Chunk = admission_service_pb2.DatasetChunk
 
 log = structlog.get_logger("alto.admission.uploads")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a tenant's datasets and unfinished uploads take together, and of what; of `unfinished` the oldest."""
+
+    used_bytes: int
+    quota_bytes: int
+    unfinished: Sequence[Upload]
 
 
 class _Stream:
@@ -79,7 +90,7 @@ class Uploads:
         upload = await self._begin(tenant, header)
         if upload.complete:
             return await self._store.get(upload.dataset_id, tenant)
-        path = self._path(upload)
+        path = self._path(upload.dataset_id)
         self._folder.mkdir(parents=True, exist_ok=True)
         stream = self._streams.setdefault(upload.dataset_id, _Stream())
         owner = stream.owner = object()
@@ -99,24 +110,36 @@ class Uploads:
             if stream.owner in (owner, None) and self._streams.get(upload.dataset_id) is stream:
                 del self._streams[upload.dataset_id]
 
-    async def kept(self, tenant: str, request_id: str) -> tuple[int, Dataset | None]:
-        """Return how many bytes of an upload are kept, and its dataset when it is complete. RESOURCE_NOT_FOUND."""
+    async def kept(self, tenant: str, request_id: str) -> tuple[Upload, int, Dataset | None]:
+        """Return an upload, how many bytes of it are kept, and its dataset when it is complete.
+
+        Raises RESOURCE_NOT_FOUND.
+        """
         upload = await self._store.upload(tenant, request_id)
         if upload is None:
             raise not_found("upload", request_id)
         if upload.complete:
             dataset = await self._store.get(upload.dataset_id, tenant)
-            return dataset.size_bytes, dataset
-        return _size(self._path(upload)), None
+            return upload, dataset.size_bytes, dataset
+        return upload, _size(self._path(upload.dataset_id)), None
 
     async def delete(self, tenant: str, dataset_id: str) -> None:
-        """Delete a dataset. Raises RESOURCE_NOT_FOUND, DATASET_IN_USE."""
-        path = await self._store.delete(dataset_id, tenant)
-        await asyncio.to_thread(self._artifacts.delete, path.rpartition("/")[0])
+        """Delete a dataset, or give up the unfinished upload of it, which a stream may still be sending.
 
-    async def usage(self, tenant: str) -> tuple[int, int]:
-        """Return the bytes that a tenant's datasets and unfinished uploads take, and its quota of them."""
-        return await self._store.used_bytes(tenant), self._quota_bytes
+        Raises RESOURCE_NOT_FOUND, DATASET_IN_USE.
+        """
+        await self._store.delete(dataset_id, tenant)
+        stream = self._streams.get(dataset_id, _Stream())
+        stream.owner = None
+        # A chunk that is being written, or an end that is being judged, finds its file until it is done.
+        async with stream.lock:
+            await asyncio.to_thread(self._path(dataset_id).unlink, True)
+        await asyncio.to_thread(self._artifacts.delete, _folder(tenant, dataset_id))
+
+    async def usage(self, tenant: str) -> Usage:
+        """Return what a tenant's datasets and unfinished uploads take of its quota."""
+        unfinished = await self._store.oldest_unfinished(tenant, UNFINISHED_SHOWN)
+        return Usage(await self._store.used_bytes(tenant), self._quota_bytes, unfinished)
 
     async def keep_clean(self) -> None:
         """Remove what was abandoned, now and every hour."""
@@ -132,9 +155,10 @@ class Uploads:
         await asyncio.to_thread(self._remove_abandoned_bytes)
         before_us = self._clock_us() - ABANDONED_S * 1_000_000
         for upload in await self._store.unfinished_uploads(before_us):
-            if not self._path(upload).exists() and await self._store.forget_upload(upload, before_us):
+            path = self._path(upload.dataset_id)
+            if not path.exists() and await self._store.forget_upload(upload, before_us):
                 # A process that was killed may have left the file of a dataset that was never kept.
-                await asyncio.to_thread(self._artifacts.delete, _folder_of(upload))
+                await asyncio.to_thread(self._artifacts.delete, _folder(upload.tenant, upload.dataset_id))
 
     def _remove_abandoned_bytes(self) -> None:
         for path in self._folder.glob("*.part"):
@@ -166,7 +190,9 @@ class Uploads:
 
     async def _finish(self, upload: Upload, header: Header, path: Path) -> Dataset:
         now = await self._store.upload(upload.tenant, upload.request_id)
-        if now is not None and now.complete:
+        if now is None or now.dataset_id != upload.dataset_id:
+            raise _removed()
+        if now.complete:
             # Another call finished it while this one waited.
             return await self._store.get(now.dataset_id, upload.tenant)
         committed = await asyncio.to_thread(_size, path)
@@ -187,7 +213,7 @@ class Uploads:
 
     async def _keep(self, upload: Upload, header: Header, path: Path, facts: DatasetFacts) -> Dataset:
         ending = next(ending for ending in ENDINGS if header.file_name.lower().endswith(ending))
-        target = f"{_folder_of(upload)}/rows{ending}"
+        target = f"{_folder(upload.tenant, upload.dataset_id)}/rows{ending}"
         await asyncio.to_thread(lambda: self._artifacts.write(target, _pieces(path)))
         dataset = Dataset(
             dataset_id=upload.dataset_id,
@@ -204,17 +230,21 @@ class Uploads:
         kept = await self._store.finish_upload(dataset)
         await asyncio.to_thread(path.unlink, True)
         if not kept:
-            await asyncio.to_thread(self._artifacts.delete, _folder_of(upload))
-            raise unavailable("this upload was removed in the meantime: send it again")
+            await asyncio.to_thread(self._artifacts.delete, _folder(upload.tenant, upload.dataset_id))
+            raise _removed()
         log.info("dataset kept", dataset_id=dataset.dataset_id, rows=dataset.row_count, bytes=dataset.size_bytes)
         return dataset
 
-    def _path(self, upload: Upload) -> Path:
-        return self._folder / f"{upload.dataset_id}.part"
+    def _path(self, dataset_id: str) -> Path:
+        return self._folder / f"{dataset_id}.part"
 
 
-def _folder_of(upload: Upload) -> str:
-    return f"tenants/{upload.tenant}/datasets/{upload.dataset_id}"
+def _folder(tenant: str, dataset_id: str) -> str:
+    return f"tenants/{tenant}/datasets/{dataset_id}"
+
+
+def _removed() -> DomainError:
+    return unavailable("this upload was removed in the meantime: send it again")
 
 
 def _append(path: Path, chunk: Chunk, size_bytes: int) -> None:

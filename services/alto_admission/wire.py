@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from alto.v1 import dataset_pb2, tuning_pb2
+from alto.v1 import admission_service_pb2, dataset_pb2, tuning_pb2
 from alto_common.base_models import ModelFacts
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from alto_admission.domain.task import Metric, Task, Trial
 from alto_admission.store.datasets import Dataset
+from alto_admission.uploads import Usage
 
 
 def timestamp(time_us: int | None) -> timestamp_pb2.Timestamp | None:
@@ -117,6 +118,22 @@ def dataset_to_wire(dataset: Dataset) -> dataset_pb2.Dataset:
         sha256=dataset.sha256,
         duplicate_count=dataset.duplicate_count,
         create_time=timestamp(dataset.create_us),
+    )
+
+
+def usage_to_wire(usage: Usage) -> admission_service_pb2.DatasetUsage:
+    """Return what a tenant's datasets take of its quota, as it sees it."""
+    uploads = (
+        admission_service_pb2.UnfinishedUpload(
+            dataset_id=upload.dataset_id,
+            request_id=upload.request_id,
+            size_bytes=upload.size_bytes,
+            update_time=timestamp(upload.create_us),
+        )
+        for upload in usage.unfinished
+    )
+    return admission_service_pb2.DatasetUsage(
+        used_bytes=usage.used_bytes, quota_bytes=usage.quota_bytes, unfinished_uploads=uploads
     )
 
 

@@ -30,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 # What the facts below depend on; a change of any of these files makes them be gathered again.
 DESCRIBING_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 _HUB_TIMEOUT_S = 10.0
 SUPPORTED_MODELS = "choose a Llama, Qwen, Mistral, Gemma, GPT-2 or GPT-NeoX model"  # the cure for one that is not
 # What experts' projections and routers were called before transformers kept all experts of a layer in one tensor.
@@ -230,6 +230,27 @@ def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
+def require_trainable(model: Any, location: str) -> None:
+    """Raise `UnusableModelError` for an architecture that needs more than to be told where packed sequences end.
+
+    `model` is a transformers PreTrainedModel; its weights are not looked at.
+    """
+    config, kind, cure = model.config.get_text_config(), type(model).__name__, SUPPORTED_MODELS
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if not getattr(model, "_supports_attention_backend", False):
+        problem = f"is a {kind}, which does not go through transformers' attention interface"
+    elif "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        problem = f"is a {kind} that attends within chunks"
+    elif any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        problem = f"is a {kind} with attention sinks"
+    elif rope_type in {"dynamic", "longrope"}:
+        problem = f"has rope_type {rope_type}, by which positions depend on the longest sequence of a batch"
+        cure = "choose a model with another rope_type"
+    else:
+        return
+    raise UnusableModelError(_name_of(location), problem, cure)
+
+
 def read_as_experts(model: nn.Module) -> frozenset[str]:
     """Return the last names of modules that PEFT takes for experts' projections; none for most kinds of model.
 
@@ -362,12 +383,7 @@ def _gather(location: str) -> ModelFacts:
             f"cannot be built ({_first_line(error, location)})",
             "give a causal language model that the installed transformers can build from its config.json",
         ) from error
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnusableModelError(
-            _name_of(location),
-            f"is a {type(model).__name__}, which does not go through transformers' attention interface",
-            SUPPORTED_MODELS,
-        )
+    require_trainable(model, location)
     tokenizer = load_tokenizer(location)
     text = config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())

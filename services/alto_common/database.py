@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 import structlog
 from alembic import command
 from alembic.config import Config
@@ -63,6 +64,14 @@ class Database:
             if self.is_sqlite:
                 connection = await connection.execution_options(alto_read_only=True)
             yield connection
+
+    async def lock(self, connection: AsyncConnection, name: str) -> None:
+        """Let the transactions that lock one name follow one another, each to its end; others are not held up.
+
+        On SQLite, which has one writer at a time, they do so anyway.
+        """
+        if not self.is_sqlite:
+            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(name))))
 
     async def migrate(self) -> None:
         """Bring the schema to the latest revision."""

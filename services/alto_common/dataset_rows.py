@@ -60,6 +60,10 @@ __all__ = [
 _ROWS_AT_ONCE = 4096
 _BYTES_AT_ONCE = 64 << 20
 _VALUE_BYTES = 8
+_READABLE_COLUMN = (
+    "write its dates and times in UTC and within the years 1 to 9999, its text in UTF-8 and its fields once each, or "
+    "leave the column out"
+)
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,10 @@ class _Reader:
                             yield line, [self._too_long(line, f"{characters:,} characters")], characters
                         else:
                             yield line, present, characters
-        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # a date beyond Python's too
+        except _UnreadableColumnError as error:
+            kind = metadata.schema.to_arrow_schema().field(error.name).type
+            yield line + 1, [Violation(f"column[{shown(error.name)}]", shown(str(kind)), _READABLE_COLUMN)], 0
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             cure = f"write the Parquet file again ({str(error)[:SHOWN_CHARACTERS]})"
             yield line + 1, [Violation(f"line[{line + 1}]", self.file_name, cure)], 0
 
@@ -290,15 +297,36 @@ def _text_columns(schema: Any) -> list[str]:
     ]
 
 
+class _UnreadableColumnError(Exception):
+    """The column called `name` of a Parquet file holds values that Python has not."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+
+def _values_of(batch: Any) -> list[dict[str, Any]]:
+    """Return the rows of a batch. Raises `_UnreadableColumnError`."""
+    import pyarrow
+
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            raise _UnreadableColumnError(name) from error
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def _rows_of(batch: Any, batch_bytes: int, most_bytes: int) -> Iterator[dict[str, Any] | int]:
     """Yield the rows of a batch; of one that takes more than `most_bytes` its bytes alone."""
     if batch_bytes <= _BYTES_AT_ONCE:
-        yield from batch.to_pylist()
+        yield from _values_of(batch)
         return
     for index in range(batch.num_rows):
         row = batch.slice(index, 1)
         size = sum(map(_unpacked_bytes, row.columns))
-        yield size if size > most_bytes else row.to_pylist()[0]
+        yield size if size > most_bytes else _values_of(row)[0]
 
 
 def _unpacked_bytes(array: Any) -> int:

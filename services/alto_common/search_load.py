@@ -96,7 +96,7 @@ def search_load(
     for trial, shape in zip(trials, shapes, strict=True):
         config = trial.config
         rows = lengths[config.max_length]
-        sequences = _items(config, train_rows) * sequences_per_row
+        sequences = config.total_samples(train_rows) * sequences_per_row
         trained = rows.sum.scaled(sequences / len(train))
         training += _with_adapter(trained, shape, config.total_steps(train_rows))
         evaluating += _with_adapter(validated.scaled(evaluation.count), shape, 0)
@@ -192,12 +192,6 @@ def _held(
     # Under a policy trials are parked with all their state; without one those that wait have none yet.
     parked = 0 if early_exit.policy == "none" else sum(ordered[slots:])
     return training * sum(ordered[:slots]) + parked
-
-
-def _items(config: TrialConfig, rows: int) -> int:
-    if config.max_steps is not None:
-        return config.max_steps * config.effective_batch_size
-    return max(1, math.ceil(rows * config.epochs))
 
 
 def _sum_of_rows(rows: Sequence[Row]) -> Load:

@@ -107,12 +107,17 @@ class SearchSpaceError(ValueError):
         super().__init__("; ".join(str(violation) for violation in violations))
 
 
+def at_most(max_trials: int) -> str:
+    """Return the cure of a space that holds more configurations than it may."""
+    return f"the space may hold at most {max_trials:,} configurations"
+
+
 def expand(space: SearchSpace, max_trials: int = MAX_TRIALS, field_prefix: str = "search_space.") -> tuple[Trial, ...]:
     """Return the trials of a space ("trial-001", "trial-002", ...), equal configurations once; at least one.
 
     Raises `SearchSpaceError` for an empty space, more than `max_trials` configurations, a field that there is not, and
-    a value of the wrong type or out of range. Whether a configuration fits the base model is another question:
-    `alto_common.base_models.check_targets`.
+    a value of the wrong type or out of range; fields have their paths in alto.v1.SearchSpace. Whether a configuration
+    fits the base model is another question: `alto_common.base_models.check_targets`.
     """
     violations = _violations(space, max_trials, field_prefix)
     if violations:
@@ -151,13 +156,12 @@ def _draw(dimension: Dimension, generator: random.Random) -> object:
 
 def _violations(space: SearchSpace, max_trials: int, prefix: str) -> list[Violation]:
     kind = space.kind
-    at_most = f"the space may hold at most {max_trials:,} configurations"
     if isinstance(kind, ExplicitSearch):
         where = prefix + "explicit.configs"
         if not kind.configs:
             return [Violation(where, [], "the search space is empty: give at least one configuration")]
         if len(kind.configs) > max_trials:
-            return [Violation(where, len(kind.configs), at_most)]
+            return [Violation(where, len(kind.configs), at_most(max_trials))]
         return [
             violation
             for index, config in enumerate(kind.configs)
@@ -178,11 +182,11 @@ def _violations(space: SearchSpace, max_trials: int, prefix: str) -> list[Violat
         found += _dimension_violations(space.base, dimension, place, is_grid=is_grid)
     if isinstance(kind, RandomSearch):
         if not 1 <= kind.trials <= max_trials:
-            found.append(Violation(where + "trials", kind.trials, f"give at least 1; {at_most}"))
+            found.append(Violation(where + "trials", kind.trials, f"give at least 1; {at_most(max_trials)}"))
     elif not found:
         size = math.prod(len(one.domain.values) for one in kind.dimensions if isinstance(one.domain, Values))
         if size > max_trials:
-            cure = f"{at_most}: list fewer values, or draw from them at random"
+            cure = f"{at_most(max_trials)}: list fewer values, or draw from them at random"
             found.append(Violation(where + "dimensions", f"{size:,} combinations", cure))
     return found
 
@@ -193,8 +197,8 @@ def _dimension_violations(base: TrialConfig, dimension: Dimension, place: str, *
         return [Violation(f"{place}.field", name, "give one of " + ", ".join(CONFIG_FIELDS))]
     if isinstance(domain, Values):
         if not domain.values:
-            return [Violation(f"{place}.values", [], "the search space is empty: give at least one value")]
-        checked = [(f"{place}.values[{index}]", value) for index, value in enumerate(domain.values)]
+            return [Violation(f"{place}.values.values", [], "the search space is empty: give at least one value")]
+        checked = [(f"{place}.values.values[{index}]", value) for index, value in enumerate(domain.values)]
         return [one for where, value in checked for one in _value_violations(base, name, where, value)]
     kind = "uniform" if isinstance(domain, Uniform) else "log_uniform"
     if is_grid:

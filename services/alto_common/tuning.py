@@ -106,11 +106,15 @@ class TrialConfig:
         """The factor on B A x: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv 2312.03732)."""
         return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
 
+    def total_samples(self, examples: int) -> int:
+        """Return the sequences trained in all steps over a dataset of `examples` rows."""
+        if self.max_steps is not None:
+            return self.max_steps * self.effective_batch_size
+        return max(1, math.ceil(examples * self.epochs))
+
     def total_steps(self, examples: int) -> int:
         """Return the optimiser steps over a dataset of `examples` rows; a last incomplete batch is a step."""
-        if self.max_steps is not None:
-            return self.max_steps
-        return max(1, math.ceil(examples * self.epochs / self.effective_batch_size))
+        return math.ceil(self.total_samples(examples) / self.effective_batch_size)
 
     def violations(self, field_prefix: str = "") -> list[Violation]:
         """Return what is wrong with the numbers themselves, with the cure; empty when the configuration is sound."""

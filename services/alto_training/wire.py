@@ -105,7 +105,9 @@ class EventTranslator:
             )
             yield event_pb2.TaskEvent(execution_started=self._started(event))
         elif isinstance(event, events.TrialStarted):
-            yield self._trial_state(event.trial_id, tuning_pb2.TRIAL_STATE_RUNNING, event.step, event.total_steps)
+            yield _moved(event, tuning_pb2.TRIAL_STATE_RUNNING)
+        elif isinstance(event, events.TrialPaused):
+            yield _moved(event, tuning_pb2.TRIAL_STATE_PAUSED)
         elif isinstance(event, events.TrialProgress):
             metric = tuning_pb2.TrialMetric(
                 step=event.step,
@@ -113,17 +115,14 @@ class EventTranslator:
                 train_loss_smoothed=event.train_loss_smoothed,
                 learning_rate=event.learning_rate,
             )
-            yield self._measured(event.trial_id, metric, event.total_steps)
+            yield _measured(event, metric)
         elif isinstance(event, events.TrialEvaluated):
             metric = tuning_pb2.TrialMetric(
                 step=event.step, train_loss_smoothed=event.train_loss_smoothed, validation_loss=event.validation_loss
             )
-            yield self._measured(event.trial_id, metric, event.total_steps)
+            yield _measured(event, metric)
         elif isinstance(event, events.TrialDecided):
             yield self._decided(event)
-            if event.verdict is events.Verdict.PAUSE:
-                # The steps planned are known from before; 0 leaves them as they are.
-                yield self._trial_state(event.trial_id, tuning_pb2.TRIAL_STATE_PAUSED, event.step, total_steps=0)
         elif isinstance(event, events.TrialFinished):
             yield self.finished(event)
         elif isinstance(event, events.TaskProgress):
@@ -154,25 +153,6 @@ class EventTranslator:
             base_validation_loss=event.base_validation_loss,
         )
 
-    def _measured(self, trial_id: str, metric: tuning_pb2.TrialMetric, total_steps: int) -> event_pb2.TaskEvent:
-        metric.time.GetCurrentTime()
-        for name in ("train_loss", "train_loss_smoothed", "validation_loss"):
-            # A loss that is not a number is told by its absence; the decision that follows says why.
-            if metric.HasField(name) and not math.isfinite(getattr(metric, name)):
-                metric.ClearField(name)
-        measured = event_pb2.TrialMeasured(
-            metric=metric, total_steps=total_steps, samples_trained=self._samples(trial_id, metric.step)
-        )
-        return event_pb2.TaskEvent(trial_id=trial_id, trial_measured=measured)
-
-    def _trial_state(
-        self, trial_id: str, state: tuning_pb2.TrialState.ValueType, step: int, total_steps: int
-    ) -> event_pb2.TaskEvent:
-        changed = event_pb2.TrialStateChanged(
-            state=state, total_steps=total_steps, step=step, samples_trained=self._samples(trial_id, step)
-        )
-        return event_pb2.TaskEvent(trial_id=trial_id, trial_state_changed=changed)
-
     def _decided(self, event: events.TrialDecided) -> event_pb2.TaskEvent:
         decision = tuning_pb2.StoppingDecision(
             verdict=VERDICTS[event.verdict],
@@ -197,6 +177,25 @@ class EventTranslator:
             message.time_remaining.FromMilliseconds(int(event.seconds_remaining * 1000))
         return message
 
-    def _samples(self, trial_id: str, step: int) -> int:
-        config = next(trial.config for trial in self.job.trials if trial.trial_id == trial_id)
-        return step * config.effective_batch_size
+
+def _moved(
+    event: events.TrialStarted | events.TrialPaused, state: tuning_pb2.TrialState.ValueType
+) -> event_pb2.TaskEvent:
+    changed = event_pb2.TrialStateChanged(
+        state=state, total_steps=event.total_steps, step=event.step, samples_trained=event.samples_trained
+    )
+    return event_pb2.TaskEvent(trial_id=event.trial_id, trial_state_changed=changed)
+
+
+def _measured(
+    event: events.TrialProgress | events.TrialEvaluated, metric: tuning_pb2.TrialMetric
+) -> event_pb2.TaskEvent:
+    metric.time.GetCurrentTime()
+    for name in ("train_loss", "train_loss_smoothed", "validation_loss"):
+        # A loss that is not a number is told by its absence; the decision that follows says why.
+        if metric.HasField(name) and not math.isfinite(getattr(metric, name)):
+            metric.ClearField(name)
+    measured = event_pb2.TrialMeasured(
+        metric=metric, total_steps=event.total_steps, samples_trained=event.samples_trained
+    )
+    return event_pb2.TaskEvent(trial_id=event.trial_id, trial_measured=measured)

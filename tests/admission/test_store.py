@@ -1,6 +1,7 @@
 """What is kept, on SQLite and on a real PostgreSQL: all or nothing, once, in order."""
 
 import asyncio
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,7 @@ from .reporting import evaluated, progressed, started, trained
 
 NOW_US = 1_700_000_000_000_000
 EVENTS_KEPT = 20
+MANY_BYTES = 1_000_000
 
 
 @pytest.fixture
@@ -149,7 +151,7 @@ async def test_another_tenant_sees_nothing(tasks):
     not_found = error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
     assert await reason_of(tasks.get("task-1", "other")) == not_found
     assert await reason_of(tasks.with_trials("task-1", "other")) == not_found
-    assert await tasks.page("other", TaskFilter(), None, 10) == []
+    assert await tasks.page("other", TaskFilter(), None, 10, MANY_BYTES) == ([], False)
     with pytest.raises(DomainError):
         async with tasks.story("task-1", "other"):
             pytest.fail("opened another tenant's task")
@@ -241,16 +243,41 @@ async def test_pages_of_tasks_by_state_and_label(tasks):
         await tasks.create(story, {"team": "nlp" if number % 2 else "cv"})
     async with tasks.story("task-3") as story:
         story.request(Request.CANCEL)
-    everything = [task.task_id for task in await tasks.page("acme", TaskFilter(), None, 10)]
-    assert everything == ["task-4", "task-3", "task-2", "task-1", "task-0"]
-    after = None
-    paged = []
-    while page := await tasks.page("acme", TaskFilter(), after, 2):
-        paged += [task.task_id for task in page]
+    everything, more = await tasks.page("acme", TaskFilter(), None, 5, MANY_BYTES)
+    assert [task.task_id for task in everything] == ["task-4", "task-3", "task-2", "task-1", "task-0"]
+    assert not more
+    after, paged, sizes, more = None, [], [], True
+    while more:
+        page, more = await tasks.page("acme", TaskFilter(), after, 2, MANY_BYTES)
         after = (page[-1].create_us, page[-1].task_id)
-    assert paged == everything
+        paged += page
+        sizes.append(len(page))
+    assert (paged, sizes) == (everything, [2, 2, 1])
     queued = TaskFilter(states=(QUEUED,), labels=(("team", "nlp"),))
-    assert [task.task_id for task in await tasks.page("acme", queued, None, 10)] == ["task-1"]
+    found, _ = await tasks.page("acme", queued, None, 10, MANY_BYTES)
+    assert [task.task_id for task in found] == ["task-1"]
+
+
+async def test_of_a_page_no_more_is_read_than_fits(tasks):
+    for number in range(12):
+        story = a_story(f"task-{number:02}", f"r{number}", trials=12)
+        story.task.spec = bytes(1_000_000)
+        if number == 11:
+            for trial in story.trials.values():
+                trial.config, trial.adapter = bytes(400_000), bytes(600_000)
+        await tasks.create(story, {})
+    tracemalloc.start()
+    page, more = await tasks.page("acme", TaskFilter(), None, 12, 3_100_000)
+    assert ([task.task_id for task in page], more) == (["task-11", "task-10", "task-09"], True)
+    trials, more = await tasks.page_of_trials("task-11", 1, 12, 3_100_000)
+    assert ([trial.position for trial in trials], more) == ([2, 3, 4], True)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 10_000_000
+    trials, more = await tasks.page_of_trials("task-11", 8, 12, 3_100_000)
+    assert ([trial.position for trial in trials], more) == ([9, 10, 11], False)
+    larger_than_a_page, more = await tasks.page("acme", TaskFilter(), None, 12, 10)
+    assert (len(larger_than_a_page), more) == (1, True)
 
 
 async def test_deliveries_wait_for_those_before_them(tasks, database):
@@ -281,7 +308,7 @@ async def test_a_dataset_in_use_stays(tasks, database):
     assert await reason_of(datasets.delete("d1", "other")) == error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
     async with tasks.story("task-1") as story:
         story.request(Request.CANCEL)
-    assert await datasets.delete("d1", "acme") == a_dataset().path
+    await datasets.delete("d1", "acme")
     assert await reason_of(datasets.get("d1", "acme")) == error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
 
 
@@ -335,6 +362,34 @@ async def test_only_an_upload_that_nobody_carries_on_is_forgotten(tasks, databas
     assert await datasets.forget_upload(another, NOW_US + 1)
     assert not await datasets.finish_upload(a_dataset("d9"))
     assert {dataset.dataset_id for dataset in await datasets.page("acme", None, 10)} == {"d1", "d7"}
+
+
+async def test_an_unfinished_upload_is_given_up_under_the_id_of_its_dataset(tasks, database):
+    datasets = DatasetStore(database)
+    # Nine bytes are there already.
+    older = Upload("acme", "u1", "hash", "d7", False, NOW_US, 10)
+    newer = replace(older, request_id="u2", dataset_id="d8", create_us=NOW_US + 1)
+    for upload in (newer, older):
+        await datasets.begin_upload(upload, 29)
+    assert await datasets.oldest_unfinished("acme", 10) == [older, newer]
+    assert await datasets.oldest_unfinished("acme", 1) == [older]
+    assert await datasets.oldest_unfinished("other", 10) == []
+    assert await reason_of(datasets.delete("d7", "other")) == error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
+    await datasets.delete("d7", "acme")
+    assert await datasets.used_bytes("acme") == 19
+    assert await datasets.upload("acme", "u1") is None
+    assert not await datasets.finish_upload(a_dataset("d7")), "what was given up does not come back"
+    assert await reason_of(datasets.delete("d7", "acme")) == error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
+
+
+async def test_an_upload_that_ends_while_it_is_given_up_leaves_nothing(tasks, database):
+    datasets = DatasetStore(database)
+    for number in range(10):
+        dataset = a_dataset(f"of-{number}")
+        await datasets.begin_upload(Upload("acme", f"u{number}", "hash", dataset.dataset_id, False, NOW_US, 9), 1000)
+        await asyncio.gather(datasets.finish_upload(dataset), datasets.delete(dataset.dataset_id, "acme"))
+        assert await reason_of(datasets.get(dataset.dataset_id, "acme")) == error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND
+    assert await datasets.used_bytes("acme") == 9
 
 
 async def test_uploads_that_begin_at_once_stay_within_the_quota_together(tasks, database):

@@ -189,6 +189,16 @@ def test_a_node_that_lets_go_unasked_queues_the_task_again():
     assert kept.trials[0].state == tuning_pb2.TRIAL_STATE_RUNNING
 
 
+def test_a_parked_trial_is_pending_until_the_next_node_tells_that_it_is_parked():
+    kept = Kept()
+    parked = trial_state("t0", tuning_pb2.TRIAL_STATE_PAUSED, 3)
+    kept.report(1, [started(), trial_state("t0", tuning_pb2.TRIAL_STATE_RUNNING), parked, task_state(PAUSED)])
+    assert kept.trials[0].state == tuning_pb2.TRIAL_STATE_PENDING
+    kept.report(2, [started(resumed=True), parked])
+    assert kept.trials[0].state == tuning_pb2.TRIAL_STATE_PAUSED
+    assert kept.events[-1].trial_state_changed.state == tuning_pb2.TRIAL_STATE_PAUSED
+
+
 def test_a_queued_task_is_cancelled_at_once_with_its_trials():
     kept = Kept()
     story = kept.open()

@@ -1,5 +1,7 @@
 """Creating, listing and changing tasks over real sockets: what is refused, and what is answered twice the same."""
 
+import json
+import re
 from dataclasses import replace
 
 import grpc
@@ -37,6 +39,25 @@ def space(**kind):
 
 def grid(**values):
     return space(grid={"dimensions": [{"field": k, "values": {"values": v}} for k, v in values.items()]})
+
+
+def draws(trials, **domains):
+    dimensions = [{"field": name, **domain} for name, domain in domains.items()]
+    return space(random={"trials": trials, "dimensions": dimensions})
+
+
+def is_in(message, path):
+    """Whether a path leads to a field of this message, each index and key of it to something that is there."""
+    try:
+        for name, subscript in re.findall(r"(\w+)(?:\[(.+?)\])?(?:\.|$)", path):
+            message = getattr(message, name)
+            if name == "dimensions" and subscript and not subscript.isdigit():
+                (message,) = (one for one in message if one.field == subscript)
+            elif subscript:
+                message = message[json.loads(subscript)]
+    except (AttributeError, LookupError, ValueError):
+        return False
+    return True
 
 
 def wordy(trials):
@@ -87,7 +108,7 @@ async def test_an_unusable_base_model_is_told_of_as_it_was_named_and_the_log_say
         (
             {"search_space": grid(layers=[[0, 0]])},
             "SEARCH_SPACE_INVALID",
-            "spec.search_space.grid.dimensions[layers].values[0]",
+            "spec.search_space.grid.dimensions[layers].values.values[0]",
             "each once",
         ),
         (
@@ -117,7 +138,7 @@ async def test_an_unusable_base_model_is_told_of_as_it_was_named_and_the_log_say
         (
             {"search_space": grid(learning_rate=[1e-4, -1])},
             "SEARCH_SPACE_INVALID",
-            "spec.search_space.grid.dimensions[learning_rate].values[1]",
+            "spec.search_space.grid.dimensions[learning_rate].values.values[1]",
             "above 0",
         ),
         (
@@ -165,8 +186,32 @@ async def test_an_unusable_base_model_is_told_of_as_it_was_named_and_the_log_say
         (
             {"search_space": grid(max_steps=[1e30], max_length=[64])},
             "SEARCH_SPACE_INVALID",
-            "spec.search_space.grid.dimensions[max_steps].values[0]",
+            "spec.search_space.grid.dimensions[max_steps].values.values[0]",
             "give 1 to",
+        ),
+        (
+            {"search_space": grid(seed=[1, 2], learning_rate=[])},
+            "INVALID_FIELD",
+            "spec.search_space.grid.dimensions[learning_rate].values.values",
+            "1",
+        ),
+        (
+            {"search_space": grid(max_length=[64], epochs=[1, 1e300])},
+            "INVALID_FIELD",
+            "spec.search_space.grid.dimensions[epochs]",
+            "fewer",
+        ),
+        (
+            {"search_space": draws(3, learning_rate={"log_uniform": {"low": 0, "high": 1}})},
+            "SEARCH_SPACE_INVALID",
+            "spec.search_space.random.dimensions[learning_rate].log_uniform.low",
+            "above 0",
+        ),
+        (
+            {"search_space": draws(3, seed={"uniform": {"high": 9}}, lora_rank={"uniform": {"high": 999}})},
+            "SEARCH_SPACE_INVALID",
+            "spec.search_space.random.dimensions[lora_rank].uniform.high",
+            "1 to 256",
         ),
         ({"early_exit": tuning_pb2.EarlyExit(policy="best")}, "INVALID_FIELD", "spec.early_exit.policy", "paper"),
         ({"objective": tuning_pb2.Objective(kind=2)}, "INVALID_FIELD", "spec.dataset_id", "chosen"),
@@ -180,7 +225,36 @@ async def test_bad_input_is_named_with_its_cure(admission, fields, reason, field
     error = await failure(client.create(**fields))
     assert (error.code(), reason_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, reason), error.details()
     assert cure in violations(error)[field]
+    request = messages.CreateTuningTaskRequest(spec=spec_of("d", **fields))
+    assert all(is_in(request, path) for path in violations(error))
     assert not (await client.call("ListTuningTasks", messages.ListTuningTasksRequest())).tasks
+
+
+@pytest.mark.parametrize(
+    ("search_space", "field"),
+    [
+        # Each of them breaks a rule of the contract.
+        ({"explicit": {"configs": [tuning_pb2.TrialConfig(lora_rank=0)] * 100_000}}, "explicit.configs"),
+        ({"random": {"trials": 100_000, "dimensions": [tuning_pb2.Dimension(field="seed")]}}, "random.trials"),
+    ],
+)
+async def test_too_many_trials_are_refused_by_the_services_limit(started, search_space, field):
+    admission = await started(max_trials=3)
+    client = await admission.client()
+    dataset = await client.upload()
+    if field == "random.trials":
+        search_space["random"]["dimensions"][0].uniform.high = 9
+    spec = spec_of(dataset.dataset_id, search_space=tuning_pb2.SearchSpace(**search_space))
+    for method, request in (
+        ("CreateTuningTask", messages.CreateTuningTaskRequest(request_id="r", spec=spec)),
+        ("EstimateTuningTask", messages.EstimateTuningTaskRequest(spec=spec)),
+    ):
+        error = await failure(client.call(method, request))
+        assert (error.code(), reason_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "SEARCH_SPACE_INVALID")
+        ((path, said),) = violations(error).items()
+        assert path == f"spec.search_space.{field}"
+        assert said.startswith(f"{path} = 100000: ")
+        assert said.endswith("the space may hold at most 3 configurations")
 
 
 async def test_a_dataset_that_cannot_be_divided_needs_a_validation_dataset(admission):

@@ -1,18 +1,23 @@
 """A database that has no connection to spare, cannot be reached, or is lost: callers hear when to try again."""
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 import psycopg
 import pytest
 from alto.v1 import admission_service_pb2 as messages
+from alto.v1 import placement_pb2, tuning_pb2
+from alto_admission.store.outbox import Outbox
 from alto_common import database as database_edge
 from alto_common.errors import DomainError
 from alto_common.rpc.status import reason_in
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from sqlalchemy import make_url
+from structlog.testing import capture_logs
+
+from .test_placement_link import becomes, planned, until
 
 
 @pytest.fixture
@@ -48,30 +53,93 @@ async def test_every_connection_is_in_use(admission):
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 
-@on_postgresql
-async def test_the_database_cannot_be_reached(admission, database_url, postgres_uri):
-    client = await admission.client()
-    name = make_url(database_url).database
-    with psycopg.connect(postgres_uri, autocommit=True) as operator:
-        operator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        operator.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", [name])
-        await is_told_to_try_again(client)
-        operator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-    assert not (await list_tasks(client)).tasks
+@pytest.fixture
+def refused(database_url, postgres_uri):
+    """While open, the database has no connection and takes none."""
+
+    @asynccontextmanager
+    async def refused():
+        name = make_url(database_url).database
+        with psycopg.connect(postgres_uri, autocommit=True) as operator:
+            operator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            operator.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", [name])
+            yield
+            operator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+    return refused
 
 
-@on_postgresql
-async def test_the_database_is_lost_in_the_middle_of_a_call(admission, database_url, postgres_uri):
-    client = await admission.client()
-    end_a_waiting_one = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-    with (
-        psycopg.connect(database_url.replace("+psycopg", "")) as holder,
-        psycopg.connect(postgres_uri, autocommit=True) as operator,
-    ):
-        holder.execute("LOCK TABLE api_keys")
-        call = asyncio.ensure_future(is_told_to_try_again(client))
-        async with asyncio.timeout(10):
-            while not operator.execute(end_a_waiting_one).fetchall():
+@pytest.fixture
+def lost(database_url, postgres_uri):
+    """While open, every connection that comes to a table is lost there."""
+    end_waiting_ones = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+
+    @asynccontextmanager
+    async def lost(table):
+        async def end():
+            while True:
+                operator.execute(end_waiting_ones)
                 await asyncio.sleep(0.02)
-        await call
+
+        with (
+            psycopg.connect(database_url.replace("+psycopg", "")) as holder,
+            psycopg.connect(postgres_uri, autocommit=True) as operator,
+        ):
+            holder.execute(f"LOCK TABLE {table}")
+            ending = asyncio.create_task(end())
+            yield
+            ending.cancel()
+
+    return lost
+
+
+@on_postgresql
+async def test_the_database_cannot_be_reached(admission, refused):
+    client = await admission.client()
+    async with refused():
+        await is_told_to_try_again(client)
     assert not (await list_tasks(client)).tasks
+
+
+@on_postgresql
+async def test_the_database_is_lost_in_the_middle_of_a_call(admission, lost):
+    client = await admission.client()
+    async with lost("api_keys"):
+        await is_told_to_try_again(client)
+    assert not (await list_tasks(client)).tasks
+
+
+@pytest.fixture
+def away(request):
+    """While open, the database is away: from the beginning, or from the middle of what changes a task on."""
+    if request.param == "refused":
+        return request.getfixturevalue("refused")()
+    return request.getfixturevalue("lost")("trials")
+
+
+@on_postgresql
+@pytest.mark.parametrize("away", ["refused", "lost"], indirect=True)
+async def test_tasks_that_are_given_up_meanwhile_fail_when_it_is_back(admission, placement, away):
+    client = await admission.client()
+    dataset = await client.upload()
+    tasks = [await client.create(dataset.dataset_id) for _ in range(2)]
+    failure = tuning_pb2.Failure(reason="EXECUTION_FAILED", message="three nodes died of it")
+
+    async def settled():
+        return placement.watchers and not await Outbox(admission.server.database).size()
+
+    def tried(times):
+        async def condition():
+            return sum(line["event"] == "cannot take the plan over" for line in logs) >= times
+
+        return condition
+
+    await until(settled)
+    with capture_logs() as logs:
+        async with away:
+            for times, task in enumerate(tasks, start=1):
+                # In one plan each: no later one has it.
+                placement.show(planned(task, placement_pb2.PLACEMENT_STATE_GIVEN_UP, failure=failure))
+                await until(tried(times))
+    for task in tasks:
+        assert (await until(becomes(client, task, state=tuning_pb2.TASK_STATE_FAILED))).failure == failure

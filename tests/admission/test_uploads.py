@@ -148,12 +148,82 @@ async def test_datasets_take_of_a_quota_until_they_are_deleted(started):
     error = await failure(client.upload(small, request_id="small"))
     assert (error.code(), reason_in(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
     assert detail(error, error_details_pb2.BadRequest).field_violations[0].field == "header.size_bytes"
-    assert "delete datasets" in error.details()
+    assert "delete datasets that no task needs, or unfinished uploads" in error.details()
     (quota,) = detail(error, error_details_pb2.QuotaFailure).violations
     assert (quota.subject, quota.description) == ("tenant:acme", f"{len(ROWS) + 10:,} bytes of datasets")
     await other.upload(small)
     await client.call("DeleteDataset", messages.DeleteDatasetRequest(dataset_id=dataset.dataset_id))
     await client.upload(small, request_id="small")
+
+
+async def test_an_unfinished_upload_is_listed_and_can_be_given_up(started, tmp_path):
+    admission = await started(max_stored_dataset_bytes=len(ROWS) + 10)
+    client, other = await admission.client(), await admission.client("other")
+    # Its header alone.
+    assert reason_in(await failure(send(client, header_of(), b""))) == "CONTENT_MISMATCH"
+    assert reason_in(await failure(client.upload(request_id="upload-2"))) == "QUOTA_EXCEEDED"
+    (upload,) = (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage.unfinished_uploads
+    assert (upload.request_id, upload.size_bytes) == ("upload-1", len(ROWS))
+    assert abs(upload.update_time.ToMicroseconds() - clock_us()) < 60_000_000
+    kept = await client.call("GetDatasetUpload", messages.GetDatasetUploadRequest(request_id="upload-1"))
+    assert (kept.committed_bytes, kept.dataset_id) == (0, upload.dataset_id)
+    given_up = messages.DeleteDatasetRequest(dataset_id=upload.dataset_id)
+    assert reason_in(await failure(other.call("DeleteDataset", given_up))) == "RESOURCE_NOT_FOUND"
+    await client.call("DeleteDataset", given_up)
+    usage = (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage
+    assert (usage.used_bytes, list(usage.unfinished_uploads)) == (0, [])
+    assert reason_in(await failure(client.call("DeleteDataset", given_up))) == "RESOURCE_NOT_FOUND"
+    dataset = await client.upload(request_id="upload-2")
+    assert dataset.dataset_id != upload.dataset_id
+    assert not (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage.unfinished_uploads
+
+
+@pytest.mark.parametrize("rest", ["chunks", "end"])
+async def test_nothing_is_kept_of_an_upload_that_is_given_up_while_it_comes(admission, tmp_path, rest):
+    client = await admission.client()
+    header, *chunks = upload_messages(header_of(), ROWS)
+    call = client.stub.UploadDataset(metadata=client.metadata, timeout=20)
+    for message in (header, chunks[0]):
+        await call.write(message)
+    while not [path for path in (tmp_path / "uploads").iterdir() if path.stat().st_size == 100]:
+        await asyncio.sleep(0.02)
+    (upload,) = (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage.unfinished_uploads
+    await client.call("DeleteDataset", messages.DeleteDatasetRequest(dataset_id=upload.dataset_id))
+    assert not list((tmp_path / "uploads").iterdir())
+    with suppress(grpc.aio.AioRpcError):
+        for message in chunks[1:] if rest == "chunks" else ():
+            await call.write(message)
+        await call.done_writing()
+    error = await failure(call)
+    assert (error.code(), reason_in(error)) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+    assert not list((tmp_path / "uploads").iterdir())
+    assert not admission.server._uploads._streams
+    assert (await send(client, header_of(), ROWS)).dataset_id != upload.dataset_id
+
+
+async def test_an_upload_that_is_given_up_while_its_end_is_judged_leaves_nothing(admission, monkeypatch, tmp_path):
+    client = await admission.client()
+    uploads = admission.server._uploads
+    keep, reached, deleted = uploads._keep, asyncio.Event(), asyncio.Event()
+
+    async def keep_later(*arguments):
+        reached.set()
+        await deleted.wait()
+        return await keep(*arguments)
+
+    monkeypatch.setattr(uploads, "_keep", keep_later)
+    sending = asyncio.create_task(failure(send(client, header_of(), ROWS)))
+    await reached.wait()
+    (upload,) = (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage.unfinished_uploads
+    given_up = messages.DeleteDatasetRequest(dataset_id=upload.dataset_id)
+    deleting = asyncio.create_task(client.call("DeleteDataset", given_up))
+    while (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage.unfinished_uploads:
+        await asyncio.sleep(0.02)
+    deleted.set()
+    await deleting
+    assert reason_in(await sending) == "UNAVAILABLE"
+    assert not list((tmp_path / "artifacts").rglob("rows.jsonl"))
+    assert not list((tmp_path / "uploads").iterdir())
 
 
 async def test_an_abandoned_upload_is_removed_with_what_it_takes_of_the_quota(admission, tmp_path):

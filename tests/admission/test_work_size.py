@@ -1,7 +1,7 @@
 """How much work a search is, counted by hand."""
 
 import pytest
-from alto_admission.domain.work_size import Rows, peak_memory_bytes, samples_of, search_size, split_rows
+from alto_admission.domain.work_size import Rows, peak_memory_bytes, search_size, split_rows
 from alto_common.tuning import EarlyExit, Evaluation, Trial, TrialConfig
 
 from .conftest import FACTS
@@ -22,9 +22,8 @@ def test_rows_are_divided_as_the_node_divides_them(rows, validation, fraction, e
 
 
 def test_samples_follow_epochs_or_steps():
-    assert samples_of(Trial("t", TrialConfig(epochs=1.5)), 10) == 15
-    steps = TrialConfig(max_steps=3, batch_size=4, gradient_accumulation_steps=2)
-    assert samples_of(Trial("t", steps), 10) == 24
+    assert TrialConfig(epochs=1.5).total_samples(10) == 15
+    assert TrialConfig(max_steps=3, batch_size=4, gradient_accumulation_steps=2).total_samples(10) == 24
 
 
 def test_the_size_of_a_search():

@@ -226,14 +226,25 @@ def test_a_narrow_module_outside_the_targets_does_not_limit_the_rank(facts: Mode
     assert check_targets(facts, TrialConfig(lora_rank=48, target_modules=("q_proj",), max_length=64)) == []
 
 
-@pytest.mark.parametrize("architecture", ["Bloom", "Falcon", "Mamba"])
-def test_an_architecture_that_cannot_be_trained_is_unusable_at_once(root: Path, architecture: str) -> None:
-    config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, bos_token_id=0, eos_token_id=0
-    )
+@pytest.mark.parametrize(
+    ("architecture", "changes", "problem"),
+    [
+        ("Bloom", {}, "attention interface"),
+        ("Falcon", {}, "attention interface"),
+        ("Mamba", {}, "attention interface"),
+        ("Llama4Text", {"attention_chunk_size": 8192}, "within chunks"),
+        ("GptOss", {"num_key_value_heads": 1}, "attention sinks"),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
+    ],
+)
+def test_an_architecture_that_cannot_be_trained_is_unusable_at_once(
+    root: Path, architecture: str, changes: dict[str, object], problem: str
+) -> None:
+    sizes = {"vocab_size": 3, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{architecture}Config")(**sizes, bos_token_id=0, eos_token_id=0, **changes)
     config.save_pretrained(root / "other")
     save_tokenizer(root / "other")
-    with pytest.raises(UnusableModelError, match="attention interface"):
+    with pytest.raises(UnusableModelError, match=rf"'other' .*{problem}.*: choose a"):
         inspect(str(root / "other"), root / "cache")
 
 

@@ -70,6 +70,30 @@ async def test_writers_queue_and_lose_no_update(database):
         assert (await connection.execute(sa.select(counter.c.value))).scalar_one() == 20
 
 
+async def test_transactions_that_lock_one_name_follow_one_another(database):
+    await database.migrate()
+    locked, order = asyncio.Event(), []
+
+    async def first():
+        async with database.transaction() as connection:
+            await database.lock(connection, "a")
+            locked.set()
+            if not database.is_sqlite:  # where every writer waits
+                async with database.transaction() as other:
+                    await database.lock(other, "b")
+            await asyncio.sleep(0.3)
+            order.append("first")
+
+    async def second():
+        await locked.wait()
+        async with database.transaction() as connection:
+            await database.lock(connection, "a")
+            order.append("second")
+
+    await asyncio.gather(first(), second())
+    assert order == ["first", "second"]
+
+
 async def test_sqlite_keeps_what_it_acknowledged(tmp_path):
     database = Database(f"sqlite+aiosqlite:///{tmp_path / 'alto.db'}", tmp_path)
     async with database.snapshot() as connection:

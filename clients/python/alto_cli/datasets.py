@@ -6,6 +6,7 @@ from datetime import UTC
 from pathlib import Path
 
 from alto.v1 import dataset_pb2
+from google.protobuf import timestamp_pb2
 
 from alto_cli.connection import connect
 from alto_cli.options import Target
@@ -30,11 +31,17 @@ def list_datasets(target: Target, json_output: bool) -> None:
             _format(dataset),
             f"{dataset.row_count:,}",
             bytes_text(dataset.size_bytes),
-            dataset.create_time.ToDatetime(tzinfo=UTC).astimezone().strftime("%Y-%m-%d %H:%M"),
+            _local_time(dataset.create_time),
         ]
         for dataset in found
     ]
     print_table(["dataset", "name", "format", "rows", "size", "uploaded"], rows, empty="no datasets")
+    for upload in usage.unfinished_uploads:
+        since = _local_time(upload.update_time)
+        say(
+            f"unfinished since {since}, taking {bytes_text(upload.size_bytes)}: upload the file again, or give it up: "
+            f"alto dataset delete {upload.dataset_id}"
+        )
     if usage.quota_bytes:
         say(f"{bytes_text(usage.used_bytes)} of {bytes_text(usage.quota_bytes)} used")
 
@@ -59,6 +66,10 @@ def delete(dataset_id: str, target: Target, json_output: bool) -> None:
         print_json({"deleted": dataset_id})
     else:
         say(f"{dataset_id} is deleted")
+
+
+def _local_time(time: timestamp_pb2.Timestamp) -> str:
+    return time.ToDatetime(tzinfo=UTC).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def _format(dataset: dataset_pb2.Dataset) -> str:

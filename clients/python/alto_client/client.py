@@ -160,11 +160,11 @@ class AltoClient:
         return self._pages(self._stub.ListDatasets, messages.ListDatasetsRequest(), lambda page: page.datasets)
 
     def dataset_usage(self) -> messages.DatasetUsage:
-        """Return what the datasets take of the quota."""
+        """Return what the datasets take of the quota, and which uploads are not complete."""
         return self._connection.call(self._stub.ListDatasets, messages.ListDatasetsRequest(page_size=1)).usage
 
     def delete_dataset(self, dataset_id: str) -> None:
-        """Delete a dataset that no unfinished task uses."""
+        """Delete a dataset that no unfinished task uses, or give up the unfinished upload of it."""
         self._connection.call(self._stub.DeleteDataset, messages.DeleteDatasetRequest(dataset_id=dataset_id))
 
     def base_models(self) -> list[dataset_pb2.BaseModel]:

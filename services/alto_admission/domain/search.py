@@ -130,7 +130,7 @@ def _unfit(space: tuning_pb2.SearchSpace, facts: ModelFacts, trials: Sequence[Tr
 
 
 def field_path(space: tuning_pb2.SearchSpace, position: int, field: str) -> str:
-    """Return where the caller wrote `field` of the trial at `position`: in the list, in a dimension, or in the base."""
+    """Return the path at which the request has `field` of a trial: in the list, in a dimension, or in the base."""
     kind = space.WhichOneof("kind")
     if kind == "explicit":
         configs = space.explicit.configs

@@ -165,9 +165,7 @@ class Story:
     def close(self) -> None:
         """Bring what is counted over all trials up to date."""
         task = self.task
-        trained = sum(trial.samples_trained for trial in self.trials.values())
-        # A node counts whole batches; the last one of an epoch may be smaller.
-        task.samples_trained = min(trained, task.samples_planned)
+        task.samples_trained = sum(trial.samples_trained for trial in self.trials.values())
         task.trials_stopped = sum(trial.state == TRIAL_STOPPED for trial in self.trials.values())
         best = self.best_trial()
         task.best_trial_id = best.trial_id if best else None

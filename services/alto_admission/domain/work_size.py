@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,19 +58,11 @@ def split_rows(rows: int, validation_rows: int | None, validation_fraction: floa
     return rows - aside, aside
 
 
-def samples_of(trial: Trial, train_rows: int) -> int:
-    """Return the samples that a trial trains in all its steps."""
-    config = trial.config
-    if config.max_steps is not None:
-        return config.max_steps * config.effective_batch_size
-    return math.ceil(train_rows * config.epochs)
-
-
 def search_size(trials: Sequence[Trial], rows: Rows, evaluation: Evaluation, early_exit: EarlyExit) -> SearchSize:
     """Return the size of a search."""
     validated = min(rows.validation, evaluation.max_examples or rows.validation)
     means = {length: rows.mean_tokens(length) for length in {trial.config.max_length for trial in trials}}
-    samples = [samples_of(trial, rows.train) for trial in trials]
+    samples = [trial.config.total_samples(rows.train) for trial in trials]
     tokens = sum(count * means[trial.config.max_length] for count, trial in zip(samples, trials, strict=True))
     evaluated = sum(evaluation.count * validated * means[trial.config.max_length] for trial in trials)
     return SearchSize(

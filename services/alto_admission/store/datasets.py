@@ -73,15 +73,17 @@ class DatasetStore:
         async with self._database.snapshot() as connection:
             return [Dataset(**row._mapping) for row in await connection.execute(query)]
 
-    async def delete(self, dataset_id: str, tenant: str) -> str:
-        """Delete a dataset's row and return the path of its file.
+    async def delete(self, dataset_id: str, tenant: str) -> None:
+        """Delete a dataset, or forget the unfinished upload that was to become it.
 
         Raises RESOURCE_NOT_FOUND, or DATASET_IN_USE while a task that has not ended uses it.
         """
         query = sa.select(datasets).where(datasets.c.dataset_id == dataset_id, datasets.c.tenant == tenant)
         async with self._database.transaction() as connection:
-            row = (await connection.execute(query.with_for_update())).first()
-            if row is None:
+            # First, and waiting for an upload that is being finished: then it is a dataset.
+            if (await connection.execute(uploads.delete().where(_unfinished(tenant, dataset_id)))).rowcount > 0:
+                return
+            if (await connection.execute(query.with_for_update())).first() is None:
                 raise not_found("dataset", dataset_id)
             users = (
                 sa.select(tasks.c.task_id)
@@ -98,7 +100,6 @@ class DatasetStore:
                 )
             await connection.execute(uploads.delete().where(uploads.c.dataset_id == dataset_id))
             await connection.execute(datasets.delete().where(datasets.c.dataset_id == dataset_id))
-            return str(row.path)
 
     async def upload(self, tenant: str, request_id: str) -> Upload | None:
         """Return a tenant's upload."""
@@ -120,8 +121,7 @@ class DatasetStore:
         same = (uploads.c.tenant == upload.tenant, uploads.c.request_id == upload.request_id)
         carried_on = uploads.update().where(*same, uploads.c.complete.is_(False)).values(create_us=upload.create_us)
         async with self._database.transaction() as connection:
-            if not self._database.is_sqlite:  # its transactions follow one another anyway
-                await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(upload.tenant))))
+            await self._database.lock(connection, f"datasets of {upload.tenant}")
             await connection.execute(carried_on)
             known = (await connection.execute(sa.select(uploads).where(*same))).first()
             if known is not None:
@@ -131,6 +131,13 @@ class DatasetStore:
                 raise _quota_exceeded(upload, used_bytes, most_bytes)
             await connection.execute(uploads.insert().values(**asdict(upload)))
         return upload
+
+    async def oldest_unfinished(self, tenant: str, limit: int) -> list[Upload]:
+        """Return a tenant's unfinished uploads, those that were begun or carried on longest ago first."""
+        query = sa.select(uploads).where(uploads.c.tenant == tenant, uploads.c.complete.is_(False))
+        query = query.order_by(uploads.c.create_us, uploads.c.request_id).limit(limit)
+        async with self._database.snapshot() as connection:
+            return [Upload(**row._mapping) for row in await connection.execute(query)]
 
     async def unfinished_uploads(self, before_us: int) -> list[Upload]:
         """Return the uploads that no call began or carried on since a time and that are not complete."""
@@ -143,7 +150,7 @@ class DatasetStore:
 
         Return False when nothing was forgotten: it is complete, or was carried on at `before_us` or later.
         """
-        forgotten = uploads.delete().where(_unfinished(upload))
+        forgotten = uploads.delete().where(_unfinished(upload.tenant, upload.dataset_id))
         if before_us is not None:
             forgotten = forgotten.where(uploads.c.create_us < before_us)
         async with self._database.transaction() as connection:
@@ -151,7 +158,7 @@ class DatasetStore:
 
     async def finish_upload(self, dataset: Dataset) -> bool:
         """Keep the dataset of an upload; doing so twice changes nothing. Return False when the upload was forgotten."""
-        done = uploads.update().where(_unfinished(dataset)).values(complete=True)
+        done = uploads.update().where(_unfinished(dataset.tenant, dataset.dataset_id)).values(complete=True)
         kept = sa.select(datasets.c.dataset_id).where(datasets.c.dataset_id == dataset.dataset_id)
         async with self._database.transaction() as connection:
             if (await connection.execute(done)).rowcount == 0:
@@ -160,9 +167,9 @@ class DatasetStore:
             return True
 
 
-def _unfinished(one: Upload | Dataset) -> sa.ColumnElement[bool]:
-    """Return what holds for an upload, found by what it is or will be, while it is not complete."""
-    ids = (uploads.c.tenant == one.tenant, uploads.c.dataset_id == one.dataset_id)
+def _unfinished(tenant: str, dataset_id: str) -> sa.ColumnElement[bool]:
+    """Return what holds for the upload of a dataset while it is not complete."""
+    ids = (uploads.c.tenant == tenant, uploads.c.dataset_id == dataset_id)
     return sa.and_(*ids, uploads.c.complete.is_(False))
 
 
@@ -176,10 +183,11 @@ async def _used_bytes(connection: AsyncConnection, tenant: str) -> int:
 
 def _quota_exceeded(upload: Upload, used_bytes: int, most_bytes: int) -> DomainError:
     used = f"{used_bytes:,} of {most_bytes:,} bytes for datasets are used"
-    violation = Violation("header.size_bytes", upload.size_bytes, "delete datasets that no task needs any more")
+    cure = "delete datasets that no task needs, or unfinished uploads: the list of datasets has the ids of both"
+    violation = Violation("header.size_bytes", upload.size_bytes, cure)
     return DomainError(
         error_pb2.ERROR_REASON_QUOTA_EXCEEDED,
-        f"{used}, unfinished uploads of the last week included: {violation}",
+        f"{used}, unfinished uploads included: {violation}",
         violations=[violation],
         quota=(f"tenant:{upload.tenant}", f"{most_bytes:,} bytes of datasets"),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -82,9 +85,7 @@ class TaskStore:
 
     async def _has_room(self, connection: AsyncConnection, task: Task, most_unfinished: int) -> bool:
         """Return whether the task may be added; False when its request_id is taken. Raises QUOTA_EXCEEDED."""
-        if not self._database.is_sqlite:  # its transactions follow one another anyway
-            lock = sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"tasks of {task.tenant}"))
-            await connection.execute(sa.select(lock))
+        await self._database.lock(connection, f"tasks of {task.tenant}")
         mine = tasks.c.tenant == task.tenant
         counted = sa.select(sa.func.count()).where(mine, tasks.c.state.not_in(TERMINAL))
         unfinished = (await connection.execute(counted)).scalar_one()
@@ -119,8 +120,13 @@ class TaskStore:
             task = await _get(connection, task_id, tenant)
             return task, await _trials(connection, task_id)
 
-    async def page(self, tenant: str, wanted: TaskFilter, after: tuple[int, str] | None, limit: int) -> list[Task]:
-        """Return a tenant's tasks, newest first, from behind (create_us, task_id) `after` on."""
+    async def page(
+        self, tenant: str, wanted: TaskFilter, after: tuple[int, str] | None, size: int, most_bytes: int
+    ) -> tuple[list[Task], bool]:
+        """Return a tenant's tasks, newest first, from behind (create_us, task_id) `after` on, and whether more follow.
+
+        There are at most `size` of them, fewer where `most_bytes` are full; one at least, if there is one.
+        """
         query = sa.select(tasks).where(tasks.c.tenant == tenant)
         if wanted.states:
             query = query.where(tasks.c.state.in_(wanted.states))
@@ -131,9 +137,9 @@ class TaskStore:
             query = query.where(label.exists())
         if after is not None:
             query = query.where(sa.tuple_(tasks.c.create_us, tasks.c.task_id) < sa.tuple_(*map(sa.literal, after)))
-        query = query.order_by(tasks.c.create_us.desc(), tasks.c.task_id.desc()).limit(limit)
-        async with self._database.snapshot() as connection:
-            return [_task(row) for row in await connection.execute(query)]
+        query = query.order_by(tasks.c.create_us.desc(), tasks.c.task_id.desc())
+        rows, more = await self._page(query, _content_bytes(tasks), size, most_bytes)
+        return [_task(row) for row in rows], more
 
     async def unfinished(self) -> list[Task]:
         """Return every task that has not ended."""
@@ -160,10 +166,16 @@ class TaskStore:
             raise not_found("trial", trial_id)
         return _trial(row)
 
-    async def trials(self, task_id: str, after: int = -1, limit: int | None = None) -> list[Trial]:
-        """Return a task's trials in the order of the search space, from behind position `after` on."""
+    async def trials(self, task_id: str) -> list[Trial]:
+        """Return a task's trials in the order of the search space."""
         async with self._database.snapshot() as connection:
-            return await _trials(connection, task_id, after, limit)
+            return await _trials(connection, task_id)
+
+    async def page_of_trials(self, task_id: str, after: int, size: int, most_bytes: int) -> tuple[list[Trial], bool]:
+        """Return a task's trials from behind position `after` on, and whether more follow; as many as in `page`."""
+        query = _trials_of(task_id).where(trials.c.position > after)
+        rows, more = await self._page(query, _content_bytes(trials), size, most_bytes)
+        return [_trial(row) for row in rows], more
 
     async def metrics(self, task_id: str, trial_id: str, after: int, limit: int) -> list[Metric]:
         """Return points of a trial's curves in the order of steps, from behind step `after` on."""
@@ -250,6 +262,21 @@ class TaskStore:
         upsert = insert.on_conflict_do_update(index_elements=["task_id", "trial_id", "step"], set_=values)
         await connection.execute(upsert, [{"task_id": task_id, **asdict(point)} for point in points])
 
+    async def _page(
+        self, query: sa.Select[Any], row_bytes: sa.ColumnElement[int], size: int, most_bytes: int
+    ) -> tuple[Sequence[sa.Row[Any]], bool]:
+        """Return the first rows of an ordered query, and whether more follow.
+
+        Only what fits is read: how long each row is the database tells without them.
+        """
+        async with self._database.snapshot() as connection:
+            connection = await self._repeatable(connection)
+            lengths = (await connection.execute(query.with_only_columns(row_bytes).limit(size + 1))).scalars().all()
+            sums = itertools.accumulate(lengths[:size])
+            fitting = max(1, sum(so_far <= most_bytes for so_far in sums))
+            rows = (await connection.execute(query.limit(fitting))).all()
+        return rows, len(lengths) > len(rows)
+
     async def _repeatable(self, connection: AsyncConnection) -> AsyncConnection:
         """Make all reads of a connection see one moment: SQLite's do, PostgreSQL's only when asked."""
         if self._database.is_sqlite:
@@ -287,10 +314,19 @@ async def _get(connection: AsyncConnection, task_id: str, tenant: str | None, *,
     return _task(row)
 
 
-async def _trials(connection: AsyncConnection, task_id: str, after: int = -1, limit: int | None = None) -> list[Trial]:
-    query = sa.select(trials).where(trials.c.task_id == task_id, trials.c.position > after)
-    rows = await connection.execute(query.order_by(trials.c.position).limit(limit))
-    return [_trial(row) for row in rows]
+async def _trials(connection: AsyncConnection, task_id: str) -> list[Trial]:
+    return [_trial(row) for row in await connection.execute(_trials_of(task_id))]
+
+
+def _trials_of(task_id: str) -> sa.Select[Any]:
+    return sa.select(trials).where(trials.c.task_id == task_id).order_by(trials.c.position)
+
+
+def _content_bytes(table: sa.Table) -> sa.ColumnElement[int]:
+    """Return about how many bytes a row's texts and messages have; what else it has are numbers."""
+    content = [column for column in table.c if isinstance(column.type, sa.String | sa.LargeBinary)]
+    lengths = (sa.func.coalesce(sa.func.length(column), 0) for column in content)
+    return functools.reduce(operator.add, lengths)
 
 
 async def _lock_datasets(connection: AsyncConnection, task: Task) -> None:

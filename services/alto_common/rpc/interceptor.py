@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import protovalidate
@@ -34,6 +34,9 @@ from alto_common.violations import Violation
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 # A violation takes a tenth of a millisecond to put together, and every caller waits for it.
 ALL_NAMED_BYTES = 4096
+
+# Raises DomainError for a request that is not to be carried out.
+Check: TypeAlias = Callable[[Message], None]
 
 # What a context says once a call was refused, as a number or as the code itself.
 _CODES = {key: code for code in grpc.StatusCode for key in (code, code.value[0])}
@@ -73,8 +76,8 @@ def field_path(path: Any) -> str:
     return text
 
 
-def read(content: bytes, deserialize: Callable[[bytes], Message]) -> Message:
-    """Return the message in `content`, validated; raise INVALID_FIELD."""
+def read(content: bytes, deserialize: Callable[[bytes], Message], check: Check) -> Message:
+    """Return the message in `content`, checked; raise INVALID_FIELD, or what `check` raises."""
     if len(content) > MAX_MESSAGE_BYTES:
         cure = f"send at most {MAX_MESSAGE_BYTES:,} bytes in one message: ask for less at a time, or in smaller pieces"
         raise invalid_fields([Violation("request", f"{len(content):,} bytes", cure)])
@@ -83,14 +86,16 @@ def read(content: bytes, deserialize: Callable[[bytes], Message]) -> Message:
     except DecodeError as error:
         cure = "send a serialised message of the method's request type, its text in UTF-8"
         raise invalid_fields([Violation("request", f"{len(content)} bytes", cure)]) from error
-    validate(message)
+    check(message)
     return message
 
 
-async def read_all(requests: AsyncIterator[bytes], deserialize: Callable[[bytes], Message]) -> AsyncIterator[Message]:
-    """Yield a stream's messages, each validated."""
+async def read_all(
+    requests: AsyncIterator[bytes], deserialize: Callable[[bytes], Message], check: Check
+) -> AsyncIterator[Message]:
+    """Yield a stream's messages, each checked."""
     async for content in requests:
-        yield read(content, deserialize)
+        yield read(content, deserialize, check)
 
 
 if TYPE_CHECKING:  # generic in the type stubs only
@@ -99,12 +104,22 @@ if TYPE_CHECKING:  # generic in the type stubs only
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler of a server. `scopes` maps each method to the scope it needs; a missing method is denied."""
+    """Wraps every handler of a server. `scopes` maps each method to the scope it needs; a missing method is denied.
 
-    def __init__(self, authenticator: Authenticator, scopes: Mapping[str, Scope], monitoring: Monitoring) -> None:
+    No request gets to its handler that `check` refuses.
+    """
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        scopes: Mapping[str, Scope],
+        monitoring: Monitoring,
+        check: Check = validate,
+    ) -> None:
         self._authenticator = authenticator
         self._scopes = scopes
         self._monitoring = monitoring
+        self._check = check
 
     async def intercept_service(
         self,
@@ -171,23 +186,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # One of the four is the handler's own; the type stubs describe the synchronous server.
         behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         deserialize: Any = handler.request_deserializer
+        check = self._check
 
         async def unary_unary(request: bytes, context: Context) -> Any:
             async with self._around(method, context):
-                return await behaviour(read(request, deserialize), context)
+                return await behaviour(read(request, deserialize, check), context)
 
         async def unary_stream(request: bytes, context: Context) -> AsyncIterator[Any]:
             async with self._around(method, context, streams=True):
-                async for response in behaviour(read(request, deserialize), context):
+                async for response in behaviour(read(request, deserialize, check), context):
                     yield response
 
         async def stream_unary(requests: AsyncIterator[bytes], context: Context) -> Any:
             async with self._around(method, context):
-                return await behaviour(read_all(requests, deserialize), context)
+                return await behaviour(read_all(requests, deserialize, check), context)
 
         async def stream_stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             async with self._around(method, context, streams=True):
-                async for response in behaviour(read_all(requests, deserialize), context):
+                async for response in behaviour(read_all(requests, deserialize, check), context):
                     yield response
 
         # Requests stay as they came until the caller is known; one that cannot be read is refused like any other.

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import Authenticator, Scope
-from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES, CallInterceptor
+from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES, CallInterceptor, Check, validate
 from alto_common.rpc.tls import TlsFiles, server_credentials
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
@@ -36,6 +36,7 @@ log = structlog.get_logger("alto.server")
 class Server:
     """One listening port with its services, over TLS with `tls`, its calls counted by `monitoring`.
 
+    `check` judges each request; whoever gives another one has it call `validate`, which holds the contract's rules.
     Constructing it may raise TlsError. `stop` says NOT_SERVING first, then gives calls `grace_s` seconds.
     """
 
@@ -47,10 +48,11 @@ class Server:
         service_names: Sequence[str],
         tls: TlsFiles | None = None,
         monitoring: Monitoring | None = None,
+        check: Check = validate,
     ) -> None:
         self.listen = listen
         self.port = 0
-        interceptor = CallInterceptor(authenticator, scopes, monitoring or Monitoring())
+        interceptor = CallInterceptor(authenticator, scopes, monitoring or Monitoring(), check)
         self.grpc = grpc.aio.server(interceptors=[interceptor], options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

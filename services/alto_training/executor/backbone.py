@@ -9,7 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from alto_common.base_models import SUPPORTED_MODELS, read_as_experts, select_modules, weights_being_read
+from alto_common.base_models import (
+    SUPPORTED_MODELS,
+    read_as_experts,
+    require_trainable,
+    select_modules,
+    weights_being_read,
+)
 from alto_common.tuning import ALL_LINEAR, TrialConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -143,8 +149,8 @@ def load_backbone(
     """Load a causal language model by folder or hub name, freeze it, and make it take adapters.
 
     With `in_nf4` its linear layers are kept in 4 bits, and `dtype` is what products are made in.
-    Raises `UnsupportedBackboneError` for an architecture whose attention cannot be told where sequences end, and
-    `UnusableModelError` when the model is damaged or cannot be loaded.
+    Raises `UnsupportedBackboneError` and `UnusableModelError` for an architecture that cannot be trained in packed
+    sequences, the latter too when the model is damaged or cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -173,8 +179,10 @@ def prepare_backbone(
     """Make a loaded causal language model (a transformers PreTrainedModel) a backbone; it is changed in place.
 
     `weights` is given when they are kept elsewhere; then `model` has hooks that fetch what each of its modules uses.
+    Raises as `load_backbone` does for its architecture.
     """
-    _refuse_what_packing_breaks(model)
+    # The two short probes cannot show all of it: chunks matter to sequences that are longer than one.
+    require_trainable(model, name_or_path)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # what launches kernels by itself takes the current one
     config = model.config.get_text_config()
@@ -236,24 +244,6 @@ def _install_layers(
         setattr(decoder.get_submodule(parent_name), child, layer)
         layers.append(layer)
     return tuple(layers)
-
-
-def _refuse_what_packing_breaks(model: Any) -> None:
-    """Refuse architectures that are known to need more than to be told where each sequence ends."""
-    config = model.config.get_text_config()
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedBackboneError(
-            f"{type(model).__name__} does not go through transformers' attention interface", SUPPORTED_MODELS
-        )
-    # Two short probes cannot show these: they begin where a sequence is longer than one of a real model's chunks.
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UnsupportedBackboneError(f"{type(model).__name__} attends within chunks", SUPPORTED_MODELS)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in {"dynamic", "longrope"}:
-        raise UnsupportedBackboneError(
-            f"rope_type {rope['rope_type']} makes positions depend on the longest sequence of a batch",
-            "choose a model with another rope_type",
-        )
 
 
 def _probe_sequences(probe_ids: torch.Tensor) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
 """What an executor tells of itself while it runs: frozen records, in the order in which things happened.
 
-Losses are means per target token in nats (SFT) or per pair (DPO). After a resume, events since the last checkpoint may
+Losses are means per target token in nats (SFT) or per pair (DPO). `samples_trained` of a trial counts sequences seen,
+those of an effective batch that is not complete too. After a resume, events since the last checkpoint may
 be told again with the same content: (task_id, trial_id, step) identifies a measurement.
 """
 
@@ -56,7 +57,19 @@ class TrialStarted:
     slot: int
     step: int
     total_steps: int
+    samples_trained: int
     trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class TrialPaused:
+    """A trial that has begun has no slot: it gave its slot up, or was resumed without one."""
+
+    task_id: str
+    trial_id: str
+    step: int
+    total_steps: int
+    samples_trained: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ class TrialProgress:
     trial_id: str
     step: int
     total_steps: int
+    samples_trained: int
     train_loss: float
     train_loss_smoothed: float
     learning_rate: float
@@ -82,6 +96,7 @@ class TrialEvaluated:
     trial_id: str
     step: int
     total_steps: int
+    samples_trained: int
     validation_loss: float
     train_loss_smoothed: float
     best: bool
@@ -105,7 +120,7 @@ class TrialDecided:
 class TrialFinished:
     """A trial ended. `adapter_path` is the folder of its best-validation adapter in PEFT format, None without one.
 
-    `samples_trained` counts sequences seen, `samples_saved` those of its schedule that were not trained.
+    `samples_saved` counts the sequences of its schedule that were not trained.
     """
 
     task_id: str
@@ -221,6 +236,7 @@ class TaskLeft:
 Event = (
     TaskStarted
     | TrialStarted
+    | TrialPaused
     | TrialProgress
     | TrialEvaluated
     | TrialDecided

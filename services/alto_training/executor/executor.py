@@ -222,7 +222,7 @@ class Executor:
                     resumed_from_tick=None if checkpoint is None else checkpoint.tick,
                 )
             )
-            self._roster.tell_seated(task)
+            self._roster.tell_places(task)
 
     def _tell_halved(self, before: int, after: int) -> None:
         for task in self._roster.tasks:
@@ -268,6 +268,7 @@ class Executor:
                 trial_id=run.trial_id,
                 step=run.step,
                 total_steps=run.total_steps,
+                samples_trained=run.samples_trained,
                 train_loss=report.train_loss,
                 train_loss_smoothed=run.train_loss_smoothed,
                 learning_rate=report.learning_rate,

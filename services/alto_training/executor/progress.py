@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -109,13 +109,16 @@ class ProgressMeter:
 
 
 def fraction_done(task: TaskRun) -> float:
-    """Return the share of the task's sequences that are trained or will not be, by its trials' own schedules."""
-    return _share(task, finished_is_whole=True)
+    """Return the share of the task's sequences that are trained or will not be, by its trials' own schedules.
+
+    Of a trial that was cancelled with its task what was trained counts.
+    """
+    return _share(task, whole=task.finished.keys() - task.cancelled)
 
 
 def share_trained(task: TaskRun) -> float:
     """Return the share of the task's planned sequences that were really trained."""
-    return _share(task, finished_is_whole=False)
+    return _share(task, whole=frozenset())
 
 
 def longest_steps_left(task: TaskRun) -> int:
@@ -128,18 +131,15 @@ def longest_steps_left(task: TaskRun) -> int:
     return left
 
 
-def _share(task: TaskRun, finished_is_whole: bool) -> float:
-    total = done = 0.0
+def _share(task: TaskRun, whole: Set[str]) -> float:
+    total = done = 0
     for trial in task.job.trials:
-        run, ended = task.runs.get(trial.trial_id), task.finished.get(trial.trial_id)
-        items = (
-            run.total_items if run else trial.config.total_steps(len(task.train)) * trial.config.effective_batch_size
-        )
-        total += items
-        if ended is not None:
-            done += items if finished_is_whole else ended.samples_trained
+        samples = trial.config.total_samples(len(task.train))
+        total += samples
+        if trial.trial_id in whole:
+            done += samples
         else:
-            done += run.samples_trained if run else 0
+            done += (task.finished.get(trial.trial_id) or task.runs[trial.trial_id]).samples_trained
     return done / total
 
 

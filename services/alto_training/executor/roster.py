@@ -12,7 +12,7 @@ from alto_training.early_exit import Decision
 from alto_training.executor.checkpoint import CheckpointStore, TensorGroup
 from alto_training.executor.control import Cancel, Command, Pause, ReviveTrial, StopTrial
 from alto_training.executor.errors import ExecutorError
-from alto_training.executor.events import Event, TrialDecided, TrialStarted, TrialState, Verdict
+from alto_training.executor.events import Event, TrialDecided, TrialPaused, TrialStarted, TrialState, Verdict
 from alto_training.executor.ranks import Ownership
 from alto_training.executor.slots import Slots
 from alto_training.executor.task_run import TaskRun
@@ -90,8 +90,7 @@ class Roster:
             if verdict is Verdict.STOP:
                 self.end(run, TrialState.STOPPED, decision.reason)
             elif verdict is Verdict.PAUSE:
-                self.slots.leave(run)
-                run.adapter.move(torch.device("cpu"))
+                self._give_up_slot(run)
                 task.parked.add(run.trial_id)
             elif run.trial_id in task.parked:
                 task.parked.discard(run.trial_id)
@@ -109,8 +108,7 @@ class Roster:
             return
         reason = f"Paused after warm-up, at step {run.step}: others of its task wait for a slot to warm up in."
         self.decided(task, run, Verdict.PAUSE, "rotation", reason)
-        self.slots.leave(run)
-        run.adapter.move(torch.device("cpu"))
+        self._give_up_slot(run)
         self.slots.enqueue(run)
 
     def decided(
@@ -129,11 +127,19 @@ class Roster:
     def end(self, run: TrialRun, state: TrialState, reason: str) -> None:
         """End a trial: its slot is free, its best adapter is written, and the policy may release others."""
         task = self._task_of[run]
+        self._close(task, run, state, reason)
+        self.apply(task, task.policy.trial_ended(run.trial_id))
+        task.forget_oldest(self._revivable_trials)
+
+    def _close(self, task: TaskRun, run: TrialRun, state: TrialState, reason: str) -> None:
         self.slots.leave(run)
         run.adapter.move(torch.device("cpu"))
         task.finish(run, state, reason)
-        self.apply(task, task.policy.trial_ended(run.trial_id))
-        task.forget_oldest(self._revivable_trials)
+
+    def _give_up_slot(self, run: TrialRun) -> None:
+        self.slots.leave(run)
+        run.adapter.move(torch.device("cpu"))
+        self._tell_paused(run)
 
     def fill_slots(self) -> None:
         """Give free slots to waiting trials."""
@@ -192,10 +198,10 @@ class Roster:
         ]
 
     def _cancel(self, task: TaskRun, reason: str) -> None:
-        task.cancelled = True
-        for run in list(task.runs.values()):
-            if run.trial_id not in task.finished:
-                self.end(run, TrialState.CANCELLED, reason)
+        task.cancelled = task.runs.keys() - task.finished.keys()
+        for trial_id in sorted(task.cancelled):  # no policy is asked: it would judge who is left
+            self._close(task, task.runs[trial_id], TrialState.CANCELLED, reason)
+        task.forget_oldest(self._revivable_trials)
 
     def _revive(self, task: TaskRun, run: TrialRun) -> None:
         ended = task.finished.get(run.trial_id)
@@ -237,15 +243,22 @@ class Roster:
         for _, _, run in sorted(in_line, key=lambda one: one[:2]):
             self.slots.enqueue(run)
 
-    def tell_seated(self, task: TaskRun) -> None:
-        """Tell which of a task's trials have a slot, after `take_up`."""
-        for slot, run in enumerate(self.slots.places):
-            if run is not None and self._task_of[run] is task:
-                self._tell_started(slot, run)
+    def tell_places(self, task: TaskRun) -> None:
+        """Tell which of a task's trials have a slot, and which have begun and have none, after `take_up`."""
+        seated = {run: slot for slot, run in enumerate(self.slots.places) if run is not None}
+        for run in task.runs.values():
+            if run in seated:
+                self._tell_started(seated[run], run)
+            elif run.samples_trained and run.trial_id not in task.finished:
+                self._tell_paused(run)
 
     def _tell_started(self, slot: int, run: TrialRun) -> None:
-        task = self._task_of[run]
-        self._emit(TrialStarted(task.task_id, run.trial_id, slot, run.step, run.total_steps, run.adapter.size))
+        task_id, size = self._task_of[run].task_id, run.adapter.size
+        self._emit(TrialStarted(task_id, run.trial_id, slot, run.step, run.total_steps, run.samples_trained, size))
+
+    def _tell_paused(self, run: TrialRun) -> None:
+        task_id = self._task_of[run].task_id
+        self._emit(TrialPaused(task_id, run.trial_id, run.step, run.total_steps, run.samples_trained))
 
     def _numbers_of(self, task: TaskRun, runs: Sequence[TrialRun | None]) -> dict[str, int]:
         numbered = [(number, run) for number, run in enumerate(runs) if run is not None]

@@ -36,7 +36,8 @@ class TaskRun:
     `folder` receives adapters/ and checkpoints/, both the task's alone: others in the executor leave no trace in them.
     `ticks` are those of the executor while it had the task, earlier attempts included.
     `runs` holds the trials that train or may be revived, `finished` how trials ended, `parked` those that the policy
-    paused, `unjudged` those that their user revived: no policy decides about them any more.
+    paused, `unjudged` those that their user revived: no policy decides about them any more, `cancelled` those that
+    ended with their task's cancellation.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class TaskRun:
         self.parked: set[str] = set()
         self.unjudged: set[str] = set()
         self.ticks = 0
-        self.cancelled = False
+        self.cancelled: set[str] = set()
         self.paused = False
         self.store = CheckpointStore(checkpoints_folder(folder))
         self.base_validation_loss: float | None = None
@@ -158,7 +159,14 @@ class TaskRun:
         best = math.isfinite(loss) and run.note_validation(loss)
         self._emit(
             TrialEvaluated(
-                self.task_id, run.trial_id, run.step, run.total_steps, loss, run.train_loss_smoothed, best=best
+                self.task_id,
+                run.trial_id,
+                run.step,
+                run.total_steps,
+                run.samples_trained,
+                loss,
+                run.train_loss_smoothed,
+                best=best,
             )
         )
         per_example = tuple(each / max(1, item.denominator) for each, item in zip(losses, items, strict=True))

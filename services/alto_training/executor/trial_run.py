@@ -59,10 +59,7 @@ class TrialRun:
         self.config = trial.config
         self.adapter = adapter
         self.total_steps = trial.config.total_steps(len(data))
-        if trial.config.max_steps is None:
-            self.total_items = max(1, math.ceil(len(data) * trial.config.epochs))
-        else:
-            self.total_items = trial.config.max_steps * trial.config.effective_batch_size
+        self.total_items = trial.config.total_samples(len(data))
         self._data = data
         self._objective = objective
         self._order = DataOrder(len(data), trial.config.seed)

@@ -37,6 +37,7 @@ class MemoryAdmission(AdmissionServiceServicer):
         self.first_kept_sequence = 1
         self.uploads = {}
         self.datasets = {}
+        self.unfinished_uploads = []
         self.break_uploads_after_chunks = []
         self.adapter_files = {}
         self.adapter_trial = "trial-002"
@@ -162,7 +163,9 @@ class MemoryAdmission(AdmissionServiceServicer):
     def ListDatasets(self, request, context):
         self.note(request, context)
         used_bytes = sum(dataset.size_bytes for dataset in self.datasets.values())
-        usage = messages.DatasetUsage(used_bytes=used_bytes, quota_bytes=1 << 30)
+        usage = messages.DatasetUsage(
+            used_bytes=used_bytes, quota_bytes=1 << 30, unfinished_uploads=self.unfinished_uploads
+        )
         return messages.ListDatasetsResponse(datasets=self.datasets.values(), usage=usage)
 
     def DownloadAdapter(self, request, context):

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import grpc
 import pytest
+from alto.v1 import admission_service_pb2 as messages
 from alto.v1 import error_pb2, placement_pb2, placement_service_pb2, tuning_pb2
 from alto.v1.placement_service_pb2_grpc import PlacementServiceServicer, add_PlacementServiceServicer_to_server
 from alto_cli.app import app
@@ -189,6 +190,28 @@ MANY = f"give one of: {', '.join(f'model-{number:03}' for number in range(90))}"
 def test_what_a_refusal_says_it_says_once(run, admission, error, said):
     admission.error = error
     assert run("show", "task-1").stderr == "\n".join([f"error: {said[0]}", *said[1:], ""])
+
+
+@pytest.mark.parametrize("command", ["submit", "estimate", "tune"])
+def test_whoever_wrote_a_task_file_is_told_of_its_keys(run, admission, task_file, command):
+    found = Violation("spec.search_space.grid.dimensions[lora_rank]", 64, "give at most 48")
+    admission.error = invalid_fields([found])
+    result = run(command, str(task_file))
+    assert result.stderr.endswith("error: search.grid.lora_rank = 64: give at most 48\n")
+    result = run(command, str(task_file), "--json")
+    (violation,) = json.loads(result.stderr.splitlines()[-1])["error"]["violations"]
+    assert violation["field"] == found.field
+
+
+def test_unfinished_uploads_are_listed_with_what_gives_them_up(run, admission):
+    upload = messages.UnfinishedUpload(dataset_id="dataset-7", request_id="u", size_bytes=3 << 20)
+    upload.update_time.FromSeconds(1_700_000_000)
+    admission.unfinished_uploads = [upload]
+    result = run("dataset", "list")
+    assert "taking 3.0 MiB" in result.stderr
+    assert "alto dataset delete dataset-7" in result.stderr
+    (shown,) = json.loads(run("dataset", "list", "--json").stdout)["usage"]["unfinished_uploads"]
+    assert shown["dataset_id"] == "dataset-7"
 
 
 @pytest.mark.parametrize("others", [[], [RANK]])

@@ -159,7 +159,10 @@ def test_the_end_tells_what_was_saved_and_gained(ended):
     ("told", "shown"),
     [
         ("spec.search_space.base.max_length = 9: give less", "search.base.max_length = 9: give less"),
-        ("spec.search_space.grid.dimensions[schedule.kind]", "search.grid.schedule.kind"),
+        ("spec.search_space.grid.dimensions[schedule.kind] = 3", "search.grid.schedule.kind = 3"),
+        ("spec.search_space.grid.dimensions[lora_rank].values.values[2]", "search.grid.lora_rank[2]"),
+        ("spec.search_space.random.dimensions[lora_rank].log_uniform.low", "search.random.lora_rank.log_uniform.low"),
+        ("spec.search_space.random.dimensions[9].field", "search.random.dimensions[9].field"),
         ("spec.search_space.explicit.configs[3].lora_rank", "search.list[3].lora_rank"),
         ("spec.dataset_id, spec.validation_dataset_id", "dataset, validation"),
         ("spec.early_exit.policy and spec.display_name", "early_exit.policy and name"),

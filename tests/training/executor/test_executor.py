@@ -28,6 +28,7 @@ from alto_training.executor.executor import Executor
 from alto_training.executor.lora_backend import ReferenceBackend
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.tick import Tick
+from alto_training.wire import EventTranslator
 from tiny_jobs import MemoryDataset, adapter_weights, assert_same_bits, job, open_memory, run
 
 SETTINGS = ExecutorSettings(tokens_per_tick=96, backend=Backend.REFERENCE, progress_interval_s=0.0)
@@ -84,6 +85,17 @@ def test_a_run_tells_its_story_in_order(tmp_path: Path) -> None:
     assert progress[-1].seconds_remaining == 0.0
     assert outcome.best is not None
     assert outcome.best.best_validation_loss == min(trial.best_validation_loss or 9 for trial in outcome.trials)
+
+
+def test_a_trial_is_told_with_the_samples_that_it_has_seen_though_its_last_batch_is_short(tmp_path: Path) -> None:
+    task = job(config(batch_size=4, epochs=1.0, max_steps=None))
+    outcome, events = run(task, tmp_path, settings=SETTINGS)
+    translator = EventTranslator(task, "node")
+    told = [message for event in events for message in translator.translate(event)]
+    measured = [one.trial_measured for one in told if one.HasField("trial_measured")]
+    counts = {one.metric.step: one.samples_trained for one in measured}
+    assert counts == {1: 4, 2: 8, 3: 12, 4: 16, 5: 20, 6: 23}
+    assert outcome.trials[0].samples_trained == 23
 
 
 def test_training_learns(tmp_path: Path) -> None:
@@ -144,6 +156,26 @@ def test_cancelling_ends_every_trial_and_keeps_what_is_best_so_far(tmp_path: Pat
     assert len(outcome.trials) == 3
     assert outcome.best is not None
     assert adapter_weights(outcome.best.adapter_path)
+
+
+def test_a_cancelled_task_is_as_far_as_it_was_and_no_policy_judges_its_trials(tmp_path: Path) -> None:
+    # The first is slower to warm up: the others are parked, and would be judged if it alone ended.
+    trials = [config(max_steps=20), *[config(seed=seed, max_steps=10) for seed in (1, 2, 3)]]
+    task = job(*trials, early_exit=PAPER, evaluation=Evaluation(count=10))
+    control, events = ControlQueue(), list[Event]()
+    stop = on(lambda event: isinstance(event, TrialProgress), StopTrial("trial-3"), control, events)
+
+    def sink(event: Event) -> None:
+        stop(event)
+        if isinstance(event, TrialProgress) and (event.trial_id, event.step) == ("trial-0", 5):
+            control.put(Cancel())
+
+    outcome, _ = run(task, tmp_path, settings=SETTINGS, control=control, events=sink)
+    assert outcome.state == "cancelled"
+    assert {trial.state for trial in outcome.trials} == {"cancelled"}
+    before, last = of(events, TaskProgress)[-2:]
+    assert last.measured.share_trained < before.fraction_done == last.fraction_done < 1
+    assert before.seconds_remaining > 0 == last.seconds_remaining
 
 
 def test_a_stopped_trial_is_revived_with_its_state_and_judged_no_more(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_layers_that_peft_would_take_for_experts_carry_no_adapter(family: str) -
 def test_a_model_whose_positions_depend_on_the_batch_is_refused() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = transformers.LlamaForCausalLM(llama_config(rope_parameters=rope))
-    with pytest.raises(UnsupportedBackboneError, match="longest sequence of a batch"):
+    with pytest.raises(UnusableModelError, match="longest sequence of a batch"):
         prepare_backbone(model, "dynamic", torch.device("cpu"))
 
 
@@ -218,14 +218,14 @@ def test_attention_that_is_not_causal_is_refused() -> None:
 def test_attention_within_chunks_is_refused_however_long_they_are() -> None:
     values = DECODER | GROUPED | {"num_local_experts": 2, "intermediate_size_mlp": 80, "attention_chunk_size": 8192}
     model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**values))
-    with pytest.raises(UnsupportedBackboneError, match="within chunks"):
+    with pytest.raises(UnusableModelError, match="within chunks"):
         prepare_backbone(model, "chunked", torch.device("cpu"))
 
 
 def test_a_family_that_chooses_its_attention_itself_is_refused_by_name(tmp_path: Path) -> None:
     values = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
     transformers.GPTJForCausalLM(transformers.GPTJConfig(**values)).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedBackboneError, match=r"GPTJ.*attention interface.*choose a Llama"):
+    with pytest.raises(UnusableModelError, match=r"GPTJ.*attention interface.*choose a Llama"):
         load_backbone(str(tmp_path))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alto.v1.tuning_pb2 import TRIAL_STATE_PAUSED
 from alto_common.tuning import EarlyExit, Evaluation, TrialConfig, TuningJob
 from alto_training.executor.control import ControlQueue, Pause
 from alto_training.executor.events import (
@@ -16,6 +17,7 @@ from alto_training.executor.events import (
     TrialDecided,
     TrialEvaluated,
     TrialFinished,
+    TrialPaused,
     TrialProgress,
     TrialStarted,
     TrialState,
@@ -23,6 +25,7 @@ from alto_training.executor.events import (
 )
 from alto_training.executor.settings import Backend, ExecutorSettings
 from alto_training.executor.trial_run import TrialRun
+from alto_training.wire import EventTranslator
 from tiny_jobs import assert_same_bits, job, run
 
 POLICIES = ["paper", "alto", "median", "asha", "hyperband"]
@@ -116,6 +119,31 @@ def test_a_run_paused_in_the_middle_of_the_rotation_ends_with_the_same_bits(tmp_
         assert first.state == "paused"
         second, _ = run(task, folder, settings=settings)
         assert_same_bits(whole, second)
+
+
+@pytest.mark.parametrize("policy", ["paper", "median"])
+def test_trials_that_had_no_slot_at_a_pause_are_told_as_paused_when_the_task_goes_on(
+    tmp_path: Path, policy: str
+) -> None:
+    task, settings = rotating(policy), replace(SETTINGS, slots=2)
+    control, first = ControlQueue(), list[Event]()
+
+    def pause(event: Event) -> None:
+        first.append(event)
+        if sum(isinstance(one, TrialPaused) for one in first) == 3:
+            control.put(Pause())
+
+    run(task, tmp_path, settings=settings, events=pause, control=control)
+    _, second = run(task, tmp_path, settings=settings)
+    moves = {one.trial_id: one for one in first if isinstance(one, TrialStarted | TrialPaused)}
+    paused = {trial_id for trial_id, one in moves.items() if isinstance(one, TrialPaused)}
+    goes_on = next(place for place, one in enumerate(second) if isinstance(one, TrialProgress))
+    told = [one for one in second[:goes_on] if isinstance(one, TrialPaused)]
+    assert len(told) >= 3
+    assert {one.trial_id for one in told} == paused
+    assert {(one.step, one.samples_trained) for one in told} == {(BOUNDARY, 2 * BOUNDARY)}
+    (message,) = EventTranslator(task, "node").translate(told[0])
+    assert message.trial_state_changed.state == TRIAL_STATE_PAUSED
 
 
 def test_a_trial_that_is_not_finite_in_its_warm_up_keeps_nobody_waiting(tmp_path: Path) -> None:

@@ -963,8 +963,11 @@ class GetDatasetUploadResponse(_message.Message):
 
     COMMITTED_BYTES_FIELD_NUMBER: _builtins.int
     DATASET_FIELD_NUMBER: _builtins.int
+    DATASET_ID_FIELD_NUMBER: _builtins.int
     committed_bytes: _builtins.int
     """Bytes that are kept; the next chunk begins here."""
+    dataset_id: _builtins.str
+    """The dataset's id, which it has from the beginning of the upload."""
     @_builtins.property
     def dataset(self) -> _dataset_pb2.Dataset:
         """The dataset, when the upload is complete."""
@@ -974,10 +977,11 @@ class GetDatasetUploadResponse(_message.Message):
         *,
         committed_bytes: _builtins.int = ...,
         dataset: _dataset_pb2.Dataset | None = ...,
+        dataset_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "dataset", b"dataset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_bytes", b"committed_bytes", "dataset", b"dataset", "dataset_id", b"dataset_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1056,6 +1060,42 @@ class ListDatasetsRequest(_message.Message):
 Global___ListDatasetsRequest: _TypeAlias = ListDatasetsRequest  # noqa: Y015
 
 @_typing.final
+class UnfinishedUpload(_message.Message):
+    """An upload that is not complete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    dataset_id: _builtins.str
+    """The id that its dataset will have; DeleteDataset gives the upload up under it."""
+    request_id: _builtins.str
+    """The id given in the header."""
+    size_bytes: _builtins.int
+    """Size that was announced, in bytes: what it takes of the quota."""
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When a call began it, or carried it on, last."""
+
+    def __init__(
+        self,
+        *,
+        dataset_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_id", b"dataset_id", "request_id", b"request_id", "size_bytes", b"size_bytes", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnfinishedUpload: _TypeAlias = UnfinishedUpload  # noqa: Y015
+
+@_typing.final
 class DatasetUsage(_message.Message):
     """What a tenant's datasets take of its quota. An upload beyond it is refused with QUOTA_EXCEEDED."""
 
@@ -1063,19 +1103,25 @@ class DatasetUsage(_message.Message):
 
     USED_BYTES_FIELD_NUMBER: _builtins.int
     QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    UNFINISHED_UPLOADS_FIELD_NUMBER: _builtins.int
     used_bytes: _builtins.int
     """Bytes of its datasets, and of those that it is uploading."""
     quota_bytes: _builtins.int
     """The most that they may take."""
+    @_builtins.property
+    def unfinished_uploads(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnfinishedUpload]:
+        """Its unfinished uploads, those left alone longest first, at most 100."""
+
     def __init__(
         self,
         *,
         used_bytes: _builtins.int = ...,
         quota_bytes: _builtins.int = ...,
+        unfinished_uploads: _abc.Iterable[Global___UnfinishedUpload] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["quota_bytes", b"quota_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quota_bytes", b"quota_bytes", "unfinished_uploads", b"unfinished_uploads", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1123,7 +1169,7 @@ class DeleteDatasetRequest(_message.Message):
 
     DATASET_ID_FIELD_NUMBER: _builtins.int
     dataset_id: _builtins.str
-    """The dataset."""
+    """The dataset, or what an unfinished upload is to become."""
     def __init__(
         self,
         *,

@@ -222,7 +222,9 @@ class AdmissionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UploadDataset(self, request_iterator, context):
-        """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on.
+        """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on. From its
+        header on an upload takes its whole size of the tenant's quota, until DeleteDataset gives it up, or nobody has
+        carried it on for a week. A request_id whose upload was given up begins a new one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,7 +252,7 @@ class AdmissionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDataset(self, request, context):
-        """Deletes a dataset that no unfinished task uses.
+        """Deletes a dataset that no unfinished task uses, or gives up the unfinished upload of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -64,7 +64,10 @@ class AdmissionServiceStub:
     StopTrial: _grpc.UnaryUnaryMultiCallable[_admission_service_pb2.StopTrialRequest, _admission_service_pb2.StopTrialResponse]
     """Stops one trial; its best adapter stays available."""
     UploadDataset: _grpc.StreamUnaryMultiCallable[_admission_service_pb2.UploadDatasetRequest, _admission_service_pb2.UploadDatasetResponse]
-    """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on."""
+    """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on. From its
+    header on an upload takes its whole size of the tenant's quota, until DeleteDataset gives it up, or nobody has
+    carried it on for a week. A request_id whose upload was given up begins a new one.
+    """
     GetDatasetUpload: _grpc.UnaryUnaryMultiCallable[_admission_service_pb2.GetDatasetUploadRequest, _admission_service_pb2.GetDatasetUploadResponse]
     """Tells how many bytes of an unfinished upload are kept."""
     GetDataset: _grpc.UnaryUnaryMultiCallable[_admission_service_pb2.GetDatasetRequest, _admission_service_pb2.GetDatasetResponse]
@@ -72,7 +75,7 @@ class AdmissionServiceStub:
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_admission_service_pb2.ListDatasetsRequest, _admission_service_pb2.ListDatasetsResponse]
     """Lists the tenant's datasets, newest first."""
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_admission_service_pb2.DeleteDatasetRequest, _admission_service_pb2.DeleteDatasetResponse]
-    """Deletes a dataset that no unfinished task uses."""
+    """Deletes a dataset that no unfinished task uses, or gives up the unfinished upload of it."""
     ListBaseModels: _grpc.UnaryUnaryMultiCallable[_admission_service_pb2.ListBaseModelsRequest, _admission_service_pb2.ListBaseModelsResponse]
     """Lists the base models that are there without a download."""
     DownloadAdapter: _grpc.UnaryStreamMultiCallable[_admission_service_pb2.DownloadAdapterRequest, _admission_service_pb2.DownloadAdapterResponse]
@@ -110,7 +113,10 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     StopTrial: _aio.UnaryUnaryMultiCallable[_admission_service_pb2.StopTrialRequest, _admission_service_pb2.StopTrialResponse]  # type: ignore[assignment]
     """Stops one trial; its best adapter stays available."""
     UploadDataset: _aio.StreamUnaryMultiCallable[_admission_service_pb2.UploadDatasetRequest, _admission_service_pb2.UploadDatasetResponse]  # type: ignore[assignment]
-    """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on."""
+    """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on. From its
+    header on an upload takes its whole size of the tenant's quota, until DeleteDataset gives it up, or nobody has
+    carried it on for a week. A request_id whose upload was given up begins a new one.
+    """
     GetDatasetUpload: _aio.UnaryUnaryMultiCallable[_admission_service_pb2.GetDatasetUploadRequest, _admission_service_pb2.GetDatasetUploadResponse]  # type: ignore[assignment]
     """Tells how many bytes of an unfinished upload are kept."""
     GetDataset: _aio.UnaryUnaryMultiCallable[_admission_service_pb2.GetDatasetRequest, _admission_service_pb2.GetDatasetResponse]  # type: ignore[assignment]
@@ -118,7 +124,7 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     ListDatasets: _aio.UnaryUnaryMultiCallable[_admission_service_pb2.ListDatasetsRequest, _admission_service_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """Lists the tenant's datasets, newest first."""
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_admission_service_pb2.DeleteDatasetRequest, _admission_service_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
-    """Deletes a dataset that no unfinished task uses."""
+    """Deletes a dataset that no unfinished task uses, or gives up the unfinished upload of it."""
     ListBaseModels: _aio.UnaryUnaryMultiCallable[_admission_service_pb2.ListBaseModelsRequest, _admission_service_pb2.ListBaseModelsResponse]  # type: ignore[assignment]
     """Lists the base models that are there without a download."""
     DownloadAdapter: _aio.UnaryStreamMultiCallable[_admission_service_pb2.DownloadAdapterRequest, _admission_service_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
@@ -231,7 +237,10 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_admission_service_pb2.UploadDatasetRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_admission_service_pb2.UploadDatasetResponse, _abc.Awaitable[_admission_service_pb2.UploadDatasetResponse]]:
-        """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on."""
+        """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on. From its
+        header on an upload takes its whole size of the tenant's quota, until DeleteDataset gives it up, or nobody has
+        carried it on for a week. A request_id whose upload was given up begins a new one.
+        """
 
     @_abc_1.abstractmethod
     def GetDatasetUpload(
@@ -263,7 +272,7 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admission_service_pb2.DeleteDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admission_service_pb2.DeleteDatasetResponse, _abc.Awaitable[_admission_service_pb2.DeleteDatasetResponse]]:
-        """Deletes a dataset that no unfinished task uses."""
+        """Deletes a dataset that no unfinished task uses, or gives up the unfinished upload of it."""
 
     @_abc_1.abstractmethod
     def ListBaseModels(

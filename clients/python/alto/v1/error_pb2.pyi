@@ -31,7 +31,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 2
     """The credential does not allow the method. PERMISSION_DENIED."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 3
-    """A field breaks a rule; BadRequest names the field and the cure. INVALID_ARGUMENT."""
+    """A field breaks a rule; BadRequest names the field and the cure. Here and wherever a request is at fault, a field is
+    its path in the request, with a dimension's own field for its index: "spec.search_space.grid.dimensions[lora_rank]".
+    INVALID_ARGUMENT.
+    """
     ERROR_REASON_UNKNOWN_BASE_MODEL: _ErrorReason.ValueType  # 4
     """No such base model. INVALID_ARGUMENT."""
     ERROR_REASON_DATASET_MALFORMED: _ErrorReason.ValueType  # 5
@@ -87,7 +90,10 @@ ERROR_REASON_CREDENTIAL_INVALID: ErrorReason.ValueType  # 1
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 2
 """The credential does not allow the method. PERMISSION_DENIED."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 3
-"""A field breaks a rule; BadRequest names the field and the cure. INVALID_ARGUMENT."""
+"""A field breaks a rule; BadRequest names the field and the cure. Here and wherever a request is at fault, a field is
+its path in the request, with a dimension's own field for its index: "spec.search_space.grid.dimensions[lora_rank]".
+INVALID_ARGUMENT.
+"""
 ERROR_REASON_UNKNOWN_BASE_MODEL: ErrorReason.ValueType  # 4
 """No such base model. INVALID_ARGUMENT."""
 ERROR_REASON_DATASET_MALFORMED: ErrorReason.ValueType  # 5

@@ -647,7 +647,9 @@ class RandomSearch(_message.Message):
     TRIALS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     trials: _builtins.int
-    """How many configurations to draw."""
+    """How many configurations to draw: at most as many as the service takes of one task, 1000 unless its operator has
+    decided otherwise.
+    """
     seed: _builtins.int
     """Seed of the draws: the same seed draws the same configurations."""
     @_builtins.property
@@ -678,7 +680,7 @@ class ExplicitSearch(_message.Message):
     CONFIGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def configs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrialConfig]:
-        """The configurations, at least one."""
+        """The configurations, at least one, and at most as many as the service takes of one task."""
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ def check(
 def list_datasets(
     server: Server = "", api_key: ApiKey = "", root_certificates: RootCertificates = None, json_output: Json = False
 ) -> None:
-    """List the uploaded datasets, newest first."""
+    """List the uploaded datasets, newest first, and uploads that are not complete."""
     with failures(json_output):
         from alto_cli import datasets
 
@@ -67,7 +67,7 @@ def delete(
     root_certificates: RootCertificates = None,
     json_output: Json = False,
 ) -> None:
-    """Delete a dataset that no unfinished task uses."""
+    """Delete a dataset that no unfinished task uses, or what was uploaded of it."""
     with failures(json_output):
         from alto_cli import datasets
 

@@ -10,7 +10,10 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 # Fields of a TuningTaskSpec, and what a task file calls them.
 _IN_TASK_FILE = (
     (re.compile(r"\bspec\.search_space\.explicit\.configs\b"), "search.list"),
-    (re.compile(r"\bspec\.search_space\.(grid|random)\.dimensions\[([a-z_.]+)\]"), r"search.\1.\2"),
+    (
+        re.compile(r"\bspec\.search_space\.(grid|random)\.dimensions\[([a-z_.]+)\](?:\.values\.values(?=\[))?"),
+        r"search.\1.\2",
+    ),
     (re.compile(r"\bspec\.search_space\b"), "search"),
     (re.compile(r"\bspec\.(dataset|validation)(_dataset)?_id\b"), r"\1"),
     (re.compile(r"\bspec\.display_name\b"), "name"),
