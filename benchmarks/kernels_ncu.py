@@ -69,7 +69,10 @@ def counted() -> list[dict[str, object]]:
         "base",
     ]
     command += ["--metrics", ",".join(METRICS), sys.executable, __file__, "--launch"]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    ran = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if ran.returncode != 0:
+        sys.exit(f"benchmarks/kernels_ncu.py: ncu failed: {ran.stdout[-2000:]}")
+    told = ran.stdout
     rows = list(csv.DictReader(io.StringIO(told[told.index('"ID"') :])))[1:]  # the first has the units
     names = [
         (cell, name)

@@ -145,8 +145,8 @@ def _check_ranges(slots: Sequence[int], offsets: Sequence[int], training: bool) 
         if stop < start:
             raise ValueError(f"offsets[{i + 1}]={stop}: below offsets[{i}]={start}, must not fall")
     seated = [slot for slot in slots if slot != NO_ADAPTER]
-    if training and len(set(seated)) != len(seated):
-        raise ValueError("slots: a slot is named twice in a training plan")
+    if len(set(seated)) != len(seated):
+        raise ValueError("slots: a slot is named twice")
 
 
 def _check_fresh(fresh: Sequence[int], slots: Sequence[int], offsets: Sequence[int], training: bool) -> frozenset[int]:

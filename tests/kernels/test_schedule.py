@@ -15,7 +15,10 @@ pytestmark = pytest.mark.skipif(kernels is None or not kernels.has_cuda, reason=
 
 DOWN, BASE, GRAD_B, GRAD_A = range(4)
 CLUSTERS = 66
-_LAYOUT = "kind flags row column steps module extra_begin extra_count extra_steps block_count part_count start stop"
+_LAYOUT = (
+    "kind flags row column steps module extra_begin extra_count extra_steps block_count part_count start stop"
+    " threshold keep_factor eighths"
+)
 WORDS = _LAYOUT.split()
 PART = ("s_row", "column", "module", "detail", "slot", "rank", "start", "stop")
 ITEM_BYTES = 192
@@ -75,9 +78,7 @@ def test_everything_is_done_once_and_in_step(name: str, backward: bool) -> None:
         downs_are_over = False
         for pair in range(first, last):
             one, two = pairs[2 * pair], pairs[2 * pair + 1]
-            assert all(
-                one[key] == two[key] for key in ("kind", "flags", "steps", "block_count", "part_count", "extra_steps")
-            )
+            assert all(one[key] == two[key] for key in IN_STEP)
             # A tile may wait for S blocks: whoever has to make them does so before waiting.
             assert not (downs_are_over and one["kind"] == DOWN)
             downs_are_over = downs_are_over or one["kind"] != DOWN
@@ -125,6 +126,59 @@ def test_adapters_of_small_rank_share_blocks() -> None:
     assert layout_of([16, 16], [0, 128, 256]).saved_rows == 256
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 0, 3, 6, 1, 4], [1, 0, 3, 2, 7, 6, 5, 4]])
+@pytest.mark.parametrize("modules", [1, 2])
+def test_gradients_read_the_s_rows_of_their_tokens(order: list[int], modules: int) -> None:
+    """Pool columns go by slot, tokens by `order`, with a gap in the middle; some adapters share windows."""
+    ranks, offsets = [16, 8, 16, 64, 8, 24, 100, 16], [0, 40, 130, 256, 300, 640, 700, 810, 1000]
+    first_columns = [0, *itertools.accumulate(-(-rank // 16) * 16 for rank in ranks)]
+    segments = [
+        (
+            slot,
+            offsets[i] + (i > 3) * 150,
+            offsets[i + 1] + (i > 3) * 150,
+            ranks[slot],
+            first_columns[slot],
+            1.0,
+            0.0,
+            False,
+        )
+        for i, slot in enumerate(order)
+    ]
+    assert kernels is not None
+    items, _ = kernels.TickLayout(tokens=1150, segments=segments).schedule(
+        backward=True,
+        wants_output=True,
+        in_features=512,
+        out_features=[512] * modules,
+        drops=False,
+        pairs_in_group=8,
+        clusters=CLUSTERS,
+    )
+    unpacked = unpack(items)
+    blocks = {
+        part["s_row"]: (item["row"], part["column"])
+        for item in unpacked
+        if item["kind"] == DOWN
+        for part in item["parts"]
+        if part["detail"] >= 0
+    }
+    for item in unpacked:
+        if item["kind"] not in (GRAD_B, GRAD_A):
+            continue
+        eighths = 0
+        for number, part in enumerate(item["parts"]):
+            for step in range(item["steps"]):
+                s_row = part["s_row"] + 64 * step
+                row, pool_column = blocks[s_row // 128 * 128]
+                assert row + s_row % 128 == item["row"] + 64 * step
+                assert pool_column + part["column"] == first_columns[part["slot"]] + part["detail"]
+            columns = min(part["rank"] - part["detail"], 64)
+            used = range(part["column"] // 8, -(-(part["column"] + columns) // 8))
+            eighths |= sum(1 << at for at in used) << (0 if item["block_count"] == 1 else 8 * number)
+        assert item["eighths"] & 0xFFFFFFFF == eighths
+
+
 def test_gradients_of_small_neighbours_are_made_together() -> None:
     def gradients(fresh: list[bool], offsets: list[int]) -> int:
         segments = [(i, offsets[i], offsets[i + 1], 16, 16 * i, 1.0, 0.0, fresh[i]) for i in range(4)]
@@ -143,5 +197,5 @@ def test_gradients_of_small_neighbours_are_made_together() -> None:
     near = [0, 100, 200, 300, 400]
     assert gradients([False] * 4, near) == 1
     assert gradients([False, False, True, True], near) == 2
-    # Each of a length of its own.
+    # Each long enough by itself.
     assert gradients([False] * 4, [0, 2000, 4000, 6000, 8000]) == 4

@@ -34,6 +34,7 @@ TickLayout make_layout(std::int64_t tokens, const std::vector<SegmentFields>& fi
     for (const auto& [slot, start, stop, rank, pool_column, scale, dropout, fresh] : fields) {
         if (start < 0 || stop < start || stop > tokens)
             throw std::invalid_argument("segments: token ranges must lie within [0, tokens]");
+        if (rank < 1) throw std::invalid_argument("segments: a rank must be at least 1");
         if (pool_column % kGranule != 0) throw std::invalid_argument("segments: pool columns must be multiples of 16");
         segments.push_back({static_cast<int>(start), static_cast<int>(stop), rank, pool_column, slot,
                             dropout > 0.0 ? dropout_threshold(dropout) : std::numeric_limits<std::int32_t>::min(),

@@ -108,7 +108,7 @@ __device__ __forceinline__ void warpgroup_barrier(int warpgroup) {
     asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
 
-// The same, and whether it is so for any of them.
+// The same, and whether `own` is true for any of them.
 __device__ __forceinline__ bool warpgroup_any(int warpgroup, bool own) {
     int any;
     asm volatile(

@@ -1,4 +1,4 @@
-// The consumers: two warpgroups, each with 64 of the tile's 128 rows (or of a gradient's 128 features), make the
+// The consumers: two warpgroups, each with 64 of the tile's 128 rows (or half of a gradient's features), make the
 // products. Included by lora_gemm.cuh.
 #pragma once
 
@@ -75,12 +75,11 @@ struct Consumer {
         held = -1;
     }
 
-    // Zeroes, in a box of the stage that is this warpgroup's, the row of this thread where it is outside of the
+    // Zeroes, in a box that is this warpgroup's, the row of this thread where it is outside of the
     // segment, and the elements that dropout drops. Set to zero, never multiplied: what is masked may be NaN. The box
     // holds `feature` and the 63 behind it. masked() ends the masking of a stage.
-    __device__ __forceinline__ void mask_box(int box_index, bool inside, std::uint32_t row_bits, std::int32_t threshold,
-                                             int feature) {
-        unsigned char* box = shared.box(ring.stage, box_index);
+    __device__ __forceinline__ void mask_box(unsigned char* box, bool inside, std::uint32_t row_bits,
+                                             std::int32_t threshold, int feature) {
         // Opaque, or the compiler would hash all features before the loop over steps and spill them.
         asm volatile("" : "+r"(feature));
         const int row = thread / 2;
@@ -202,9 +201,11 @@ struct Consumer {
             if (drops) {
                 // The operand's boxes, 64 features after 64.
                 const int feature = index * down_depth(blocks);
-                mask_box(warpgroup, true, row_bits, threshold, feature);
-                if constexpr (blocks <= 2) mask_box(2 + warpgroup, true, row_bits, threshold, feature + 64);
-                if constexpr (blocks == 2) mask_box(4 + warpgroup, true, row_bits, threshold, feature + 128);
+                mask_box(shared.box(ring.stage, warpgroup), true, row_bits, threshold, feature);
+                if constexpr (blocks <= 2)
+                    mask_box(shared.box(ring.stage, 2 + warpgroup), true, row_bits, threshold, feature + 64);
+                if constexpr (blocks == 2)
+                    mask_box(shared.box(ring.stage, 4 + warpgroup), true, row_bits, threshold, feature + 128);
                 masked();
             }
             if constexpr (blocks == 2) {
@@ -233,6 +234,68 @@ struct Consumer {
         finish(sum);
     }
 
+    template <int size>
+    __device__ __forceinline__ static bool all_finite(const float (&sum)[size]) {
+        float poison = 0.0f;  // NaN as soon as anything is not finite
+#pragma unroll
+        for (int i = 0; i < size; ++i) poison = fmaf(sum[i], 0.0f, poison);
+        return poison == 0.0f;
+    }
+
+    // Makes the gradients of adapters that share an S block each from its own tokens alone: a neighbour's row that is
+    // not finite was multiplied by zeros. The same products in the same order, so that nobody else's sums change by a
+    // bit, but one box of each operand at a time, in the staging area: for ticks in which an adapter breaks.
+    __device__ __forceinline__ void make_apart(const ItemSlot& slot, int first_feature) {
+        unsigned char* const rows = epilogue.staging();
+        unsigned char* const columns = rows + kBoxBytes;
+        static_assert(2 * kBoxBytes <= kStagingBytes);
+        const Item& item = slot.item;
+        const bool of_a = item.kind == Kind::kGradA;
+        const ModuleArguments& module = arguments.modules[item.parts[0].module];
+        const auto* const row_data = static_cast<const Element*>(of_a ? arguments.input_data : module.row_data);
+        const auto* const block_data = static_cast<const Element*>(of_a ? module.block_data : module.saved_data);
+        const int features = of_a ? arguments.in_features : module.out_features;
+        const std::int32_t threshold = of_a ? item.threshold : std::numeric_limits<std::int32_t>::min();
+        const bool drops = threshold != std::numeric_limits<std::int32_t>::min();
+        float own[32] = {};
+#pragma unroll 1
+        for (int index = 0; index < 2 * item.part_count; ++index) {
+            const Part& part = item.parts[index / 2];
+            const int feature = first_feature + index % 2 * 64;
+            ScaleOut keep = ScaleOut::Zero;
+#pragma unroll 1
+            for (int first = part.start / 64 * 64; first < part.stop; first += 64) {
+                const int token = first + thread / 2;
+                const bool inside = token >= part.start && token < part.stop;
+                const auto* const row = row_data + static_cast<std::int64_t>(token) * features + feature;
+                const auto* const block =
+                    block_data + static_cast<std::int64_t>(part.s_row + token - item.row) * kStepDepth;
+                epilogue.await_staging();
+#pragma unroll 1
+                for (int i = 0; i < 4; ++i) {
+                    const int piece = thread % 2 * 4 + i;
+                    const int at = thread / 2 * 128 + (piece ^ (thread / 2 & 7)) * 16;
+                    const bool real = inside && feature + piece * 8 < features;
+                    *reinterpret_cast<uint4*>(rows + at) =
+                        real ? __ldcg(reinterpret_cast<const uint4*>(row) + piece) : uint4{0, 0, 0, 0};
+                    *reinterpret_cast<uint4*>(columns + at) = __ldcg(reinterpret_cast<const uint4*>(block) + piece);
+                }
+                if (drops && inside)
+                    mask_box(rows, inside, dropout_row(arguments.row_keys[token], module.module), threshold, feature);
+                masked();
+                fence_registers(own);
+                cute::warpgroup_arrive();
+                multiply_boxes<Major::MN, Major::MN, 0, 32>(cute::cast_smem_ptr_to_uint(rows),
+                                                            cute::cast_smem_ptr_to_uint(columns), own, keep);
+                cute::warpgroup_commit_batch();
+                cute::warpgroup_wait<0>();
+                fence_registers(own);
+            }
+            epilogue.turn(item, 0, own);
+            epilogue.add_gradients(slot, index / 2, index / 2 + 1, feature);
+        }
+    }
+
     template <int blocks>
     __device__ __forceinline__ void gradient(const ItemSlot& slot, Sum& sum) {
         constexpr int kOwnBoxes = gradient_boxes(blocks) / 2;
@@ -257,7 +320,8 @@ struct Consumer {
                         : 0;
 #pragma unroll
                 for (int own = 0; own < kOwnBoxes; ++own)
-                    mask_box(warpgroup * kOwnBoxes + own, inside, row_bits, threshold, feature + own * 64);
+                    mask_box(shared.box(ring.stage, warpgroup * kOwnBoxes + own), inside, row_bits, threshold,
+                             feature + own * 64);
                 masked();
             }
             if constexpr (blocks == 1) {
@@ -282,9 +346,18 @@ struct Consumer {
         if constexpr (blocks == 1) {
             finish(first);
             fence_registers(second);
-            epilogue.add_gradients(slot, 0, item.part_count, feature, epilogue.turn(item, 0, first));
-            epilogue.add_gradients(slot, 0, item.part_count, feature + 64, epilogue.turn(item, 0, second));
-            // Or else the shared ones would stay alive through all of this, and others be spilled.
+            if (item.part_count > 1 && warpgroup_any(warpgroup, !all_finite(first) || !all_finite(second))) {
+                make_apart(slot, feature);
+            } else {
+                epilogue.turn(item, 0, first);
+                epilogue.add_gradients(slot, 0, item.part_count, feature);
+                epilogue.turn(item, 0, second);
+                epilogue.add_gradients(slot, 0, item.part_count, feature + 64);
+            }
+            // Or else the shared ones would stay alive through all of this, and others be spilled. (Without the wait
+            // ptxas takes them for accumulators in flight, and then waits for each wgmma of the kernel.)
+            cute::warpgroup_wait<0>();
+            fence_registers(sum);
 #pragma unroll
             for (float& value : sum) value = 0.0f;
         } else {
@@ -297,8 +370,10 @@ struct Consumer {
         const int feature = slot.item.column + warpgroup * 64;
 #pragma unroll
         for (int part = 0; part < kMaxParts; ++part)
-            if (part < slot.item.part_count && slot.gradients[part] != nullptr)
-                epilogue.add_gradients(slot, part, part + 1, feature, epilogue.turn(slot.item, part * 32, sum));
+            if (part < slot.item.part_count && slot.gradients[part] != nullptr) {
+                epilogue.turn(slot.item, part * 32, sum);
+                epilogue.add_gradients(slot, part, part + 1, feature);
+            }
     }
 
     __device__ __forceinline__ void work(const ItemSlot& slot, Sum& sum) {

@@ -173,9 +173,9 @@ struct Epilogue {
     }
 
     // Turns a product of 64 features by the 64 columns of an S block in the staging area, so that whole lines can go
-    // out from there: A has a row for each rank column, B one for each feature. Returns NaN if anything is not finite.
+    // out from there: A has a row for each rank column, B one for each feature.
     template <int size>
-    __device__ __forceinline__ float turn(const Item& item, const int first, const float (&sum)[size]) {
+    __device__ __forceinline__ void turn(const Item& item, const int first, const float (&sum)[size]) {
         const bool of_a = item.kind == Kind::kGradA;
         const int row_stride = of_a ? 1 : kGradientRow;
         const int column_stride = of_a ? kGradientRow : 1;
@@ -183,7 +183,6 @@ struct Epilogue {
             reinterpret_cast<float*>(staging()) + accumulator_row() * row_stride + accumulator_column() * column_stride;
         const float factor = of_a ? item.keep_factor : 1.0f;
         const std::uint32_t eighths = item.eighths >> (first / 32 * 8);
-        float poison = 0.0f;
         await_staging();
 #pragma unroll
         for (int block = 0; block < 8; ++block) {
@@ -199,26 +198,21 @@ struct Epilogue {
                 } else {
                     *reinterpret_cast<float2*>(here) = float2{one, two};
                 }
-                poison = fmaf(one, 0.0f, fmaf(two, 0.0f, poison));
             }
         }
-        return poison;
     }
 
     // Adds (or writes) what was turned to the gradients of the item's parts [first_part, last_part), which lie in that
     // block. Each element is added to once a launch: deterministic.
     __device__ __forceinline__ void add_gradients(const ItemSlot& slot, int first_part, int last_part,
-                                                  int first_feature, float poison) {
+                                                  int first_feature) {
         const Item& item = slot.item;
         const bool of_a = item.kind == Kind::kGradA;
         const int all_features =
             of_a ? arguments.in_features : arguments.modules[item.parts[first_part].module].out_features;
         const int features = min(64, all_features - first_feature);
         auto* const tile = reinterpret_cast<float*>(staging());
-        if (warpgroup_any(warpgroup, last_part - first_part > 1 && poison != 0.0f)) {
-            make_again(item, first_part, last_part, first_feature, features, tile);
-            warpgroup_barrier(warpgroup);
-        }
+        warpgroup_barrier(warpgroup);
 #pragma unroll 1
         for (int index = first_part; index < last_part; ++index) {
             const Part& part = item.parts[index];
@@ -240,48 +234,6 @@ struct Epilogue {
     // The rank columns of a gradient's part.
     __device__ __forceinline__ static int columns_of(const Part& part) {
         return min(part.rank - part.detail, kStepDepth);
-    }
-
-    // Makes what is not finite of adapters that share an S block again, each of its own tokens alone: a neighbour's row
-    // that is not finite was multiplied by zeros. Slow, and without the tensor cores: for the tick in which an adapter
-    // breaks.
-    __device__ __forceinline__ void make_again(const Item& item, int first_part, int last_part, int first_feature,
-                                               int features, float* tile) const {
-        const bool of_a = item.kind == Kind::kGradA;
-        const float factor = of_a ? item.keep_factor : 1.0f;
-#pragma unroll 1
-        for (int index = thread; index < 64 * 64; index += 128) {
-            float* const value = tile + index / 64 * kGradientRow + index % 64;
-            const int feature = of_a ? index % 64 : index / 64;
-            const int column = of_a ? index / 64 : index % 64;
-            if (feature >= features) continue;
-#pragma unroll 1
-            for (int part = first_part; part < last_part; ++part) {
-                const int own = column - item.parts[part].column;
-                if (own >= 0 && own < columns_of(item.parts[part]) && !isfinite(*value))
-                    *value = factor * product_of_own(item, item.parts[part], column, first_feature + feature);
-            }
-        }
-    }
-
-    __device__ __forceinline__ float product_of_own(const Item& item, const Part& part, int column, int feature) const {
-        const bool of_a = item.kind == Kind::kGradA;
-        const ModuleArguments& module = arguments.modules[part.module];
-        const auto* const rows = static_cast<const Element*>(of_a ? arguments.input_data : module.row_data) + feature;
-        const std::int64_t stride = of_a ? arguments.in_features : module.out_features;
-        const auto* const blocks = static_cast<const Element*>(of_a ? module.block_data : module.saved_data) +
-                                   static_cast<std::int64_t>(part.s_row - item.row) * kStepDepth + column;
-        const bool drops = of_a && item.threshold != std::numeric_limits<std::int32_t>::min();
-        float sum = 0.0f;
-#pragma unroll 1
-        for (int token = part.start; token < part.stop && isfinite(sum); ++token) {
-            if (drops && !dropout_keeps(dropout_row(arguments.row_keys[token], module.module),
-                                        static_cast<std::uint32_t>(feature), item.threshold))
-                continue;
-            const std::int64_t at = token;
-            sum = fmaf(to_float(__ldcg(blocks + at * kStepDepth)), to_float(rows[at * stride]), sum);
-        }
-        return sum;
     }
 
     // Adds, or writes where the gradient is fresh, `rows` x `width` elements of the staging area, by 16 bytes where

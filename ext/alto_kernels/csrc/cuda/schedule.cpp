@@ -245,13 +245,9 @@ using Order = std::vector<const Pair*>;
 
 // How a launch's work is dealt.
 struct Deal {
+    const std::vector<Pair>* downs = nullptr;
     int down_clusters = 1;      // so many, from the first on, make the S blocks
     int gradient_clusters = 0;  // so many, from the last on, make gradients before tiles
-};
-
-struct Dealt {
-    std::vector<Order> lists;
-    double makespan = 0.0;
 };
 
 struct Work {
@@ -269,9 +265,11 @@ struct Work {
 // that apart costs up to 25 % beside contractions of 14336. So gradients have clusters of their own, all the time that
 // there are tiles: what they read and write hides behind products there. What is left of them fills the wave that the
 // tiles leave unfinished.
-Dealt deal(const Work& work, const std::vector<Pair>& downs, const Deal& how) {
-    Dealt dealt;
-    dealt.lists.resize(static_cast<std::size_t>(work.clusters));
+//
+// Returns when the simulated run ends; what each cluster does is added to `lists` where these are given.
+double deal(const Work& work, const Deal& how, std::vector<Order>* lists) {
+    const std::vector<Pair>& downs = *how.downs;
+    double makespan = 0.0;
     std::vector<double> busy(static_cast<std::size_t>(work.clusters), 0.0);
     std::vector<double> written(static_cast<std::size_t>(work.row_pairs), 0.0);  // when two tiles have their S blocks
     // In rounds of one for each cluster, so that tiles have their S blocks in the order in which they need them; the
@@ -285,7 +283,7 @@ Dealt deal(const Work& work, const std::vector<Pair>& downs, const Deal& how) {
         std::iota(order.begin(), order.end(), std::size_t{0});
         std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return busy[a] < busy[b]; });
         for (std::size_t i = 0; i < round.size(); ++i) {
-            dealt.lists[order[i]].push_back(round[i]);
+            if (lists != nullptr) (*lists)[order[i]].push_back(round[i]);
             busy[order[i]] += round[i]->cost;
             double& at = written[static_cast<std::size_t>(round[i]->items[0].row / kTileRows / kClusterSize)];
             at = std::max(at, busy[order[i]]);
@@ -312,37 +310,35 @@ Dealt deal(const Work& work, const std::vector<Pair>& downs, const Deal& how) {
         } else if (item.kind == Kind::kGradA) {
             end += std::max(0.0, all_written - start);
         }
-        dealt.makespan = std::max(dealt.makespan, end);
-        dealt.lists[cluster].push_back(&pair);
+        makespan = std::max(makespan, end);
+        if (lists != nullptr) (*lists)[cluster].push_back(&pair);
         free.emplace(end, cluster);
     }
-    dealt.makespan = std::max(dealt.makespan, all_written);
-    dealt.makespan *= 1.0 + kSlowedBy * std::max(0, how.gradient_clusters - kGradientClusters);
-    return dealt;
+    makespan = std::max(makespan, all_written);
+    return makespan * (1.0 + kSlowedBy * std::max(0, how.gradient_clusters - kGradientClusters));
 }
 
 // Of some ways to deal, the one with the shortest simulated run; of equals the first: S blocks from as few passes as
 // can be. First how many clusters are for gradients, then how S blocks are made.
-Dealt best_deal(const Work& work) {
-    Dealt best;
-    best.makespan = std::numeric_limits<double>::max();
-    Deal how;
-    const auto consider = [&](const std::vector<Pair>& downs, const Deal& candidate) {
-        Dealt dealt = deal(work, downs, candidate);
-        if (dealt.makespan >= best.makespan) return;
-        best = std::move(dealt);
-        how = candidate;
+Deal best_deal(const Work& work) {
+    Deal best;
+    double shortest = std::numeric_limits<double>::max();
+    const auto consider = [&](const Deal& how) {
+        const double makespan = deal(work, how, nullptr);
+        if (makespan >= shortest) return;
+        shortest = makespan;
+        best = how;
     };
     const int down_clusters = std::clamp(static_cast<int>(work.downs.front().size()), 1, work.clusters);
     const int most = work.tiles.empty() || work.gradients.empty() ? 0 : work.clusters / 2;
-    for (int count = 0; count <= most; count += count < kGradientClusters ? 1 : kGradientClusters)
-        consider(work.downs.front(), {down_clusters, count});
-    const int gradient_clusters = how.gradient_clusters;
+    for (int count = 0; count <= most; count += count < kGradientClusters ? 1 : count)
+        consider({&work.downs.front(), down_clusters, count});
+    const int gradient_clusters = best.gradient_clusters;
     for (const auto& downs : work.downs) {
         for (const int each : {1, 2, 3, 4}) {
             const int wanted = ceil_div(static_cast<int>(downs.size()), each);
             if (each > 1 && wanted >= work.clusters) continue;
-            consider(downs, {std::clamp(wanted, 1, work.clusters), gradient_clusters});
+            consider({&downs, std::clamp(wanted, 1, work.clusters), gradient_clusters});
         }
     }
     return best;
@@ -358,11 +354,12 @@ Schedule make_schedule(const TickLayout& layout, const LaunchShape& shape, int c
         std::vector<Pair> downs = down_pairs(layout, shape, limit);
         if (work.downs.empty() || downs.size() != work.downs.back().size()) work.downs.push_back(std::move(downs));
     }
-    const Dealt best = best_deal(work);
+    std::vector<Order> lists(static_cast<std::size_t>(clusters));
+    deal(work, best_deal(work), &lists);
 
     Schedule schedule;
     schedule.offsets.push_back(0);
-    for (const auto& list : best.lists) {
+    for (const auto& list : lists) {
         for (const Pair* pair : list)
             schedule.items.insert(schedule.items.end(), pair->items, pair->items + kClusterSize);
         schedule.offsets.push_back(static_cast<int>(schedule.items.size()) / kClusterSize);

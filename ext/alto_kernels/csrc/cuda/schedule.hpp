@@ -69,9 +69,9 @@ struct LaunchShape {
     int pairs_in_group = 8;         // pairs of tiles that share a stretch of the weight in the L2 cache
 };
 
-// Lists the work of a launch and deals it to clusters: S blocks come first, most gradients last, and the longest chain
-// of a simulated run is kept short. The result depends on nothing but its arguments, and no item's arithmetic depends
-// on the schedule.
+// Lists the work of a launch and deals it to clusters: S blocks come first, few clusters make gradients while others
+// make tiles, and the longest chain of a simulated run is kept short. The result depends on nothing but its arguments,
+// and no item's arithmetic depends on the schedule.
 Schedule make_schedule(const TickLayout& layout, const LaunchShape& shape, int clusters);
 
 }  // namespace alto::cuda
