@@ -102,7 +102,13 @@ def main() -> None:
     if options.launch:
         launch_each()
         return
-    result = {"benchmark": "kernels_ncu", "device": torch.cuda.get_device_name(), "launches": counted()}
+    command = "python " + " ".join(sys.argv)
+    result = {
+        "benchmark": "kernels_ncu",
+        "command": command,
+        "device": torch.cuda.get_device_name(),
+        "launches": counted(),
+    }
     print(json.dumps(result))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

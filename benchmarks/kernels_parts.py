@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,13 @@ def main() -> None:
     for cell in ALONE:
         alone.append(measure_alone(cell))
         print(json.dumps(alone[-1]), flush=True)
-    result = {"benchmark": "kernels_parts", "device": torch.cuda.get_device_name(), "parts": parts, "alone": alone}
+    result = {
+        "benchmark": "kernels_parts",
+        "command": "python " + " ".join(sys.argv),
+        "device": torch.cuda.get_device_name(),
+        "parts": parts,
+        "alone": alone,
+    }
     print(json.dumps(result))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

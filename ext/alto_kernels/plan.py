@@ -36,8 +36,8 @@ class Segment(NamedTuple):
 class TickPlan:
     """The token ranges of a tick, adapter-major.
 
-    `slots[i]` (or -1: the backbone alone) owns tokens [`offsets[i]`, `offsets[i + 1]`); ranges may be empty. A training
-    plan names no slot twice. `row_keys` [T] int32 is each token's dropout key, which carries the trial's seed, its
+    `slots[i]` (or -1: the backbone alone) owns tokens [`offsets[i]`, `offsets[i + 1]`); ranges may be empty. No slot is
+    named twice. `row_keys` [T] int32 is each token's dropout key, which carries the trial's seed, its
     sequence and its position (see `reference.keep_mask`); a training plan needs it where a slot drops.
 
     `fresh` names slots whose gradients backward overwrites instead of adding to them, whatever they held: for the first
@@ -57,7 +57,7 @@ class TickPlan:
         fresh: Sequence[int] = (),
     ) -> None:
         """Check the ranges and fix the layout; ValueError names the argument that is wrong."""
-        _check_ranges(slots, offsets, training)
+        _check_ranges(slots, offsets)
         self.fresh = _check_fresh(fresh, slots, offsets, training)
         self.table = table
         self.training = training
@@ -136,7 +136,7 @@ def _saved_shape(plan: TickPlan) -> tuple[int, int]:
     return plan.tokens, max((segment.rank for segment in plan.segments), default=1)
 
 
-def _check_ranges(slots: Sequence[int], offsets: Sequence[int], training: bool) -> None:
+def _check_ranges(slots: Sequence[int], offsets: Sequence[int]) -> None:
     if len(offsets) != len(slots) + 1:
         raise ValueError(f"offsets: {len(offsets)} values for {len(slots)} slots, must be one more than slots")
     if offsets[0] != 0:

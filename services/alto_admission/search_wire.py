@@ -17,7 +17,7 @@ from alto_common.violations import Violation
 from google.protobuf import struct_pb2
 
 FIELD_PREFIX = "spec.search_space."
-_DIMENSION = re.compile(r"(?<=\.)dimensions\[(\d+)\]")
+_DIMENSION = re.compile(r"^(spec\.search_space\.\w+\.dimensions)\[(\d+)\]")
 
 
 def expanded(message: tuning_pb2.SearchSpace, max_trials: int, context_length: int) -> tuple[Trial, ...]:
@@ -45,10 +45,10 @@ def with_names(message: tuning_pb2.SearchSpace, violations: Sequence[Violation])
     names = [dimension.field for dimension in dimensions]
 
     def name(found: re.Match[str]) -> str:
-        own = names[int(found[1])]
-        return f"dimensions[{own}]" if own in CONFIG_FIELDS and names.count(own) == 1 else found[0]
+        own = names[int(found[2])]
+        return f"{found[1]}[{own}]" if own in CONFIG_FIELDS and names.count(own) == 1 else found[0]
 
-    return [replace(one, field=_DIMENSION.sub(name, one.field, count=1)) for one in violations]
+    return [replace(one, field=_DIMENSION.sub(name, one.field)) for one in violations]
 
 
 def _kind(message: tuning_pb2.SearchSpace, base: TrialConfig) -> search_space.Kind:

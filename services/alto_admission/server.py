@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import Scope, ServiceTokenAuthenticator
 from alto_common.rpc.server import Server
 from alto_common.rpc.tls import TlsFiles, service_tls, tls_files
-from google.protobuf.message import Message
 
 from alto_admission.access import ADMISSION_SERVICE, REPORT_SERVICE, SERVICE_SCOPES, TENANT_SCOPES
 from alto_admission.adapters import Adapters
@@ -115,7 +115,7 @@ class AdmissionServer:
             [ADMISSION_SERVICE],
             tls=public_tls,
             monitoring=self._monitoring,
-            check=self._check,
+            check=partial(check_request, max_trials=settings.max_trials),
         )
         self.internal = Server(
             settings.internal_listen,
@@ -188,9 +188,6 @@ class AdmissionServer:
         self._model_worker.close()
         self._file_worker.close()
         await self.database.close()
-
-    def _check(self, request: Message) -> None:
-        check_request(request, self.settings.max_trials)
 
     def _begin(self, loop: Coroutine[Any, Any, None]) -> None:
         self._loops.append(asyncio.create_task(loop))

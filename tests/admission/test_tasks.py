@@ -217,6 +217,7 @@ async def test_an_unusable_base_model_is_told_of_as_it_was_named_and_the_log_say
         ({"objective": tuning_pb2.Objective(kind=2)}, "INVALID_FIELD", "spec.dataset_id", "chosen"),
         ({"validation_fraction": 0.9}, "INVALID_FIELD", "spec.validation_fraction", "0.5"),
         ({"labels": {"k\0": "v"}}, "INVALID_FIELD", 'spec.labels["k\\u0000"]', "NUL"),
+        ({"labels": {"a.dimensions[3]": "v\0"}}, "INVALID_FIELD", 'spec.labels["a.dimensions[3]"]', "NUL"),
         ({"display_name": "a\0b"}, "INVALID_FIELD", "spec.display_name", "NUL"),
     ],
 )
