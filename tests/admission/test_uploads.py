@@ -178,7 +178,7 @@ async def test_an_unfinished_upload_is_listed_and_can_be_given_up(started, tmp_p
     assert not (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage.unfinished_uploads
 
 
-@pytest.mark.parametrize("rest", ["chunks", "end"])
+@pytest.mark.parametrize("rest", ["chunk", "end"])
 async def test_nothing_is_kept_of_an_upload_that_is_given_up_while_it_comes(admission, tmp_path, rest):
     client = await admission.client()
     header, *chunks = upload_messages(header_of(), ROWS)
@@ -190,10 +190,8 @@ async def test_nothing_is_kept_of_an_upload_that_is_given_up_while_it_comes(admi
     (upload,) = (await client.call("ListDatasets", messages.ListDatasetsRequest())).usage.unfinished_uploads
     await client.call("DeleteDataset", messages.DeleteDatasetRequest(dataset_id=upload.dataset_id))
     assert not list((tmp_path / "uploads").iterdir())
-    with suppress(grpc.aio.AioRpcError):
-        for message in chunks[1:] if rest == "chunks" else ():
-            await call.write(message)
-        await call.done_writing()
+    # One message: at the second, grpc.aio may put an error of its own for what the server says (grpc/grpc#36066).
+    await (call.write(chunks[1]) if rest == "chunk" else call.done_writing())
     error = await failure(call)
     assert (error.code(), reason_in(error)) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
     assert not list((tmp_path / "uploads").iterdir())
@@ -281,10 +279,7 @@ async def test_nothing_is_kept_of_what_comes_after_an_upload_was_found_damaged(a
         await asyncio.sleep(0.02)
     await first.done_writing()
     assert reason_in(await failure(first)) == "CONTENT_MISMATCH"
-    with suppress(grpc.aio.AioRpcError):
-        for message in chunks[:-1]:
-            await second.write(message)
-        await second.done_writing()
+    await second.write(chunks[0])
     assert reason_in(await failure(second)) == "UNAVAILABLE"
     assert not list((tmp_path / "uploads").iterdir())
     assert not admission.server._uploads._streams

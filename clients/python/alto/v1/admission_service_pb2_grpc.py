@@ -224,7 +224,9 @@ class AdmissionServiceServicer:
     def UploadDataset(self, request_iterator, context):
         """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on. From its
         header on an upload takes its whole size of the tenant's quota, until DeleteDataset gives it up, or nobody has
-        carried it on for a week. A request_id whose upload was given up begins a new one.
+        carried it on for a week. A request_id whose upload was given up begins a new one. What is refused ends before all
+        of it was sent, and some clients (Python's grpc.aio) then report a failed write of their own, INTERNAL without any
+        detail: GetDatasetUpload, or the upload again, tells the reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

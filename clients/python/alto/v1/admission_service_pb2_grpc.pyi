@@ -66,7 +66,9 @@ class AdmissionServiceStub:
     UploadDataset: _grpc.StreamUnaryMultiCallable[_admission_service_pb2.UploadDatasetRequest, _admission_service_pb2.UploadDatasetResponse]
     """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on. From its
     header on an upload takes its whole size of the tenant's quota, until DeleteDataset gives it up, or nobody has
-    carried it on for a week. A request_id whose upload was given up begins a new one.
+    carried it on for a week. A request_id whose upload was given up begins a new one. What is refused ends before all
+    of it was sent, and some clients (Python's grpc.aio) then report a failed write of their own, INTERNAL without any
+    detail: GetDatasetUpload, or the upload again, tells the reason.
     """
     GetDatasetUpload: _grpc.UnaryUnaryMultiCallable[_admission_service_pb2.GetDatasetUploadRequest, _admission_service_pb2.GetDatasetUploadResponse]
     """Tells how many bytes of an unfinished upload are kept."""
@@ -115,7 +117,9 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     UploadDataset: _aio.StreamUnaryMultiCallable[_admission_service_pb2.UploadDatasetRequest, _admission_service_pb2.UploadDatasetResponse]  # type: ignore[assignment]
     """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on. From its
     header on an upload takes its whole size of the tenant's quota, until DeleteDataset gives it up, or nobody has
-    carried it on for a week. A request_id whose upload was given up begins a new one.
+    carried it on for a week. A request_id whose upload was given up begins a new one. What is refused ends before all
+    of it was sent, and some clients (Python's grpc.aio) then report a failed write of their own, INTERNAL without any
+    detail: GetDatasetUpload, or the upload again, tells the reason.
     """
     GetDatasetUpload: _aio.UnaryUnaryMultiCallable[_admission_service_pb2.GetDatasetUploadRequest, _admission_service_pb2.GetDatasetUploadResponse]  # type: ignore[assignment]
     """Tells how many bytes of an unfinished upload are kept."""
@@ -239,7 +243,9 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admission_service_pb2.UploadDatasetResponse, _abc.Awaitable[_admission_service_pb2.UploadDatasetResponse]]:
         """Uploads a dataset in chunks; every line is checked. After a break, GetDatasetUpload says where to carry on. From its
         header on an upload takes its whole size of the tenant's quota, until DeleteDataset gives it up, or nobody has
-        carried it on for a week. A request_id whose upload was given up begins a new one.
+        carried it on for a week. A request_id whose upload was given up begins a new one. What is refused ends before all
+        of it was sent, and some clients (Python's grpc.aio) then report a failed write of their own, INTERNAL without any
+        detail: GetDatasetUpload, or the upload again, tells the reason.
         """
 
     @_abc_1.abstractmethod
