@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import grpc
@@ -24,17 +24,10 @@ AT_ONCE = 16
 CLAIM_US = 60_000_000
 FIRST_BACKOFF_US = 250_000
 LAST_BACKOFF_US = 15_000_000
+RETRY_S = 1.0
 IDLE_S = 5.0
 
 log = structlog.get_logger("alto.admission.dispatcher")
-
-
-class _UndeliverableError(Exception):
-    """Placement will never take the task; `failure` says why."""
-
-    def __init__(self, failure: tuning_pb2.Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
 
 
 class Dispatcher:
@@ -86,23 +79,30 @@ class Dispatcher:
         return min(IDLE_S, max(0.01, (next_us - self._clock_us()) / 1e6))
 
     async def _deliver(self, delivery: PendingDelivery) -> None:
-        if not await self._outbox.claim(delivery, self._clock_us() + CLAIM_US):
+        claimed_us = self._clock_us() + CLAIM_US
+        if not await self._outbox.claim(delivery, claimed_us):
             return
         bound = log.bind(task_id=delivery.task_id, kind=delivery.kind.value, attempt=delivery.attempts + 1)
         try:
             await self._send(delivery)
-        except _UndeliverableError as error:
-            bound.warning("placement cannot take the task", failure=error.failure.message)
-            async with self._tasks.story(delivery.task_id) as story:
-                story.failed(error.failure)
         except Exception as error:
             expected = isinstance(error, grpc.aio.AioRpcError | DomainError)
             bound.warning("not delivered yet", error=_sentence(error), exc_info=None if expected else error)
-            wait_us = min(LAST_BACKOFF_US, FIRST_BACKOFF_US << min(delivery.attempts, 10))
-            await self._outbox.retry_at(delivery, self._clock_us() + wait_us)
-            return
-        await self._outbox.delivered(delivery)
-        bound.info("delivered")
+            again_us = self._clock_us() + min(LAST_BACKOFF_US, FIRST_BACKOFF_US << min(delivery.attempts, 10))
+            await self._settle(lambda: self._outbox.retry_at(delivery, again_us), claimed_us)
+        else:
+            await self._settle(lambda: self._outbox.delivered(delivery), claimed_us)
+            bound.info("delivered")
+
+    async def _settle(self, write: Callable[[], Awaitable[None]], claimed_us: int) -> None:
+        """Write what came of a delivery: if need be when the database is back, where the claim lasts until then."""
+        while True:
+            try:
+                return await write()
+            except DomainError:
+                if self._clock_us() >= claimed_us:
+                    raise
+            await asyncio.sleep(RETRY_S)
 
     async def _send(self, delivery: PendingDelivery) -> None:
         match delivery.kind:
@@ -122,7 +122,7 @@ class Dispatcher:
                         await self._placement.update(update)
 
     async def _enqueue(self, task_id: str) -> bool:
-        """Hand a task over; return False when it has ended and need not be."""
+        """Hand a task over; return False when it has ended, or fails since placement will never take it."""
         task = await self._tasks.get(task_id)
         if task.ended:
             return False
@@ -134,8 +134,7 @@ class Dispatcher:
         except DomainError as error:
             if error.reason == error_pb2.ERROR_REASON_UNAVAILABLE:
                 raise
-            failure = tuning_pb2.Failure(reason=reason_name(error.reason), message=error.message)
-            raise _UndeliverableError(failure) from error
+            return await self._undeliverable(task_id, reason_name(error.reason), error.message)
         request = placement_service_pb2.EnqueueTaskRequest(
             tenant=task.tenant,
             work=tuning_work(task, trials, checked.train, checked.validation),
@@ -149,10 +148,16 @@ class Dispatcher:
             if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
                 raise
             reason = reason_in(error) or reason_name(error_pb2.ERROR_REASON_TASK_UNPLACEABLE)
-            raise _UndeliverableError(tuning_pb2.Failure(reason=reason, message=error.details() or "")) from error
+            return await self._undeliverable(task_id, reason, error.details() or "")
         async with self._tasks.story(task_id) as story:
             placement_news.answered(story, planned)
         return True
+
+    async def _undeliverable(self, task_id: str, reason: str, message: str) -> bool:
+        log.warning("placement cannot take the task", task_id=task_id, failure=message)
+        async with self._tasks.story(task_id) as story:
+            story.failed(tuning_pb2.Failure(reason=reason, message=message))
+        return False
 
 
 def _sentence(error: Exception) -> str:

@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import grpc
 import structlog
-from alto.v1 import placement_pb2, tuning_pb2
+from alto.v1 import error_pb2, placement_pb2, tuning_pb2
+from alto_common.errors import DomainError
 
 from alto_admission.domain import placement_news
 from alto_admission.domain.task import Task
@@ -92,15 +93,24 @@ class PlanWatcher:
             await asyncio.sleep(BETWEEN_PLANS_S)
 
     async def take(self, plan: placement_pb2.Plan | None) -> None:
-        """Take over one plan; None when placement cannot be reached."""
+        """Take over one plan; None when placement cannot be reached. A task whose news fails holds up no other."""
         given_up, self._given_up = self._given_up, {}
         planned = given_up | {task.task_id: task for task in plan.tasks} if plan is not None else given_up
+        errors = []
         try:
             for task in await self._tasks.unfinished():
-                if plan is None and task.task_id not in given_up:
-                    await self._unreachable(task)
-                else:
-                    await self._compare(task, planned.get(task.task_id))
+                try:
+                    if plan is None and task.task_id not in given_up:
+                        await self._unreachable(task)
+                    else:
+                        await self._compare(task, planned.get(task.task_id))
+                except Exception as error:
+                    if isinstance(error, DomainError) and error.reason == error_pb2.ERROR_REASON_UNAVAILABLE:
+                        raise
+                    error.add_note(f"task {task.task_id}")
+                    errors.append(error)
+            if errors:
+                raise ExceptionGroup("what the plan says of some tasks", errors)
         except BaseException:
             self._given_up = given_up | self._given_up  # no later plan has them
             raise

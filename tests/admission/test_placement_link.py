@@ -7,6 +7,7 @@ import pytest
 from alto.v1 import admission_service_pb2 as messages
 from alto.v1 import placement_pb2, tuning_pb2
 from alto_admission import dispatcher
+from alto_admission.domain import placement_news
 from alto_admission.store.outbox import Outbox
 from alto_common.rpc.status import reason_in
 from google.protobuf import timestamp_pb2
@@ -246,6 +247,29 @@ async def test_a_task_that_was_given_up_fails(admission, placement):
     failure = tuning_pb2.Failure(reason="EXECUTION_FAILED", message="three nodes died of it")
     placement.show(planned(task, placement_pb2.PLACEMENT_STATE_GIVEN_UP, failure=failure))
     assert (await until(becomes(client, task, state=tuning_pb2.TASK_STATE_FAILED))).failure == failure
+
+
+async def test_a_task_whose_news_fails_holds_up_no_other_and_has_them_later(admission, placement, monkeypatch):
+    client = await admission.client()
+    dataset = await client.upload()
+    broken, sound = [await client.create(dataset.dataset_id) for _ in range(2)]
+    await connected(placement)
+    apply = placement_news.apply
+
+    def fails(story, planned):
+        assert planned.task_id != broken.task_id, "this news cannot be applied"
+        apply(story, planned)
+
+    monkeypatch.setattr(placement_news, "apply", fails)
+    failure = tuning_pb2.Failure(reason="EXECUTION_FAILED", message="three nodes died of it")
+    placement.show(
+        *(planned(task, placement_pb2.PLACEMENT_STATE_GIVEN_UP, failure=failure) for task in (broken, sound))
+    )
+    await until(becomes(client, sound, state=tuning_pb2.TASK_STATE_FAILED))
+    assert (await state_of(client, broken)).state == tuning_pb2.TASK_STATE_QUEUED
+    monkeypatch.setattr(placement_news, "apply", apply)
+    placement.show()
+    assert (await until(becomes(client, broken, state=tuning_pb2.TASK_STATE_FAILED))).failure == failure
 
 
 async def test_a_pause_ends_even_when_the_node_dies_of_it(admission, placement):

@@ -143,3 +143,28 @@ async def test_tasks_that_are_given_up_meanwhile_fail_when_it_is_back(admission,
                 await until(tried(times))
     for task in tasks:
         assert (await until(becomes(client, task, state=tuning_pb2.TASK_STATE_FAILED))).failure == failure
+
+
+@on_postgresql
+async def test_what_placement_answers_meanwhile_is_not_waited_for_until_the_claim_ends(admission, placement, refused):
+    client = await admission.client()
+    dataset = await client.upload()
+    placement.may_answer.clear()
+    await client.create(dataset.dataset_id)
+    outbox = Outbox(admission.server.database)
+
+    async def asked():
+        return placement.calls
+
+    async def settled():
+        return not await outbox.size()
+
+    await until(asked)
+    with capture_logs() as logs:
+        async with refused():
+            placement.may_answer.set()
+            async with asyncio.timeout(10):
+                while not any(line["event"] == "not delivered yet" for line in logs):
+                    await asyncio.sleep(0.02)
+            await asyncio.sleep(0.5)
+    await until(settled)
