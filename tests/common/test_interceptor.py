@@ -1,12 +1,15 @@
 """What stands around every call, over a real server and real sockets."""
 
+from contextlib import asynccontextmanager
+
 import grpc
 import pytest
 from alto.v1 import admission_service_pb2, placement_pb2, placement_service_pb2, placement_service_pb2_grpc
 from alto_common.errors import DomainError, not_found
+from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import Scope, ServiceTokenAuthenticator
 from alto_common.rpc.channel import bearer_metadata, service_channel
-from alto_common.rpc.interceptor import validate
+from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES, validate
 from alto_common.rpc.server import Server
 from alto_common.rpc.status import reason_in
 from google.rpc import error_details_pb2
@@ -36,14 +39,32 @@ class Placement(placement_service_pb2_grpc.PlacementServiceServicer):
         return placement_service_pb2.ListNodesResponse()
 
 
+class Wordy(placement_service_pb2_grpc.PlacementServiceServicer):
+    """Its responses are a little too large."""
+
+    plan = placement_pb2.Plan(tasks=[placement_pb2.PlannedTask(task_id="t" * MAX_MESSAGE_BYTES)])
+
+    async def GetPlan(self, request, context):
+        return placement_service_pb2.GetPlanResponse(plan=self.plan)
+
+    async def WatchPlan(self, request, context):
+        yield placement_service_pb2.WatchPlanResponse(plan=self.plan)
+
+
+@asynccontextmanager
+async def serving(servicer, monitoring=None):
+    server = Server("127.0.0.1:0", ServiceTokenAuthenticator("right"), ALLOWED, [SERVICE], monitoring=monitoring)
+    placement_service_pb2_grpc.add_PlacementServiceServicer_to_server(servicer, server.grpc)
+    await server.start()
+    async with service_channel(f"127.0.0.1:{server.port}") as channel:
+        yield channel
+    await server.stop(0)
+
+
 @pytest.fixture
 async def channel():
-    server = Server("127.0.0.1:0", ServiceTokenAuthenticator("right"), ALLOWED, [SERVICE])
-    placement_service_pb2_grpc.add_PlacementServiceServicer_to_server(Placement(), server.grpc)
-    await server.start()
-    async with service_channel(f"127.0.0.1:{server.port}") as open_channel:
-        yield open_channel
-    await server.stop(0)
+    async with serving(Placement()) as channel:
+        yield channel
 
 
 async def failure(call):
@@ -137,6 +158,19 @@ async def test_every_message_of_a_stream_is_validated(channel):
             pass
         await call
     assert reason_in(caught.value) == "INVALID_FIELD"
+
+
+async def test_a_response_that_is_too_large_is_an_error_of_ours_and_counted_as_one():
+    monitoring = Monitoring()
+    async with serving(Wordy(), monitoring) as channel:
+        metadata = bearer_metadata("right")
+        plan = stub_of(channel).GetPlan(placement_service_pb2.GetPlanRequest(), metadata=metadata)
+        watch = stub_of(channel).WatchPlan(placement_service_pb2.WatchPlanRequest(), metadata=metadata)
+        for error in (await failure(plan), await failure(anext(aiter(watch)))):
+            assert (error.code(), reason_in(error)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    for method in ("GetPlan", "WatchPlan"):
+        labels = {"method": method, "code": "INTERNAL"}
+        assert monitoring.registry.get_sample_value("alto_calls_total", labels) == 1
 
 
 async def test_health_needs_no_credential_and_begins_not_serving(channel):

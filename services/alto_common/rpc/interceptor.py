@@ -98,6 +98,14 @@ async def read_all(
         yield read(content, deserialize, check)
 
 
+def written(response: Message, serialize: Callable[[Message], bytes]) -> bytes:
+    """Return a response as it travels; raise ValueError for one too large, which gRPC would refuse uncounted."""
+    content = serialize(response)
+    if len(content) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"the response has {len(content):,} bytes, a message at most {MAX_MESSAGE_BYTES:,}")
+    return content
+
+
 if TYPE_CHECKING:  # generic in the type stubs only
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
@@ -186,28 +194,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # One of the four is the handler's own; the type stubs describe the synchronous server.
         behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         deserialize: Any = handler.request_deserializer
+        serialize: Any = handler.response_serializer
         check = self._check
 
-        async def unary_unary(request: bytes, context: Context) -> Any:
+        async def unary_unary(request: bytes, context: Context) -> bytes:
             async with self._around(method, context):
-                return await behaviour(read(request, deserialize, check), context)
+                return written(await behaviour(read(request, deserialize, check), context), serialize)
 
-        async def unary_stream(request: bytes, context: Context) -> AsyncIterator[Any]:
+        async def unary_stream(request: bytes, context: Context) -> AsyncIterator[bytes]:
             async with self._around(method, context, streams=True):
                 async for response in behaviour(read(request, deserialize, check), context):
-                    yield response
+                    yield written(response, serialize)
 
-        async def stream_unary(requests: AsyncIterator[bytes], context: Context) -> Any:
+        async def stream_unary(requests: AsyncIterator[bytes], context: Context) -> bytes:
             async with self._around(method, context):
-                return await behaviour(read_all(requests, deserialize, check), context)
+                return written(await behaviour(read_all(requests, deserialize, check), context), serialize)
 
-        async def stream_stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        async def stream_stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
             async with self._around(method, context, streams=True):
                 async for response in behaviour(read_all(requests, deserialize, check), context):
-                    yield response
+                    yield written(response, serialize)
 
-        # Requests stay as they came until the caller is known; one that cannot be read is refused like any other.
-        codec = {"request_deserializer": None, "response_serializer": handler.response_serializer}
+        # Requests stay as they came until the caller is known; one that cannot be read is refused like any other, and
+        # a response that cannot be sent is an error like any other.
+        codec = {"request_deserializer": None, "response_serializer": None}
         if handler.request_streaming and handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(stream_stream, **codec)
         if handler.request_streaming:
