@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,17 +72,38 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Defa
 class Target:
     """Which server a command talks to, and as whom; what is empty comes from the file of `alto up`."""
 
-    server: str
-    api_key: str
-    root_certificates: Path | None
+    server: Server = ""
+    api_key: ApiKey = ""
+    root_certificates: RootCertificates = None
 
 
 @dataclass(frozen=True)
 class OperatorTarget:
     """Which placement a command for operators talks to, and as whom; likewise."""
 
-    placement: str
-    service_token: str
-    root_certificates: Path | None
-    client_certificate: Path | None
-    client_key: Path | None
+    placement: Placement = ""
+    service_token: ServiceToken = ""
+    root_certificates: RootCertificates = None
+    client_certificate: ClientCertificate = None
+    client_key: ClientKey = None
+
+
+def with_target(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that takes the fields of its parameter `target` as options, where typer sees them."""
+    parameters = signature(command, eval_str=True).parameters
+    kind = parameters["target"].annotation
+    options = signature(kind, eval_str=True).parameters
+    taken = [
+        one.replace(kind=Parameter.KEYWORD_ONLY)
+        for parameter in parameters.values()
+        for one in (options.values() if parameter.name == "target" else [parameter])
+    ]
+
+    @wraps(command)
+    def flat(**values: Any) -> None:
+        target = kind(**{name: values.pop(name) for name in options})
+        command(**values, target=target)
+
+    flat.__signature__ = Signature(taken)  # type: ignore[attr-defined]  # functions have one, the stubs do not know
+    flat.__annotations__ = {one.name: one.annotation for one in taken}
+    return flat

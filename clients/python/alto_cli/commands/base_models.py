@@ -8,20 +8,19 @@ from typing import Annotated
 import typer
 
 from alto_cli.failures import failures
-from alto_cli.options import ApiKey, Json, RootCertificates, Server, Target
+from alto_cli.options import Json, Target, with_target
 
 app = typer.Typer(help="List base models, or fetch a small one to begin with.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_models(
-    server: Server = "", api_key: ApiKey = "", root_certificates: RootCertificates = None, json_output: Json = False
-) -> None:
+@with_target
+def list_models(target: Target, json_output: Json = False) -> None:
     """List the base models that the server has."""
     with failures(json_output):
         from alto_cli import base_models
 
-        base_models.list_models(Target(server, api_key, root_certificates), json_output)
+        base_models.list_models(target, json_output)
 
 
 @app.command()

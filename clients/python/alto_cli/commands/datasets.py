@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from alto_cli.failures import failures
-from alto_cli.options import ApiKey, Json, RootCertificates, Server, Target
+from alto_cli.options import Json, Target, with_target
 
 app = typer.Typer(help="Check, upload, list and delete datasets.", no_args_is_help=True)
 DatasetFile = Annotated[Path, typer.Argument(metavar="FILE", help="A JSONL or Parquet file.", show_default=False)]
@@ -33,42 +33,40 @@ def check(
 
 
 @app.command("list")
-def list_datasets(
-    server: Server = "", api_key: ApiKey = "", root_certificates: RootCertificates = None, json_output: Json = False
-) -> None:
+@with_target
+def list_datasets(target: Target, json_output: Json = False) -> None:
     """List the uploaded datasets, newest first, and uploads that are not complete."""
     with failures(json_output):
         from alto_cli import datasets
 
-        datasets.list_datasets(Target(server, api_key, root_certificates), json_output)
+        datasets.list_datasets(target, json_output)
 
 
 @app.command()
+@with_target
 def upload(
     file: DatasetFile,
     name: Annotated[str, typer.Option(help="A name for people. Default: the file's.")] = "",
-    server: Server = "",
-    api_key: ApiKey = "",
-    root_certificates: RootCertificates = None,
+    *,
+    target: Target,
     json_output: Json = False,
 ) -> None:
     """Upload a file; the same file again is the same dataset."""
     with failures(json_output):
         from alto_cli import datasets
 
-        datasets.upload(file, name, Target(server, api_key, root_certificates), json_output)
+        datasets.upload(file, name, target, json_output)
 
 
 @app.command()
+@with_target
 def delete(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="The dataset's id.", show_default=False)],
-    server: Server = "",
-    api_key: ApiKey = "",
-    root_certificates: RootCertificates = None,
+    target: Target,
     json_output: Json = False,
 ) -> None:
     """Delete a dataset that no unfinished task uses, or what was uploaded of it."""
     with failures(json_output):
         from alto_cli import datasets
 
-        datasets.delete(dataset, Target(server, api_key, root_certificates), json_output)
+        datasets.delete(dataset, target, json_output)

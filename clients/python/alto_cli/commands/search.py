@@ -9,66 +9,65 @@ import typer
 
 from alto_cli.failures import CommandError, failures
 from alto_cli.options import (
-    ApiKey,
     Device,
     Dtype,
     Json,
-    RootCertificates,
-    Server,
     Slots,
     Target,
     TaskFileArgument,
     TaskOrNewest,
     Threads,
+    with_target,
 )
 
 
+@with_target
 def tune(
     file: TaskFileArgument,
     output: Annotated[Path | None, typer.Option(help="Folder for the best adapter, in place of the file's.")] = None,
-    server: Server = "",
-    api_key: ApiKey = "",
-    root_certificates: RootCertificates = None,
+    *,
+    target: Target,
     json_output: Json = False,
 ) -> None:
     """Search, and fetch the best adapter: submit, watch, download."""
     with failures(json_output):
         from alto_cli.searching import tune_file
 
-        tune_file(file, output, Target(server, api_key, root_certificates), json_output)
+        tune_file(file, output, target, json_output)
 
 
+@with_target
 def submit(
     file: TaskFileArgument,
     request_id: Annotated[str, typer.Option(help="The same id gives the same task. Default: a new one.")] = "",
     check: Annotated[bool, typer.Option("--check", help="Have everything checked, and admit nothing.")] = False,
-    server: Server = "",
-    api_key: ApiKey = "",
-    root_certificates: RootCertificates = None,
+    *,
+    target: Target,
     json_output: Json = False,
 ) -> None:
     """Submit a search and print its task id."""
     with failures(json_output):
         from alto_cli.searching import submit_file
 
-        submit_file(file, request_id, check, Target(server, api_key, root_certificates), json_output)
+        submit_file(file, request_id, check, target, json_output)
 
 
+@with_target
 def watch(
     task: TaskOrNewest = "",
     resume_token: Annotated[str, typer.Option(help="Carry on after the message that had this token.")] = "",
-    server: Server = "",
-    api_key: ApiKey = "",
-    root_certificates: RootCertificates = None,
+    *,
+    target: Target,
     json_output: Json = False,
 ) -> None:
     """Follow a search until it ends. Ctrl-C leaves it running."""
     with failures(json_output):
         from alto_cli.searching import watch_task
 
-        watch_task(task, resume_token, Target(server, api_key, root_certificates), json_output)
+        watch_task(task, resume_token, target, json_output)
 
 
+@with_target
 def estimate(
     file: TaskFileArgument,
     local: Annotated[bool, typer.Option("--local", help="For `alto train-local` on this machine, no service.")] = False,
@@ -76,9 +75,8 @@ def estimate(
     dtype: Dtype = "float32",
     slots: Slots = None,
     threads: Threads = None,
-    server: Server = "",
-    api_key: ApiKey = "",
-    root_certificates: RootCertificates = None,
+    *,
+    target: Target,
     json_output: Json = False,
 ) -> None:
     """Tell what a search would take; nothing is spent."""
@@ -96,4 +94,4 @@ def estimate(
             )
         from alto_cli.searching import estimate_file
 
-        estimate_file(file, Target(server, api_key, root_certificates), json_output)
+        estimate_file(file, target, json_output)
