@@ -27,13 +27,11 @@ class Adapters:
 
         Raises RESOURCE_NOT_FOUND when there is no adapter yet.
         """
-        task, trials = await self._tasks.with_trials(task_id, tenant)
-        if trial_id:
-            trial = next((trial for trial in trials if trial.trial_id == trial_id), None)
-            if trial is None:
-                raise not_found("trial", trial_id)
-        else:
+        if not trial_id:
+            task, trials = await self._tasks.with_trials(task_id, tenant)
             trial = Story(task, [trial for trial in trials if trial.adapter is not None], 0).best_trial()
+        else:
+            trial = await self._tasks.trial(task_id, trial_id, tenant)
         if trial is None or trial.adapter is None:
             raise not_found("adapter", trial_id or f"best of {task_id}")
         return trial

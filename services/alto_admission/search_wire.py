@@ -26,14 +26,18 @@ def expanded(message: tuning_pb2.SearchSpace, max_trials: int, context_length: i
     A `max_length` that nobody gave is no longer than the model's context. Raises SEARCH_SPACE_INVALID for an empty or
     too large space, and for a value that no configuration can have; it names every field at fault.
     """
-    default = TrialConfig(max_length=min(TrialConfig.max_length, context_length))
-    base = trial_config_from_wire(message.base, default)
-    space = search_space.SearchSpace(_kind(message, base), base)
     try:
-        return search_space.expand(space, max_trials, FIELD_PREFIX)
+        return search_space.expand(_space(message, context_length), max_trials, FIELD_PREFIX)
     except SearchSpaceError as error:
         named = with_names(message, error.violations)
         raise invalid_fields(named, error_pb2.ERROR_REASON_SEARCH_SPACE_INVALID) from error
+
+
+def first_indices(message: tuning_pb2.SearchSpace, context_length: int) -> dict[TrialConfig, int]:
+    """Return where in the list of an explicit space each configuration is first written; of other spaces nothing."""
+    kind = _space(message, context_length).kind
+    configs = kind.configs if isinstance(kind, search_space.ExplicitSearch) else ()
+    return {config: index for index, config in reversed(list(enumerate(configs)))}
 
 
 def with_names(message: tuning_pb2.SearchSpace, violations: Sequence[Violation]) -> list[Violation]:
@@ -49,6 +53,12 @@ def with_names(message: tuning_pb2.SearchSpace, violations: Sequence[Violation])
         return f"{found[1]}[{own}]" if own in CONFIG_FIELDS and names.count(own) == 1 else found[0]
 
     return [replace(one, field=_DIMENSION.sub(name, one.field)) for one in violations]
+
+
+def _space(message: tuning_pb2.SearchSpace, context_length: int) -> search_space.SearchSpace:
+    default = TrialConfig(max_length=min(TrialConfig.max_length, context_length))
+    base = trial_config_from_wire(message.base, default)
+    return search_space.SearchSpace(_kind(message, base), base)
 
 
 def _kind(message: tuning_pb2.SearchSpace, base: TrialConfig) -> search_space.Kind:

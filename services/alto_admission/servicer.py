@@ -156,7 +156,7 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
 
     async def ListTrials(self, request: messages.ListTrialsRequest, context: Context) -> messages.ListTrialsResponse:
         """List a task's trials in the order of the search space."""
-        await self._tasks.get(request.task_id, tenant())
+        await self._tasks.check_tenant(request.task_id, tenant())
         binding = repr(("trials", request.task_id)).encode()
         key = page_key(request.page_token, binding, (int,))
         size = request.page_size or TRIALS_A_PAGE
@@ -169,16 +169,14 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
 
     async def GetTrial(self, request: messages.GetTrialRequest, context: Context) -> messages.GetTrialResponse:
         """Return one trial."""
-        await self._tasks.get(request.task_id, tenant())
-        trial = await self._tasks.trial(request.task_id, request.trial_id)
+        trial = await self._tasks.trial(request.task_id, request.trial_id, tenant())
         return messages.GetTrialResponse(trial=trial_to_wire(trial))
 
     async def ListTrialMetrics(
         self, request: messages.ListTrialMetricsRequest, context: Context
     ) -> messages.ListTrialMetricsResponse:
         """List a trial's curve in the order of its steps."""
-        await self._tasks.get(request.task_id, tenant())
-        await self._tasks.trial(request.task_id, request.trial_id)
+        await self._tasks.trial(request.task_id, request.trial_id, tenant())
         binding = repr(("metrics", request.task_id, request.trial_id)).encode()
         key = page_key(request.page_token, binding, (int,))
         size = request.page_size or METRICS_A_PAGE

@@ -190,8 +190,7 @@ class TuningTasks:
 
     async def stop_trial(self, tenant: str, task_id: str, trial_id: str) -> Trial:
         """Ask for the end of a trial. Raises RESOURCE_NOT_FOUND."""
-        await self._tasks.get(task_id, tenant)
-        await self._tasks.trial(task_id, trial_id)
+        await self._tasks.trial(task_id, trial_id, tenant)
         async with self._tasks.story(task_id, tenant) as story:
             trial = story.trials[trial_id]
             story.stop_trial(trial)

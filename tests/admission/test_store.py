@@ -3,24 +3,29 @@
 import asyncio
 import tracemalloc
 from dataclasses import replace
+from inspect import signature
 
 import pytest
 import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alto.v1 import admission_service_pb2 as messages
 from alto.v1 import dataset_pb2, error_pb2, tuning_pb2
+from alto_admission.adapters import Adapters
 from alto_admission.domain import fence
 from alto_admission.domain.story import DeliveryKind, Story
 from alto_admission.domain.task import Task, Trial
 from alto_admission.domain.task_states import CANCELLED, QUEUED, Request
 from alto_admission.server import MIGRATIONS
+from alto_admission.servicer import AdmissionServicer
 from alto_admission.store import schema
 from alto_admission.store.datasets import Dataset, DatasetStore, Upload
 from alto_admission.store.outbox import Outbox
 from alto_admission.store.tasks import TaskFilter, TaskStore
 from alto_common.database import Database
 from alto_common.errors import DomainError
+from alto_common.rpc.authentication import ANONYMOUS, Caller, current_caller
 
 from .reporting import evaluated, progressed, started, trained
 
@@ -278,6 +283,51 @@ async def test_of_a_page_no_more_is_read_than_fits(tasks):
     assert ([trial.position for trial in trials], more) == ([9, 10, 11], False)
     larger_than_a_page, more = await tasks.page("acme", TaskFilter(), None, 12, 10)
     assert (len(larger_than_a_page), more) == (1, True)
+
+
+async def test_texts_count_in_a_page_by_their_bytes_not_their_characters(tasks):
+    for number in range(3):
+        story = a_story(f"task-{number}", f"r{number}", trials=3)
+        story.task.queue_explanation = "待" * 1000
+        for trial in story.trials.values():
+            trial.failure_message = "é" * 1000
+        await tasks.create(story, {})
+    page, more = await tasks.page("acme", TaskFilter(), None, 3, 6500)
+    assert (len(page), more) == (2, True)
+    trials, more = await tasks.page_of_trials("task-0", -1, 3, 4500)
+    assert (len(trials), more) == (2, True)
+
+
+async def test_of_a_trial_that_is_asked_for_neither_its_task_nor_its_neighbours_are_read(tasks):
+    story = a_story(trials=20)
+    story.task.spec = bytes(10_000_000)
+    wanted, *others = story.trials.values()
+    wanted.config, wanted.adapter = b"", b""
+    for trial in others:
+        trial.failure_message = "x" * 500_000
+    await tasks.create(story, {})
+    parts = dict.fromkeys(signature(AdmissionServicer).parameters)
+    servicer = AdmissionServicer(**parts | {"tasks": tasks, "adapters": Adapters(tasks, None)})
+
+    async def ask(tenant):
+        current_caller.set(Caller(tenant, frozenset()))
+        one = {"task_id": "task-1", "trial_id": "t0"}
+        yield servicer.GetTrial(messages.GetTrialRequest(**one), None)
+        yield servicer.ListTrialMetrics(messages.ListTrialMetricsRequest(**one), None)
+        yield servicer.ListTrials(messages.ListTrialsRequest(task_id="task-1", page_size=1), None)
+        yield anext(servicer.DownloadAdapter(messages.DownloadAdapterRequest(**one), None))
+        current_caller.set(ANONYMOUS)
+
+    tracemalloc.start()
+    answers = [await asked async for asked in ask("acme")]
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    trial, curve, page, adapter = answers
+    assert trial.trial.trial_id == page.trials[0].trial_id == adapter.header.trial_id == "t0"
+    assert (list(curve.metrics), bool(page.next_page_token)) == ([], True)
+    assert peak_bytes < 2_000_000
+    reasons = [await reason_of(asked) async for asked in ask("other")]
+    assert reasons == [error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND] * 4
 
 
 async def test_deliveries_wait_for_those_before_them(tasks, database):

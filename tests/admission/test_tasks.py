@@ -177,6 +177,23 @@ async def test_an_unusable_base_model_is_told_of_as_it_was_named_and_the_log_say
             "spec.search_space.explicit.configs[1].max_length",
             "128",
         ),
+        # What is written twice, in whatever words, is one trial.
+        (
+            {
+                "search_space": space(
+                    base={"max_length": 64}, explicit={"configs": [{}, {"max_length": 64}, {"lora_rank": 64}]}
+                )
+            },
+            "CONFIGURATION_UNFIT",
+            "spec.search_space.explicit.configs[2].lora_rank",
+            "at most 48",
+        ),
+        (
+            {"search_space": space(explicit={"configs": [*[{"max_length": 128}, {}] * 2, {"epochs": 1e300}]})},
+            "INVALID_FIELD",
+            "spec.search_space.explicit.configs[4].epochs",
+            "fewer",
+        ),
         (
             {"search_space": space(explicit={"configs": [{"epochs": 1e300, "max_length": 64}]})},
             "INVALID_FIELD",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from alto.v1 import error_pb2, tuning_pb2
 from alto_common import tuning_wire
@@ -15,11 +16,15 @@ from alto_common.tuning import MAX_COUNT, EarlyExit, Evaluation, Objective, Tria
 from alto_common.violations import Violation
 
 from alto_admission.domain.work_size import split_rows
+from alto_admission.search_wire import FIELD_PREFIX, first_indices
 
 DEFAULT_VALIDATION_FRACTION = 0.1
 MAX_VIOLATIONS = 50
 # The most that a sum over a thousand trials still holds.
 MAX_SAMPLES = 2**50
+
+# A configuration and what is wrong with one of its fields, under the field's own name.
+Fault: TypeAlias = tuple[TrialConfig, Violation]
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,12 @@ def plan_search(
     train_rows, validation_rows = split_rows(
         train.rows, validation.rows if validation else None, validation_fraction(spec)
     )
-    endless = _endless(spec.search_space, trials, train_rows)
+    endless = _as_written(spec.search_space, facts.context_length, _endless(trials, train_rows))
     if endless:
-        raise invalid_fields(endless[:MAX_VIOLATIONS])
-    unfit = _unfit(spec.search_space, facts, trials)
+        raise invalid_fields(endless)
+    unfit = _as_written(spec.search_space, facts.context_length, _unfit(facts, trials))
     if unfit:
-        raise invalid_fields(unfit[:MAX_VIOLATIONS], error_pb2.ERROR_REASON_CONFIGURATION_UNFIT)
+        raise invalid_fields(unfit, error_pb2.ERROR_REASON_CONFIGURATION_UNFIT)
     return Search(
         trials=tuple(trials),
         objective=objective,
@@ -97,50 +102,51 @@ def _policy_violations(early_exit: EarlyExit) -> list[Violation]:
     return [Violation("spec.early_exit.policy", early_exit.policy, "give one of " + ", ".join(names))]
 
 
-def _endless(space: tuning_pb2.SearchSpace, trials: Sequence[Trial], train_rows: int) -> list[Violation]:
-    """Return what makes trials of more steps or samples than can be counted, let alone trained, each fault once."""
-    found: dict[tuple[str, float], Violation] = {}
-    for position, trial in enumerate(trials):
+def _endless(trials: Sequence[Trial], train_rows: int) -> Iterator[Fault]:
+    """Yield what makes trials of more steps or samples than can be counted, let alone trained."""
+    for trial in trials:
         config = trial.config
         field = "epochs" if config.max_steps is None else "max_steps"
         steps = config.max_steps or train_rows * config.epochs / config.effective_batch_size
         if steps > MAX_COUNT or steps * config.effective_batch_size > MAX_SAMPLES:
             cure = f"give fewer: this makes {steps:.3g} steps of {config.effective_batch_size:,} samples"
-            path, value = field_path(space, position, field), getattr(config, field)
-            found.setdefault((path, value), Violation(path, value, cure))
-    return list(found.values())
+            yield config, Violation(field, getattr(config, field), cure)
 
 
-def _unfit(space: tuning_pb2.SearchSpace, facts: ModelFacts, trials: Sequence[Trial]) -> list[Violation]:
-    """Return what of the search space does not fit the model, each fault once, under the name the caller gave it."""
-    found: dict[tuple[str, str], Violation] = {}
-    checked: set[tuple[object, ...]] = set()
-    for position, trial in enumerate(trials):
+def _unfit(facts: ModelFacts, trials: Sequence[Trial]) -> Iterator[Fault]:
+    """Yield what of the configurations does not fit the model."""
+    checked: dict[tuple[object, ...], list[Violation]] = {}
+    for trial in trials:
         config = trial.config
         # Configurations that differ only in what the model does not care about are checked once.
         essence = (config.target_modules, config.layers, config.lora_rank, config.max_length)
-        explicit = space.WhichOneof("kind") == "explicit"
-        if essence in checked and not explicit:
-            continue
-        checked.add(essence)
-        for fault in check_targets(facts, config):
-            field = field_path(space, position, fault.field)
-            found.setdefault((field, repr(fault.value)), Violation(field, fault.value, fault.cure))
-    return list(found.values())
+        if essence not in checked:
+            checked[essence] = check_targets(facts, config)
+        yield from ((config, fault) for fault in checked[essence])
 
 
-def field_path(space: tuning_pb2.SearchSpace, position: int, field: str) -> str:
-    """Return the path at which the request has `field` of a trial: in the list, in a dimension, or in the base."""
+def _as_written(space: tuning_pb2.SearchSpace, context_length: int, faults: Iterable[Fault]) -> list[Violation]:
+    """Return faults under the paths that the request has for their fields, each once; of many the first."""
+    faults = list(faults)
+    indices = first_indices(space, context_length) if faults else {}
+    found: dict[tuple[str, str], Violation] = {}
+    for config, fault in faults:
+        path = _path(space, indices.get(config), fault.field)
+        found.setdefault((path, repr(fault.value)), replace(fault, field=path))
+    return list(found.values())[:MAX_VIOLATIONS]
+
+
+def _path(space: tuning_pb2.SearchSpace, index: int | None, field: str) -> str:
+    """Return where the request has `field` of a configuration: at `index` of the list, in a dimension, or the base."""
     kind = space.WhichOneof("kind")
     if kind == "explicit":
-        configs = space.explicit.configs
-        if position < len(configs) and configs[position].HasField(field):  # type: ignore[arg-type]
-            return f"spec.search_space.explicit.configs[{position}].{field}"
-        return f"spec.search_space.base.{field}"
+        if index is not None and space.explicit.configs[index].HasField(field):  # type: ignore[arg-type]
+            return f"{FIELD_PREFIX}explicit.configs[{index}].{field}"
+        return f"{FIELD_PREFIX}base.{field}"
     dimensions = space.grid.dimensions if kind == "grid" else space.random.dimensions
     if any(dimension.field == field for dimension in dimensions):
-        return f"spec.search_space.{kind}.dimensions[{field}]"
-    return f"spec.search_space.base.{field}"
+        return f"{FIELD_PREFIX}{kind}.dimensions[{field}]"
+    return f"{FIELD_PREFIX}base.{field}"
 
 
 def complete_config(config: TrialConfig) -> bytes:

@@ -113,6 +113,11 @@ class TaskStore:
         async with self._database.snapshot() as connection:
             return await _get(connection, task_id, tenant)
 
+    async def check_tenant(self, task_id: str, tenant: str) -> None:
+        """Raise RESOURCE_NOT_FOUND for a task that is not there, or not this tenant's, reading nothing else of it."""
+        async with self._database.snapshot() as connection:
+            await _check_tenant(connection, task_id, tenant)
+
     async def with_trials(self, task_id: str, tenant: str) -> tuple[Task, list[Trial]]:
         """Return a task and its trials as they were at one moment."""
         async with self._database.snapshot() as connection:
@@ -138,7 +143,7 @@ class TaskStore:
         if after is not None:
             query = query.where(sa.tuple_(tasks.c.create_us, tasks.c.task_id) < sa.tuple_(*map(sa.literal, after)))
         query = query.order_by(tasks.c.create_us.desc(), tasks.c.task_id.desc())
-        rows, more = await self._page(query, _content_bytes(tasks), size, most_bytes)
+        rows, more = await self._page(query, _content_bytes(tasks, self._database.is_sqlite), size, most_bytes)
         return [_task(row) for row in rows], more
 
     async def unfinished(self) -> list[Task]:
@@ -157,10 +162,11 @@ class TaskStore:
         async with self._database.snapshot() as connection:
             return [(state, count, first_us) for state, count, first_us in await connection.execute(query)]
 
-    async def trial(self, task_id: str, trial_id: str) -> Trial:
-        """Return a trial; raise RESOURCE_NOT_FOUND."""
+    async def trial(self, task_id: str, trial_id: str, tenant: str) -> Trial:
+        """Return a trial; raise RESOURCE_NOT_FOUND for one that is not there, or whose task is not this tenant's."""
         query = sa.select(trials).where(trials.c.task_id == task_id, trials.c.trial_id == trial_id)
         async with self._database.snapshot() as connection:
+            await _check_tenant(connection, task_id, tenant)
             row = (await connection.execute(query)).first()
         if row is None:
             raise not_found("trial", trial_id)
@@ -174,7 +180,7 @@ class TaskStore:
     async def page_of_trials(self, task_id: str, after: int, size: int, most_bytes: int) -> tuple[list[Trial], bool]:
         """Return a task's trials from behind position `after` on, and whether more follow; as many as in `page`."""
         query = _trials_of(task_id).where(trials.c.position > after)
-        rows, more = await self._page(query, _content_bytes(trials), size, most_bytes)
+        rows, more = await self._page(query, _content_bytes(trials, self._database.is_sqlite), size, most_bytes)
         return [_trial(row) for row in rows], more
 
     async def metrics(self, task_id: str, trial_id: str, after: int, limit: int) -> list[Metric]:
@@ -305,13 +311,23 @@ def _trial(row: sa.Row[Any]) -> Trial:
 
 
 async def _get(connection: AsyncConnection, task_id: str, tenant: str | None, *, lock: bool = False) -> Task:
-    query = sa.select(tasks).where(tasks.c.task_id == task_id)
+    query = sa.select(tasks)
+    return _task(await _row(connection, query.with_for_update() if lock else query, task_id, tenant))
+
+
+async def _check_tenant(connection: AsyncConnection, task_id: str, tenant: str) -> None:
+    await _row(connection, sa.select(tasks.c.task_id), task_id, tenant)
+
+
+async def _row(connection: AsyncConnection, query: sa.Select[Any], task_id: str, tenant: str | None) -> sa.Row[Any]:
+    """Return what a query selects of a task; raise RESOURCE_NOT_FOUND if it is not there, or not this tenant's."""
+    query = query.where(tasks.c.task_id == task_id)
     if tenant is not None:
         query = query.where(tasks.c.tenant == tenant)
-    row = (await connection.execute(query.with_for_update() if lock else query)).first()
+    row: sa.Row[Any] | None = (await connection.execute(query)).first()
     if row is None:
         raise not_found("task", task_id)
-    return _task(row)
+    return row
 
 
 async def _trials(connection: AsyncConnection, task_id: str) -> list[Trial]:
@@ -322,11 +338,19 @@ def _trials_of(task_id: str) -> sa.Select[Any]:
     return sa.select(trials).where(trials.c.task_id == task_id).order_by(trials.c.position)
 
 
-def _content_bytes(table: sa.Table) -> sa.ColumnElement[int]:
+def _content_bytes(table: sa.Table, is_sqlite: bool) -> sa.ColumnElement[int]:
     """Return about how many bytes a row's texts and messages have; what else it has are numbers."""
     content = [column for column in table.c if isinstance(column.type, sa.String | sa.LargeBinary)]
-    lengths = (sa.func.coalesce(sa.func.length(column), 0) for column in content)
+    lengths = (sa.func.coalesce(_bytes(column, is_sqlite), 0) for column in content)
     return functools.reduce(operator.add, lengths)
+
+
+def _bytes(column: sa.Column[Any], is_sqlite: bool) -> sa.ColumnElement[int]:
+    """Return how many bytes a text or a message has."""
+    if not is_sqlite:
+        return sa.func.octet_length(column)
+    # SQLite has `octet_length` from 3.43 on, and its `length` counts a text's characters.
+    return sa.func.length(sa.cast(column, sa.LargeBinary) if isinstance(column.type, sa.String) else column)
 
 
 async def _lock_datasets(connection: AsyncConnection, task: Task) -> None:
