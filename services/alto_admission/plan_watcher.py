@@ -12,7 +12,8 @@ from alto.v1 import error_pb2, placement_pb2, tuning_pb2
 from alto_common.errors import DomainError
 
 from alto_admission.domain import placement_news
-from alto_admission.domain.task import Task
+from alto_admission.domain.story import is_news
+from alto_admission.domain.task import Standing, Task
 from alto_admission.domain.task_states import QUEUED
 from alto_admission.placement_client import PlacementClient
 from alto_admission.store.outbox import Outbox
@@ -115,18 +116,16 @@ class PlanWatcher:
             self._given_up = given_up | self._given_up  # no later plan has them
             raise
 
-    async def _unreachable(self, task: Task) -> None:
+    async def _unreachable(self, task: Standing) -> None:
         self._missing_since.pop(task.task_id, None)
-        if task.state == QUEUED and task.queue_reason != placement_news.UNREACHABLE.reason:
-            async with self._tasks.story(task.task_id) as story:
-                story.queued(placement_news.UNREACHABLE)
+        if task.state == QUEUED and is_news(task, placement_news.UNREACHABLE):
+            await self._tasks.queued(task.task_id, task.epoch, placement_news.UNREACHABLE)
 
-    async def _compare(self, task: Task, planned: placement_pb2.PlannedTask | None) -> None:
+    async def _compare(self, task: Standing, planned: placement_pb2.PlannedTask | None) -> None:
         if not placement_news.is_forgotten(task, planned):
             self._missing_since.pop(task.task_id, None)
             if planned is not None and placement_news.concerns(task, planned):
-                async with self._tasks.story(task.task_id) as story:
-                    placement_news.apply(story, planned)
+                await self._take_over(task, planned)
         elif await self._outbox.holds(task.task_id):
             self._missing_since.pop(task.task_id, None)
         else:
@@ -136,3 +135,11 @@ class PlanWatcher:
                 log.warning("placement does not know the task", task_id=task.task_id)
                 async with self._tasks.story(task.task_id) as story:
                     placement_news.recover(story)
+
+    async def _take_over(self, task: Standing, planned: placement_pb2.PlannedTask) -> None:
+        status = placement_news.queue_status(planned)
+        if task.state == QUEUED and status is not None:
+            await self._tasks.queued(task.task_id, planned.epoch, status)
+        else:
+            async with self._tasks.story(task.task_id) as story:
+                placement_news.apply(story, planned)

@@ -156,7 +156,7 @@ class AdmissionServicer(admission_service_pb2_grpc.AdmissionServiceServicer):
 
     async def ListTrials(self, request: messages.ListTrialsRequest, context: Context) -> messages.ListTrialsResponse:
         """List a task's trials in the order of the search space."""
-        await self._tasks.check_tenant(request.task_id, tenant())
+        await self._tasks.standing(request.task_id, tenant())
         binding = repr(("trials", request.task_id)).encode()
         key = page_key(request.page_token, binding, (int,))
         size = request.page_size or TRIALS_A_PAGE

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from alto.v1 import admission_service_pb2, error_pb2
 from alto_common.errors import DomainError
 
-from alto_admission.domain.task import Task
+from alto_admission.domain.task import Standing
 from alto_admission.domain.tokens import resume_token, resumed_sequence
 from alto_admission.event_hub import EventHub, Subscription
 from alto_admission.store.tasks import TaskStore
@@ -75,7 +75,7 @@ class Watches:
                 del self._open[tenant]
 
     async def _follow(self, task_id: str, tenant: str, token: str, news: Subscription) -> AsyncIterator[WatchResponse]:
-        task = await self._tasks.get(task_id, tenant)
+        task = await self._tasks.standing(task_id, tenant)
         if token:
             sequence = resumed_sequence(token, task_id, task.last_event_sequence)
             _check_age(task, sequence)
@@ -103,9 +103,9 @@ class Watches:
             if caught_up and not task.ended and not await news.wait_beyond(sequence, self._settings.heartbeat_s):
                 beat = admission_service_pb2.WatchHeartbeat(time=timestamp(self._clock_us()))
                 yield WatchResponse(resume_token=resume_token(task_id, sequence), heartbeat=beat)
-            task = await self._tasks.get(task_id, tenant)
+            task = await self._tasks.standing(task_id, tenant)
 
-    async def _snapshot(self, task_id: str, tenant: str) -> tuple[WatchResponse, Task]:
+    async def _snapshot(self, task_id: str, tenant: str) -> tuple[WatchResponse, Standing]:
         task, trials = await self._tasks.with_trials(task_id, tenant)
         snapshot = admission_service_pb2.TuningTaskSnapshot(
             task=task_to_wire(task), trials=[trial_to_wire(trial) for trial in trials]
@@ -113,7 +113,7 @@ class Watches:
         return WatchResponse(resume_token=resume_token(task_id, task.last_event_sequence), snapshot=snapshot), task
 
 
-def _check_age(task: Task, sequence: int) -> None:
+def _check_age(task: Standing, sequence: int) -> None:
     if sequence + 1 < task.earliest_event_sequence:
         raise DomainError(
             error_pb2.ERROR_REASON_RESUME_TOKEN_TOO_OLD,

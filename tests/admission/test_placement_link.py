@@ -37,6 +37,13 @@ def has_calls(placement, *calls):
     return condition
 
 
+def has(found, wanted):
+    async def condition():
+        return wanted in found
+
+    return condition
+
+
 def becomes(client, task, **fields):
     async def condition():
         now = await state_of(client, task)
@@ -51,6 +58,15 @@ def waits_for(client, task, reason):
         return now if now.queue.reason == reason else None
 
     return condition
+
+
+async def handed_over(client, placement, dataset):
+    """Two tasks whose plans are the test's own: placement has been given them."""
+    tasks = [await client.create(dataset.dataset_id) for _ in range(2)]
+    for task in tasks:
+        await until(has_calls(placement, ("enqueue", task.task_id)))
+        await until(waits_for(client, task, "PLANNING"))
+    return tasks
 
 
 async def test_what_is_handed_over_is_whole(admission, placement):
@@ -240,6 +256,38 @@ async def test_a_lost_node_queues_its_task_again_but_an_old_plan_does_not(admiss
     await until(becomes(client, task, state=tuning_pb2.TASK_STATE_RUNNING, node_id="n2"))
 
 
+async def test_a_plan_that_says_nothing_new_locks_no_task(admission, placement, monkeypatch):
+    client = await admission.client()
+    dataset = await client.upload()
+    one, other = await handed_over(client, placement, dataset)
+    waiting = placement_pb2.PLACEMENT_STATE_WAITING
+    start_s = 2_000_000_000
+
+    def plan(explanation, moved_s=0):
+        start, end = (timestamp_pb2.Timestamp(seconds=start_s + more_s + moved_s) for more_s in (0, 60))
+        said = tuning_pb2.QueueStatus(reason="GPUS_BUSY", predicted_start_time=start, predicted_end_time=end)
+        news = tuning_pb2.QueueStatus(reason="GPUS_BUSY", explanation=explanation)
+        return planned(one, waiting, queue=said), planned(other, waiting, queue=news)
+
+    placement.show(*plan("first"))
+    await until(becomes(client, other, queue=tuning_pb2.QueueStatus(reason="GPUS_BUSY", explanation="first")))
+    await until(waits_for(client, one, "GPUS_BUSY"))
+    locked = []
+    queued = admission.server.tasks.queued
+
+    async def counted(task_id, epoch, status):
+        locked.append(task_id)
+        await queued(task_id, epoch, status)
+
+    monkeypatch.setattr(admission.server.tasks, "queued", counted)
+    for moved_s, explanation in ((0, "second"), (3, "third")):  # a start that moves by a moment is no news
+        placement.show(*plan(explanation, moved_s))
+        await until(becomes(client, other, queue=tuning_pb2.QueueStatus(reason="GPUS_BUSY", explanation=explanation)))
+    assert locked == [other.task_id] * 2
+    placement.show(*plan("third", 60))
+    await until(has(locked, one.task_id))
+
+
 async def test_a_task_that_was_given_up_fails(admission, placement):
     client = await admission.client()
     task = await client.create()
@@ -252,8 +300,7 @@ async def test_a_task_that_was_given_up_fails(admission, placement):
 async def test_a_task_whose_news_fails_holds_up_no_other_and_has_them_later(admission, placement, monkeypatch):
     client = await admission.client()
     dataset = await client.upload()
-    broken, sound = [await client.create(dataset.dataset_id) for _ in range(2)]
-    await connected(placement)
+    broken, sound = await handed_over(client, placement, dataset)
     apply = placement_news.apply
 
     def fails(story, planned):

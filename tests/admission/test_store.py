@@ -330,6 +330,57 @@ async def test_of_a_trial_that_is_asked_for_neither_its_task_nor_its_neighbours_
     assert reasons == [error_pb2.ERROR_REASON_RESOURCE_NOT_FOUND] * 4
 
 
+async def test_why_a_task_waits_is_kept_without_its_trials(tasks):
+    story = a_story(trials=20)
+    for trial in story.trials.values():
+        trial.failure_message = "x" * 500_000
+    await tasks.create(story, {})
+    async with tasks.story("task-1") as now:
+        now.trials["t3"].best_validation_loss = 0.5
+        now.trials["t3"].samples_trained = 7
+    status = tuning_pb2.QueueStatus(reason="GPUS_BUSY", explanation="Every place is in use.")
+    tracemalloc.start()
+    await tasks.queued("task-1", 0, status)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2_000_000
+    task, trials = await tasks.with_trials("task-1", "acme")
+    assert (task.queue_reason, task.queue_explanation) == (status.reason, status.explanation)
+    assert (task.best_trial_id, task.samples_trained, trials[3].samples_trained) == ("t3", 7, 7)
+    assert tasks.changes[-1] == ("task-1", task.last_event_sequence)
+    (event,) = await tasks.events_after("task-1", task.last_event_sequence - 1, 10)
+    assert event.task_queued.queue == status
+    await tasks.queued("task-1", 0, status)
+    assert await tasks.get("task-1") == task, "that is no news"
+
+
+async def test_why_a_task_waited_is_not_kept_when_it_waits_no_more_or_ran_since(tasks):
+    await tasks.create(a_story(), {})
+    async with tasks.story("task-1") as story:
+        story.task.epoch = 2
+    for epoch in (1, 2):
+        await tasks.queued("task-1", epoch, tuning_pb2.QueueStatus(reason="GPUS_BUSY", explanation=f"of {epoch}"))
+    assert (await tasks.get("task-1")).queue_explanation == "of 2"
+    async with tasks.story("task-1") as story:
+        story.request(Request.CANCEL)
+    before = await tasks.get("task-1")
+    await tasks.queued("task-1", 2, tuning_pb2.QueueStatus(reason="GPUS_BUSY", explanation="again"))
+    assert await tasks.get("task-1") == before
+
+
+async def test_how_tasks_stand_is_read_without_what_they_are(tasks):
+    story = a_story()
+    story.task.spec = bytes(10_000_000)
+    await tasks.create(story, {})
+    tracemalloc.start()
+    standing = await tasks.standing("task-1", "acme")
+    assert await tasks.unfinished() == [standing]
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2_000_000
+    assert (standing.task_id, standing.state, standing.last_event_sequence) == ("task-1", QUEUED, 1)
+
+
 async def test_deliveries_wait_for_those_before_them(tasks, database):
     outbox = Outbox(database)
     await tasks.create(a_story(), {})

@@ -11,8 +11,8 @@ from collections.abc import Collection
 from alto.v1 import error_pb2, placement_pb2, tuning_pb2
 from alto_common.errors import reason_name
 
-from alto_admission.domain.story import Story
-from alto_admission.domain.task import Task
+from alto_admission.domain.story import Story, is_news
+from alto_admission.domain.task import Standing
 from alto_admission.domain.task_states import CANCELLING, PAUSING, QUEUED, RUNNING
 
 UNREACHABLE = tuning_pb2.QueueStatus(
@@ -30,27 +30,37 @@ def apply(story: Story, planned: placement_pb2.PlannedTask) -> None:
         case placement_pb2.PLACEMENT_STATE_WAITING:
             if task.state in (RUNNING, PAUSING):
                 story.released()
-            story.queued(planned.queue)
-        case placement_pb2.PLACEMENT_STATE_ASSIGNED:
-            story.queued(_starting(planned))
         case placement_pb2.PLACEMENT_STATE_HELD:
             if task.state == PAUSING:
                 story.released()
         case placement_pb2.PLACEMENT_STATE_GIVEN_UP:
             story.failed(planned.failure)
+    status = queue_status(planned)
+    if status is not None:
+        story.queued(status)
+
+
+def queue_status(planned: placement_pb2.PlannedTask) -> tuning_pb2.QueueStatus | None:
+    """Return why a task waits, and until when, according to a plan; None where it says nothing of that."""
+    match planned.state:
+        case placement_pb2.PLACEMENT_STATE_WAITING:
+            return planned.queue
+        case placement_pb2.PLACEMENT_STATE_ASSIGNED:
+            return _starting(planned)
         case _:
-            return
+            return None
 
 
-def concerns(task: Task, planned: placement_pb2.PlannedTask) -> bool:
+def concerns(task: Standing, planned: placement_pb2.PlannedTask) -> bool:
     """Return whether `apply` may change anything: spares locking a task for every plan that comes."""
     if planned.epoch < task.epoch:
         return False
+    status = queue_status(planned)
+    if task.state == QUEUED and status is not None:
+        return is_news(task, status)
     match planned.state:
         case placement_pb2.PLACEMENT_STATE_WAITING:
-            return task.state in (QUEUED, RUNNING, PAUSING)
-        case placement_pb2.PLACEMENT_STATE_ASSIGNED:
-            return task.state == QUEUED
+            return task.state in (RUNNING, PAUSING)
         case placement_pb2.PLACEMENT_STATE_HELD:
             return task.state == PAUSING
         case placement_pb2.PLACEMENT_STATE_GIVEN_UP:
@@ -59,7 +69,7 @@ def concerns(task: Task, planned: placement_pb2.PlannedTask) -> bool:
             return False
 
 
-def is_forgotten(task: Task, planned: placement_pb2.PlannedTask | None) -> bool:
+def is_forgotten(task: Standing, planned: placement_pb2.PlannedTask | None) -> bool:
     """Return whether placement no longer works on a task that has not ended here."""
     if planned is not None and planned.state != placement_pb2.PLACEMENT_STATE_FINISHED:
         return False

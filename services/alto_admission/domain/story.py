@@ -26,6 +26,7 @@ from alto_admission.domain.task import (
     TRIAL_RUNNING,
     TRIAL_STOPPED,
     Metric,
+    Standing,
     Task,
     Trial,
     finite,
@@ -110,18 +111,11 @@ class Story:
     def queued(self, status: tuning_pb2.QueueStatus) -> None:
         """Take over why the task waits, and until when."""
         task = self.task
-        if task.state != QUEUED:
-            return
-        start_us = moment_us(status.predicted_start_time)
-        end_us = moment_us(status.predicted_end_time)
-        if (
-            (task.queue_reason, task.queue_explanation) == (status.reason, status.explanation)
-            and _near(task.predicted_start_us, start_us)
-            and _near(task.predicted_end_us, end_us)
-        ):
+        if task.state != QUEUED or not is_news(task, status):
             return
         task.queue_reason, task.queue_explanation = status.reason, status.explanation
-        task.predicted_start_us, task.predicted_end_us = start_us, end_us
+        task.predicted_start_us = moment_us(status.predicted_start_time)
+        task.predicted_end_us = moment_us(status.predicted_end_time)
         self._tell(task_queued=event_pb2.TaskQueued(queue=status))
 
     def enqueue_again(self) -> None:
@@ -284,6 +278,15 @@ def _rank(trial: Trial) -> float | None:
 
 def _execution_failed(message: str) -> tuning_pb2.Failure:
     return tuning_pb2.Failure(reason=reason_name(error_pb2.ERROR_REASON_EXECUTION_FAILED), message=message)
+
+
+def is_news(task: Standing, status: tuning_pb2.QueueStatus) -> bool:
+    """Return whether a queue's status says anything that is not known of a task."""
+    return (
+        (task.queue_reason, task.queue_explanation) != (status.reason, status.explanation)
+        or not _near(task.predicted_start_us, moment_us(status.predicted_start_time))
+        or not _near(task.predicted_end_us, moment_us(status.predicted_end_time))
+    )
 
 
 def _near(one: int | None, other: int | None) -> bool:

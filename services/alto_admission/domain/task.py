@@ -23,16 +23,38 @@ TRIAL_CANCELLED = tuning_pb2.TRIAL_STATE_CANCELLED
 TRIAL_TERMINAL = frozenset({TRIAL_SUCCEEDED, TRIAL_STOPPED, TRIAL_FAILED, TRIAL_CANCELLED})
 
 
-@dataclass
-class Task:
-    """One admitted search.
+@dataclass(kw_only=True)
+class Standing:
+    """How a task stands: the little of it that is asked for time and again.
 
-    `revision` grows with every change and is the etag. `epoch` is the highest fencing epoch that reported,
-    `reported_sequence` the last of its events that is kept; `last_event_sequence` counts the events clients see, of
-    which those before `earliest_event_sequence` are gone.
+    `epoch` is the highest fencing epoch that reported; `last_event_sequence` counts the events clients see, of which
+    those before `earliest_event_sequence` are gone.
     """
 
     task_id: str
+    state: State = QUEUED
+    epoch: int = 0
+    queue_reason: str = ""
+    queue_explanation: str = ""
+    predicted_start_us: int | None = None
+    predicted_end_us: int | None = None
+    last_event_sequence: int = 0
+    earliest_event_sequence: int = 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state in TERMINAL
+
+
+@dataclass(kw_only=True)
+class Task(Standing):
+    """One admitted search.
+
+    `revision` grows with every change and is the etag. `reported_sequence` is the last event of the highest epoch that
+    is kept.
+    """
+
     tenant: str
     request_id: str
     request_hash: str
@@ -43,17 +65,12 @@ class Task:
     trial_count: int
     samples_planned: int
     create_us: int
-    state: State = QUEUED
     revision: int = 1
     start_us: int | None = None
     end_us: int | None = None
     best_trial_id: str | None = None
     best_validation_loss: float | None = None
     base_validation_loss: float | None = None
-    queue_reason: str = ""
-    queue_explanation: str = ""
-    predicted_start_us: int | None = None
-    predicted_end_us: int | None = None
     failure_reason: str = ""
     failure_message: str = ""
     samples_trained: int = 0
@@ -61,15 +78,7 @@ class Task:
     fraction_done: float = 0.0
     time_remaining_us: int | None = None
     node_id: str = ""
-    epoch: int = 0
     reported_sequence: int = 0
-    last_event_sequence: int = 0
-    earliest_event_sequence: int = 1
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self.state in TERMINAL
 
     @property
     def etag(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import sqlalchemy as sa
-from alto.v1 import error_pb2, event_pb2
+from alto.v1 import error_pb2, event_pb2, tuning_pb2
 from alto_common.database import Database
 from alto_common.errors import DomainError, not_found
 from sqlalchemy.dialects import postgresql, sqlite
@@ -19,13 +19,14 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alto_admission.domain.story import Story
-from alto_admission.domain.task import Metric, Task, Trial
+from alto_admission.domain.task import Metric, Standing, Task, Trial
 from alto_admission.domain.task_states import TERMINAL, State
 from alto_admission.store.schema import datasets, events, metrics, outbox, task_labels, tasks, trials
 
 _TRIAL_STATE = [
     field.name for field in fields(Trial) if field.name not in ("task_id", "trial_id", "position", "config")
 ]
+_STANDING = sa.select(*(tasks.c[field.name] for field in fields(Standing)))
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,10 @@ class TaskStore:
         async with self._database.snapshot() as connection:
             return await _get(connection, task_id, tenant)
 
-    async def check_tenant(self, task_id: str, tenant: str) -> None:
-        """Raise RESOURCE_NOT_FOUND for a task that is not there, or not this tenant's, reading nothing else of it."""
+    async def standing(self, task_id: str, tenant: str) -> Standing:
+        """Return how a task stands; raise RESOURCE_NOT_FOUND for one that is not there, or not this tenant's."""
         async with self._database.snapshot() as connection:
-            await _check_tenant(connection, task_id, tenant)
+            return await _standing(connection, task_id, tenant)
 
     async def with_trials(self, task_id: str, tenant: str) -> tuple[Task, list[Trial]]:
         """Return a task and its trials as they were at one moment."""
@@ -146,11 +147,11 @@ class TaskStore:
         rows, more = await self._page(query, _content_bytes(tasks, self._database.is_sqlite), size, most_bytes)
         return [_task(row) for row in rows], more
 
-    async def unfinished(self) -> list[Task]:
-        """Return every task that has not ended."""
+    async def unfinished(self) -> list[Standing]:
+        """Return how every task stands that has not ended."""
         async with self._database.snapshot() as connection:
-            rows = await connection.execute(sa.select(tasks).where(tasks.c.state.not_in(TERMINAL)))
-            return [_task(row) for row in rows]
+            rows = await connection.execute(_STANDING.where(tasks.c.state.not_in(TERMINAL)))
+            return [Standing(**row._mapping) for row in rows]
 
     async def count_by_state(self) -> list[tuple[State, int, int]]:
         """Return, for each state of unfinished tasks, how many are in it, and when the first was created (us)."""
@@ -166,7 +167,7 @@ class TaskStore:
         """Return a trial; raise RESOURCE_NOT_FOUND for one that is not there, or whose task is not this tenant's."""
         query = sa.select(trials).where(trials.c.task_id == task_id, trials.c.trial_id == trial_id)
         async with self._database.snapshot() as connection:
-            await _check_tenant(connection, task_id, tenant)
+            await _standing(connection, task_id, tenant)
             row = (await connection.execute(query)).first()
         if row is None:
             raise not_found("trial", trial_id)
@@ -229,12 +230,25 @@ class TaskStore:
             changed = [trial for trial in story.trials.values() if trial != trials_before[trial.trial_id]]
             if changed:
                 await connection.execute(_UPDATE_TRIAL, [_renamed(asdict(trial)) for trial in changed])
-            if task != before or changed:
-                task.revision += 1
-                await connection.execute(tasks.update().where(tasks.c.task_id == task_id).values(**asdict(task)))
+            await _update(connection, task, before, touched=bool(changed))
+        self._tell(story)
+
+    async def queued(self, task_id: str, epoch: int, status: tuning_pb2.QueueStatus) -> None:
+        """Keep why a task waits, unless it waits no more, or a later epoch has reported: a story without its trials."""
+        async with self._database.transaction() as connection:
+            task = await _get(connection, task_id, None, lock=True)
+            before = replace(task)
+            story = Story(task, (), self._clock_us())
+            if epoch >= task.epoch:
+                story.queued(status)
+            await self._add(connection, story)
+            await _update(connection, task, before)
+        self._tell(story)
+
+    def _tell(self, story: Story) -> None:
         if story.events or story.deliveries:
             self._on_events(story.events)
-            self._on_change(task_id, task.last_event_sequence)
+            self._on_change(story.task.task_id, story.task.last_event_sequence)
 
     async def _add(self, connection: AsyncConnection, story: Story) -> None:
         task = story.task
@@ -297,6 +311,14 @@ _UPDATE_TRIAL = (
 )
 
 
+async def _update(connection: AsyncConnection, task: Task, before: Task, *, touched: bool = False) -> None:
+    """Keep what has changed of a task; `touched` makes a new revision of it in any case."""
+    if task != before or touched:
+        task.revision += 1
+        changed = {name: value for name, value in asdict(task).items() if value != getattr(before, name)}
+        await connection.execute(tasks.update().where(tasks.c.task_id == task.task_id).values(changed))
+
+
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     new = {f"new_{name}": values[name] for name in _TRIAL_STATE}
     return {"of_task": values["task_id"], "of_trial": values["trial_id"], **new}
@@ -315,8 +337,8 @@ async def _get(connection: AsyncConnection, task_id: str, tenant: str | None, *,
     return _task(await _row(connection, query.with_for_update() if lock else query, task_id, tenant))
 
 
-async def _check_tenant(connection: AsyncConnection, task_id: str, tenant: str) -> None:
-    await _row(connection, sa.select(tasks.c.task_id), task_id, tenant)
+async def _standing(connection: AsyncConnection, task_id: str, tenant: str) -> Standing:
+    return Standing(**(await _row(connection, _STANDING, task_id, tenant))._mapping)
 
 
 async def _row(connection: AsyncConnection, query: sa.Select[Any], task_id: str, tenant: str | None) -> sa.Row[Any]:
