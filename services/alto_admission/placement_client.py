@@ -60,8 +60,12 @@ class PlacementClient:
 
     async def plans(self) -> AsyncIterator[placement_pb2.Plan]:
         """Yield the plan, then each new one, until the stream breaks."""
+        plan = placement_pb2.Plan()
         async for response in self._stub.WatchPlan(placement_service_pb2.WatchPlanRequest(), metadata=self._metadata):
-            yield response.plan
+            plan.MergeFrom(response.plan)
+            if not response.continues:
+                yield plan
+                plan = placement_pb2.Plan()
 
     async def close(self) -> None:
         """Close the channel."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import cached_property
 
 import grpc
 import structlog
@@ -27,6 +30,20 @@ BETWEEN_PLANS_S = 0.1
 log = structlog.get_logger("alto.admission.plan")
 
 
+class _Plan:
+    """What a plan says of tasks, by their ids, and which of them each tenant has."""
+
+    def __init__(self, message: placement_pb2.Plan) -> None:
+        self.tasks = {task.task_id: task for task in message.tasks}
+
+    @cached_property
+    def task_ids(self) -> Mapping[str, Collection[str]]:
+        found: dict[str, set[str]] = defaultdict(set)
+        for task in self.tasks.values():
+            found[task.tenant].add(task.task_id)
+        return found
+
+
 class PlanWatcher:
     """The loop that reads plans. `grace_s` is how long a task may be missing from them before that means something."""
 
@@ -43,7 +60,7 @@ class PlanWatcher:
         self._grace_s = grace_s
         self._tick_s = min(TICK_S, grace_s / 2)
         self._missing_since: dict[str, float] = {}
-        self._plan: placement_pb2.Plan | None = None
+        self._plan: _Plan | None = None
         # A task that was given up is in one plan only: it must not go under when plans come faster than they are taken.
         self._given_up: dict[str, placement_pb2.PlannedTask] = {}
         self._news = asyncio.Event()
@@ -53,10 +70,10 @@ class PlanWatcher:
         plan = self._plan
         if plan is None or task.ended:
             return None
-        planned = next((one for one in plan.tasks if one.task_id == task.task_id), None)
+        planned = plan.tasks.get(task.task_id)
         if planned is None or not planned.HasField("forecast") or planned.epoch < task.epoch:
             return None
-        return placement_news.forecast(planned, {one.task_id for one in plan.tasks if one.tenant == task.tenant})
+        return placement_news.forecast(planned, plan.task_ids[task.tenant])
 
     async def run(self) -> None:
         """Follow the plan for ever."""
@@ -69,7 +86,7 @@ class PlanWatcher:
         while True:
             try:
                 async for plan in self._placement.plans():
-                    self._plan = plan
+                    self._plan = _Plan(plan)
                     given_up = (task for task in plan.tasks if task.state == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
                     self._given_up.update({task.task_id: task for task in given_up})
                     self._news.set()
@@ -93,10 +110,10 @@ class PlanWatcher:
                 log.exception("cannot take the plan over")
             await asyncio.sleep(BETWEEN_PLANS_S)
 
-    async def take(self, plan: placement_pb2.Plan | None) -> None:
+    async def take(self, plan: _Plan | None) -> None:
         """Take over one plan; None when placement cannot be reached. A task whose news fails holds up no other."""
         given_up, self._given_up = self._given_up, {}
-        planned = given_up | {task.task_id: task for task in plan.tasks} if plan is not None else given_up
+        planned = given_up | plan.tasks if plan is not None else given_up
         errors = []
         try:
             for task in await self._tasks.unfinished():

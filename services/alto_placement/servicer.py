@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import grpc
-from alto.v1 import placement_pb2, placement_service_pb2_grpc
+from alto.v1 import error_pb2, placement_pb2, placement_service_pb2_grpc
 from alto.v1 import placement_service_pb2 as wire
 from alto_common.errors import DomainError, invalid_fields, unavailable
 from alto_common.rpc.authentication import Scope
+from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES
 from alto_common.violations import Violation
 
 from alto_placement.engine import PlacementEngine
@@ -27,6 +29,7 @@ from alto_placement.wire import (
     failure_from_wire,
     node_to_wire,
     order_to_wire,
+    plan_parts,
     plan_to_wire,
     reported_from_wire,
     spec_from_wire,
@@ -53,6 +56,8 @@ SCOPES = {
 }
 # A watcher gets at most this many plans a second, however often the plan changes.
 PLANS_PER_S = 20
+# The most that tasks take of one message of a plan; its first has the nodes too.
+PART_BYTES = MAX_MESSAGE_BYTES // 2
 
 
 class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
@@ -88,8 +93,13 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
         return wire.EstimateTaskResponse(duration=estimate_to_wire(predicted), basis=basis, gpu_kind=gpu_kind)
 
     async def GetPlan(self, request: wire.GetPlanRequest, context: Any) -> wire.GetPlanResponse:
-        """Return the plan."""
-        return wire.GetPlanResponse(plan=await self._plan())
+        """Return the plan, where one message holds it."""
+        first, *rest = await self._plan()
+        if rest:
+            tasks = sum(len(part.tasks) for part in (first, *rest))
+            message = f"the plan has {tasks:,} tasks, more than one message holds: WatchPlan sends it in several"
+            raise DomainError(error_pb2.ERROR_REASON_STATE_CONFLICT, message)
+        return wire.GetPlanResponse(plan=first)
 
     async def WatchPlan(self, request: wire.WatchPlanRequest, context: Any) -> AsyncIterator[wire.WatchPlanResponse]:
         """Stream the plan."""
@@ -100,15 +110,20 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
                 watch.changed.clear()
                 if self._engine.is_stopping:
                     raise unavailable("placement is shutting down")
-                yield wire.WatchPlanResponse(plan=await self._plan(watch.take_ended()))
-                await asyncio.sleep(1 / PLANS_PER_S)
+                began_s = time.monotonic()
+                parts = await self._plan(watch.take_ended())
+                for number, part in enumerate(parts, start=1):
+                    yield wire.WatchPlanResponse(plan=part, continues=number < len(parts))
+                # A long plan takes a while to make and to send; what else there is to do has half of the time.
+                await asyncio.sleep(max(1 / PLANS_PER_S, time.monotonic() - began_s))
         finally:
             self._engine.close_watch(watch)
 
-    async def _plan(self, ended: Sequence[TaskRow] = ()) -> placement_pb2.Plan:
-        """Make the message of the plan in a thread: that of a long queue takes longer than a heartbeat may wait."""
+    async def _plan(self, ended: Sequence[TaskRow] = ()) -> list[placement_pb2.Plan]:
+        """Make the messages of the plan in a thread: those of a long queue take longer than a heartbeat may wait."""
         view = self._engine.view(ended)
-        return await asyncio.to_thread(plan_to_wire, dataclasses.replace(view, state=view.state.copy()))
+        view = dataclasses.replace(view, state=view.state.copy())
+        return await asyncio.to_thread(lambda: list(plan_parts(plan_to_wire(view), PART_BYTES)))
 
     async def RegisterNode(self, request: wire.RegisterNodeRequest, context: Any) -> wire.RegisterNodeResponse:
         """Make a node known."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from alto.v1 import placement_pb2, placement_service_pb2, tuning_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -323,3 +325,17 @@ def plan_to_wire(view: PlanView) -> placement_pb2.Plan:
         makespan=duration(view.facts.makespan_s),
         makespan_lower_bound=duration(view.facts.lower_bound_s),
     )
+
+
+def plan_parts(plan: placement_pb2.Plan, most_bytes: int) -> Iterator[placement_pb2.Plan]:
+    """Yield a plan in parts, each with at most `most_bytes` of tasks; whatever else it has is in the first."""
+    part, size = placement_pb2.Plan(), 0
+    part.CopyFrom(plan)
+    del part.tasks[:]
+    for task in plan.tasks:
+        if part.tasks and size + task.ByteSize() > most_bytes:
+            yield part
+            part, size = placement_pb2.Plan(revision=plan.revision), 0
+        part.tasks.append(task)
+        size += task.ByteSize()
+    yield part

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Self
 
 from alto.v1 import placement_pb2
@@ -29,6 +30,7 @@ class OperatorClient:
         root_certificates: bytes | None = None,
         client_certificate: tuple[bytes, bytes] | None = None,
     ) -> None:
+        self._timeout_s = timeout_s
         self._connection = Connection(
             address,
             service_token,
@@ -45,13 +47,22 @@ class OperatorClient:
         self._connection.close()
 
     def plan(self) -> placement_pb2.Plan:
-        """Return the plan."""
-        return self._connection.call(self._stub.GetPlan, messages.GetPlanRequest()).plan
+        """Return the plan. Raises `AltoError`."""
+        # However long it is: a stream has it in as many messages as it takes.
+        with closing(self._plans(self._timeout_s)) as plans:
+            return next(plans)
 
     def watch_plan(self) -> Iterator[placement_pb2.Plan]:
         """Yield the plan, then each new one. A task that ends is in one plan with that state. Raises `AltoError`."""
-        for response in self._connection.stream(self._stub.WatchPlan, messages.WatchPlanRequest(), WATCH_TIMEOUT_S):
-            yield response.plan
+        return self._plans(WATCH_TIMEOUT_S)
+
+    def _plans(self, timeout_s: float) -> Generator[placement_pb2.Plan, None, None]:
+        plan = placement_pb2.Plan()
+        for response in self._connection.stream(self._stub.WatchPlan, messages.WatchPlanRequest(), timeout_s):
+            plan.MergeFrom(response.plan)
+            if not response.continues:
+                yield plan
+                plan = placement_pb2.Plan()
 
     def nodes(self) -> list[placement_pb2.Node]:
         """Return the nodes."""

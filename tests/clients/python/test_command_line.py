@@ -287,7 +287,7 @@ def test_dataset_check_names_the_lines_that_are_not_sound(tmp_path):
 class MemoryPlacement(PlacementServiceServicer):
     """A plan with one waiting task."""
 
-    def GetPlan(self, request, context):
+    def WatchPlan(self, request, context):
         assert ("authorization", "Bearer service-token") in context.invocation_metadata()
         task = placement_pb2.PlannedTask(
             task_id="task-1",
@@ -295,11 +295,9 @@ class MemoryPlacement(PlacementServiceServicer):
             state=placement_pb2.PLACEMENT_STATE_WAITING,
             queue={"reason": "GPUS_BUSY", "explanation": "Every place that could hold it is in use."},
         )
-        return placement_service_pb2.GetPlanResponse(plan=placement_pb2.Plan(tasks=[task], makespan={"seconds": 60}))
-
-    def WatchPlan(self, request, context):
-        for revision in (1, 2):
-            yield placement_service_pb2.WatchPlanResponse(plan=placement_pb2.Plan(revision=revision))
+        first = placement_pb2.Plan(revision=1, tasks=[task], makespan={"seconds": 60})
+        for plan in (first, placement_pb2.Plan(revision=2)):
+            yield placement_service_pb2.WatchPlanResponse(plan=plan)
 
     def CordonNode(self, request, context):
         state = placement_pb2.NODE_STATE_CORDONED if request.cordoned else placement_pb2.NODE_STATE_READY

@@ -7,13 +7,17 @@ import time
 import grpc
 import pytest
 from alto.v1 import event_pb2, placement_pb2, placement_service_pb2, placement_service_pb2_grpc, tuning_pb2
+from alto_admission.placement_client import PlacementClient
+from alto_client import OperatorClient
 from alto_common.rpc.authentication import Scope
 from alto_common.rpc.channel import bearer_metadata, service_channel
+from alto_common.rpc.interceptor import MAX_MESSAGE_BYTES
 from alto_common.rpc.status import reason_in
 from alto_placement import engine, servicer
 from alto_placement.policy import ObjectiveWeights, TenantShare
 from alto_placement.server import PlacementServer
 from alto_placement.servicer import SCOPES
+from alto_placement.wire import plan_parts
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 METADATA = bearer_metadata("secret")
@@ -644,6 +648,51 @@ async def test_the_message_of_a_plan_is_made_beside_the_loop_from_one_moment(stu
     await enqueue(stub, "another")  # answered while the message is being made
     go_on.set()
     assert [task.task_id for task in (await asked).tasks] == ["task"]
+
+
+async def test_a_plan_that_no_message_holds_comes_in_several(placement, stub, monkeypatch):
+    monkeypatch.setattr(servicer, "PART_BYTES", 200)
+    names = [f"task-{index}" for index in range(9)]
+    for name in names:
+        await enqueue(stub, name)
+    parts = []
+    async with asyncio.timeout(10):
+        async for response in stub.WatchPlan(wire.WatchPlanRequest(), metadata=METADATA):
+            parts.append(response)
+            if not response.continues:
+                break
+    assert len(parts) > 2
+    assert {part.plan.revision for part in parts} == {parts[0].plan.revision}
+    assert [task.task_id for part in parts for task in part.plan.tasks] == names
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await plan_of(stub)
+    assert reason_in(caught.value) == "STATE_CONFLICT"
+    assert "9 tasks" in caught.value.details()
+    address = f"127.0.0.1:{placement.server.port}"
+
+    def operators():
+        with OperatorClient(address, "secret") as client:
+            return client.plan()
+
+    admissions = PlacementClient(address, "secret")
+    for plan in (await asyncio.to_thread(operators), await anext(admissions.plans())):
+        assert [task.task_id for task in plan.tasks] == names
+        assert plan.HasField("makespan")
+    await admissions.close()
+
+
+def test_every_part_of_a_long_plan_fits_a_message():
+    queue = {"reason": "GPUS_BUSY", "explanation": "Every place that could hold it is in use. " * 4}
+    tasks = [placement_pb2.PlannedTask(task_id=f"task-{index:05}", tenant="a", queue=queue) for index in range(30_000)]
+    nodes = [placement_pb2.Node(node_id=f"node-{index}", gpu_kind="h100", gpus=8) for index in range(2_000)]
+    plan = placement_pb2.Plan(revision=7, tasks=tasks, nodes=nodes)
+    assert plan.ByteSize() > MAX_MESSAGE_BYTES
+    merged = placement_pb2.Plan()
+    for part in plan_parts(plan, servicer.PART_BYTES):
+        assert wire.WatchPlanResponse(plan=part, continues=True).ByteSize() < MAX_MESSAGE_BYTES
+        merged.MergeFrom(part)
+    assert merged == plan
+    assert list(plan_parts(placement_pb2.Plan(revision=1), 1)) == [placement_pb2.Plan(revision=1)]
 
 
 async def test_the_last_good_plan_stays_when_none_can_be_made(settings, placement, stub, monkeypatch):

@@ -393,6 +393,9 @@ class WatchPlanResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PLAN_FIELD_NUMBER: _builtins.int
+    CONTINUES_FIELD_NUMBER: _builtins.int
+    continues: _builtins.bool
+    """More tasks of this plan are in the next message: nothing can be said of a task that is missing before the last one."""
     @_builtins.property
     def plan(self) -> _placement_pb2.Plan:
         """The plan. Tasks that finished or were given up are in one plan with that state before they leave it."""
@@ -401,10 +404,11 @@ class WatchPlanResponse(_message.Message):
         self,
         *,
         plan: _placement_pb2.Plan | None = ...,
+        continues: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continues", b"continues", "plan", b"plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

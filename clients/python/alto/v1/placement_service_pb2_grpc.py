@@ -125,14 +125,14 @@ class PlacementServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetPlan(self, request, context):
-        """Returns the plan.
+        """Returns the plan. One of many thousand tasks is more than a message holds (STATE_CONFLICT): watch it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchPlan(self, request, context):
-        """Streams the plan, then each new one.
+        """Streams the plan, then each new one, a long one in several messages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

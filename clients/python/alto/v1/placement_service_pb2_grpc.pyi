@@ -42,9 +42,9 @@ class PlacementServiceStub:
     EstimateTask: _grpc.UnaryUnaryMultiCallable[_placement_service_pb2.EstimateTaskRequest, _placement_service_pb2.EstimateTaskResponse]
     """Tells how long a task would take here and whether a node can hold it."""
     GetPlan: _grpc.UnaryUnaryMultiCallable[_placement_service_pb2.GetPlanRequest, _placement_service_pb2.GetPlanResponse]
-    """Returns the plan."""
+    """Returns the plan. One of many thousand tasks is more than a message holds (STATE_CONFLICT): watch it."""
     WatchPlan: _grpc.UnaryStreamMultiCallable[_placement_service_pb2.WatchPlanRequest, _placement_service_pb2.WatchPlanResponse]
-    """Streams the plan, then each new one."""
+    """Streams the plan, then each new one, a long one in several messages."""
     RegisterNode: _grpc.UnaryUnaryMultiCallable[_placement_service_pb2.RegisterNodeRequest, _placement_service_pb2.RegisterNodeResponse]
     """Makes a node known. A second registration of the same node_id supersedes the first: a node that restarted."""
     NodeSession: _grpc.StreamStreamMultiCallable[_placement_service_pb2.NodeSessionRequest, _placement_service_pb2.NodeSessionResponse]
@@ -70,9 +70,9 @@ class PlacementServiceAsyncStub(PlacementServiceStub):
     EstimateTask: _aio.UnaryUnaryMultiCallable[_placement_service_pb2.EstimateTaskRequest, _placement_service_pb2.EstimateTaskResponse]  # type: ignore[assignment]
     """Tells how long a task would take here and whether a node can hold it."""
     GetPlan: _aio.UnaryUnaryMultiCallable[_placement_service_pb2.GetPlanRequest, _placement_service_pb2.GetPlanResponse]  # type: ignore[assignment]
-    """Returns the plan."""
+    """Returns the plan. One of many thousand tasks is more than a message holds (STATE_CONFLICT): watch it."""
     WatchPlan: _aio.UnaryStreamMultiCallable[_placement_service_pb2.WatchPlanRequest, _placement_service_pb2.WatchPlanResponse]  # type: ignore[assignment]
-    """Streams the plan, then each new one."""
+    """Streams the plan, then each new one, a long one in several messages."""
     RegisterNode: _aio.UnaryUnaryMultiCallable[_placement_service_pb2.RegisterNodeRequest, _placement_service_pb2.RegisterNodeResponse]  # type: ignore[assignment]
     """Makes a node known. A second registration of the same node_id supersedes the first: a node that restarted."""
     NodeSession: _aio.StreamStreamMultiCallable[_placement_service_pb2.NodeSessionRequest, _placement_service_pb2.NodeSessionResponse]  # type: ignore[assignment]
@@ -125,7 +125,7 @@ class PlacementServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _placement_service_pb2.GetPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_placement_service_pb2.GetPlanResponse, _abc.Awaitable[_placement_service_pb2.GetPlanResponse]]:
-        """Returns the plan."""
+        """Returns the plan. One of many thousand tasks is more than a message holds (STATE_CONFLICT): watch it."""
 
     @_abc_1.abstractmethod
     def WatchPlan(
@@ -133,7 +133,7 @@ class PlacementServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _placement_service_pb2.WatchPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_placement_service_pb2.WatchPlanResponse], _abc.AsyncIterator[_placement_service_pb2.WatchPlanResponse]]:
-        """Streams the plan, then each new one."""
+        """Streams the plan, then each new one, a long one in several messages."""
 
     @_abc_1.abstractmethod
     def RegisterNode(
