@@ -69,7 +69,11 @@ class Dispatcher:
 
     async def _round(self) -> bool:
         due = await self._outbox.due(self._clock_us(), AT_ONCE)
-        await asyncio.gather(*(self._deliver(delivery) for delivery in due))
+        # All to the end: what a delivery has claimed, only itself can settle.
+        outcomes = await asyncio.gather(*(self._deliver(delivery) for delivery in due), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
         return bool(due)
 
     async def _idle_s(self) -> float:
@@ -79,28 +83,28 @@ class Dispatcher:
         return min(IDLE_S, max(0.01, (next_us - self._clock_us()) / 1e6))
 
     async def _deliver(self, delivery: PendingDelivery) -> None:
-        claimed_us = self._clock_us() + CLAIM_US
-        if not await self._outbox.claim(delivery, claimed_us):
+        claimed = await self._outbox.claim(delivery, self._clock_us() + CLAIM_US)
+        if claimed is None:
             return
-        bound = log.bind(task_id=delivery.task_id, kind=delivery.kind.value, attempt=delivery.attempts + 1)
+        bound = log.bind(task_id=claimed.task_id, kind=claimed.kind.value, attempt=claimed.attempts)
         try:
-            await self._send(delivery)
+            await self._send(claimed)
         except Exception as error:
             expected = isinstance(error, grpc.aio.AioRpcError | DomainError)
             bound.warning("not delivered yet", error=_sentence(error), exc_info=None if expected else error)
             again_us = self._clock_us() + min(LAST_BACKOFF_US, FIRST_BACKOFF_US << min(delivery.attempts, 10))
-            await self._settle(lambda: self._outbox.retry_at(delivery, again_us), claimed_us)
+            await self._settle(lambda: self._outbox.retry_at(claimed, again_us), claimed)
         else:
-            await self._settle(lambda: self._outbox.delivered(delivery), claimed_us)
+            await self._settle(lambda: self._outbox.delivered(claimed), claimed)
             bound.info("delivered")
 
-    async def _settle(self, write: Callable[[], Awaitable[None]], claimed_us: int) -> None:
+    async def _settle(self, write: Callable[[], Awaitable[None]], claimed: PendingDelivery) -> None:
         """Write what came of a delivery: if need be when the database is back, where the claim lasts until then."""
         while True:
             try:
                 return await write()
             except DomainError:
-                if self._clock_us() >= claimed_us:
+                if self._clock_us() >= claimed.due_us:
                     raise
             await asyncio.sleep(RETRY_S)
 

@@ -60,12 +60,15 @@ class PlacementClient:
 
     async def plans(self) -> AsyncIterator[placement_pb2.Plan]:
         """Yield the plan, then each new one, until the stream breaks."""
-        plan = placement_pb2.Plan()
+        parts = []
         async for response in self._stub.WatchPlan(placement_service_pb2.WatchPlanRequest(), metadata=self._metadata):
-            plan.MergeFrom(response.plan)
+            parts.append(response.plan)
             if not response.continues:
+                plan, *rest = parts
+                for part in rest:
+                    plan.MergeFrom(part)
                 yield plan
-                plan = placement_pb2.Plan()
+                parts = []
 
     async def close(self) -> None:
         """Close the channel."""

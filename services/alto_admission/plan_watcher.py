@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from functools import cached_property
 
 import grpc
@@ -88,7 +89,7 @@ class PlanWatcher:
                 async for plan in self._placement.plans():
                     self._plan = _Plan(plan)
                     given_up = (task for task in plan.tasks if task.state == placement_pb2.PLACEMENT_STATE_GIVEN_UP)
-                    self._given_up.update({task.task_id: task for task in given_up})
+                    self._given_up.update({task.task_id: deepcopy(task) for task in given_up})  # without its plan
                     self._news.set()
             except grpc.aio.AioRpcError as error:
                 if self._plan is not None:
@@ -114,7 +115,8 @@ class PlanWatcher:
         """Take over one plan; None when placement cannot be reached. A task whose news fails holds up no other."""
         given_up, self._given_up = self._given_up, {}
         planned = given_up | plan.tasks if plan is not None else given_up
-        errors = []
+        errors: dict[str, Exception] = {}
+        left = given_up  # no later plan has them
         try:
             for task in await self._tasks.unfinished():
                 try:
@@ -126,12 +128,12 @@ class PlanWatcher:
                     if isinstance(error, DomainError) and error.reason == error_pb2.ERROR_REASON_UNAVAILABLE:
                         raise
                     error.add_note(f"task {task.task_id}")
-                    errors.append(error)
-            if errors:
-                raise ExceptionGroup("what the plan says of some tasks", errors)
-        except BaseException:
-            self._given_up = given_up | self._given_up  # no later plan has them
-            raise
+                    errors[task.task_id] = error
+            left = {task_id: news for task_id, news in given_up.items() if task_id in errors}
+        finally:
+            self._given_up = left | self._given_up
+        if errors:
+            raise ExceptionGroup("what the plan says of some tasks", list(errors.values()))
 
     async def _unreachable(self, task: Standing) -> None:
         self._missing_since.pop(task.task_id, None)

@@ -56,8 +56,9 @@ SCOPES = {
 }
 # A watcher gets at most this many plans a second, however often the plan changes.
 PLANS_PER_S = 20
-# The most that tasks take of one message of a plan; its first has the nodes too.
-PART_BYTES = MAX_MESSAGE_BYTES // 2
+MOST_PAUSE_S = 1.0
+# Of a plan in one message; the response around it takes a little, too.
+PART_BYTES = MAX_MESSAGE_BYTES - 64
 
 
 class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
@@ -112,10 +113,11 @@ class PlacementServicer(placement_service_pb2_grpc.PlacementServiceServicer):
                     raise unavailable("placement is shutting down")
                 began_s = time.monotonic()
                 parts = await self._plan(watch.take_ended())
+                made_s = time.monotonic() - began_s
                 for number, part in enumerate(parts, start=1):
                     yield wire.WatchPlanResponse(plan=part, continues=number < len(parts))
-                # A long plan takes a while to make and to send; what else there is to do has half of the time.
-                await asyncio.sleep(max(1 / PLANS_PER_S, time.monotonic() - began_s))
+                # A long plan takes a while to make: what else there is to do has half of the time.
+                await asyncio.sleep(min(max(1 / PLANS_PER_S, made_s), MOST_PAUSE_S))
         finally:
             self._engine.close_watch(watch)
 

@@ -28,6 +28,9 @@ from alto_placement.state import (
 )
 from alto_placement.watches import PlanView
 
+# What a message in a list takes beside its own bytes, at most: its field's number and its length.
+HEADER_BYTES = 6
+
 NODE_STATES = {
     NodeState.READY: placement_pb2.NODE_STATE_READY,
     NodeState.RESTING: placement_pb2.NODE_STATE_RESTING,
@@ -328,14 +331,24 @@ def plan_to_wire(view: PlanView) -> placement_pb2.Plan:
 
 
 def plan_parts(plan: placement_pb2.Plan, most_bytes: int) -> Iterator[placement_pb2.Plan]:
-    """Yield a plan in parts, each with at most `most_bytes` of tasks; whatever else it has is in the first."""
-    part, size = placement_pb2.Plan(), 0
-    part.CopyFrom(plan)
-    del part.tasks[:]
-    for task in plan.tasks:
-        if part.tasks and size + task.ByteSize() > most_bytes:
-            yield part
-            part, size = placement_pb2.Plan(revision=plan.revision), 0
-        part.tasks.append(task)
-        size += task.ByteSize()
+    """Yield a plan in parts of at most `most_bytes`: nodes, then tasks; whatever else it has is in the first."""
+    if plan.ByteSize() <= most_bytes:
+        yield plan
+        return
+    part = placement_pb2.Plan(
+        revision=plan.revision,
+        time=plan.time,
+        makespan=plan.makespan,
+        makespan_lower_bound=plan.makespan_lower_bound,
+    )
+    part_bytes = part.ByteSize()
+    for name in ("nodes", "tasks"):
+        for one in getattr(plan, name):
+            one_bytes = one.ByteSize() + HEADER_BYTES
+            if part_bytes + one_bytes > most_bytes:
+                yield part
+                part = placement_pb2.Plan(revision=plan.revision)
+                part_bytes = part.ByteSize()
+            getattr(part, name).append(one)
+            part_bytes += one_bytes
     yield part

@@ -78,7 +78,7 @@ def know_model(root, facts):
 class FakePlacement(placement_service_pb2_grpc.PlacementServiceServicer):
     """Keeps what it is told, and tells watchers what it plans; `show` tells them anything else.
 
-    `refuse` makes every call fail with that status; answers to new tasks wait for `may_answer`.
+    `refuse` makes every call fail with that status; answers to what is queued and taken out wait for `may_answer`.
     """
 
     def __init__(self):
@@ -108,6 +108,7 @@ class FakePlacement(placement_service_pb2_grpc.PlacementServiceServicer):
         await self._maybe_refuse(context)
         self.calls.append(("dequeue", request.task_id))
         self.show(*self._others(request.task_id))
+        await self.may_answer.wait()
         return placement_service_pb2.DequeueTaskResponse()
 
     async def UpdateTask(self, request, context):

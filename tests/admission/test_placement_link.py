@@ -44,6 +44,13 @@ def has(found, wanted):
     return condition
 
 
+def has_some(found):
+    async def condition():
+        return found
+
+    return condition
+
+
 def becomes(client, task, **fields):
     async def condition():
         now = await state_of(client, task)
@@ -300,18 +307,19 @@ async def test_a_task_that_was_given_up_fails(admission, placement):
 async def test_a_task_whose_news_fails_holds_up_no_other_and_has_them_later(admission, placement, monkeypatch):
     client = await admission.client()
     dataset = await client.upload()
-    broken, sound = await handed_over(client, placement, dataset)
-    apply = placement_news.apply
+    tasks = await handed_over(client, placement, dataset)
+    apply, first = placement_news.apply, []
 
     def fails(story, planned):
-        assert planned.task_id != broken.task_id, "this news cannot be applied"
+        first[:] = first or [planned.task_id]
+        assert planned.task_id not in first, "this news cannot be applied"
         apply(story, planned)
 
     monkeypatch.setattr(placement_news, "apply", fails)
     failure = tuning_pb2.Failure(reason="EXECUTION_FAILED", message="three nodes died of it")
-    placement.show(
-        *(planned(task, placement_pb2.PLACEMENT_STATE_GIVEN_UP, failure=failure) for task in (broken, sound))
-    )
+    placement.show(*(planned(task, placement_pb2.PLACEMENT_STATE_GIVEN_UP, failure=failure) for task in tasks))
+    await until(has_some(first))
+    broken, sound = sorted(tasks, key=lambda task: task.task_id not in first)
     await until(becomes(client, sound, state=tuning_pb2.TASK_STATE_FAILED))
     assert (await state_of(client, broken)).state == tuning_pb2.TASK_STATE_QUEUED
     monkeypatch.setattr(placement_news, "apply", apply)

@@ -389,17 +389,32 @@ async def test_deliveries_wait_for_those_before_them(tasks, database):
         story.request(Request.PAUSE)
     first, other = await outbox.due(NOW_US, 10)
     assert (first.task_id, first.kind, other.task_id) == ("task-1", DeliveryKind.ENQUEUE, "task-2")
-    assert await outbox.claim(first, NOW_US + 5)
+    claimed = await outbox.claim(first, NOW_US + 5)
+    assert claimed
     assert not await outbox.claim(first, NOW_US + 5), "another dispatcher was quicker"
     assert [one.task_id for one in await outbox.due(NOW_US, 10)] == ["task-2"]
     assert await outbox.next_due_us() == 0
-    await outbox.retry_at(first, NOW_US + 2)
+    await outbox.retry_at(claimed, NOW_US + 2)
     (again,) = [one for one in await outbox.due(NOW_US + 3, 10) if one.task_id == "task-1"]
     assert (again.kind, again.attempts) == (DeliveryKind.ENQUEUE, 1)
     await outbox.delivered(again)
     (update,) = [one for one in await outbox.due(NOW_US, 10) if one.task_id == "task-1"]
     assert update.kind == DeliveryKind.UPDATE
     assert await outbox.holds("task-1")
+
+
+async def test_what_comes_of_a_claim_that_has_ended_is_for_who_claimed_it_since(tasks, database):
+    outbox = Outbox(database)
+    await tasks.create(a_story(), {})
+    (delivery,) = await outbox.due(NOW_US, 10)
+    slow = await outbox.claim(delivery, NOW_US + 5)
+    (delivery,) = await outbox.due(NOW_US + 5, 10)
+    quick = await outbox.claim(delivery, NOW_US + 10)
+    await outbox.retry_at(slow, NOW_US)
+    await outbox.delivered(slow)
+    assert (await outbox.next_due_us(), quick.attempts) == (NOW_US + 10, 2)
+    await outbox.delivered(quick)
+    assert await outbox.size() == 0
 
 
 async def test_a_dataset_in_use_stays(tasks, database):

@@ -146,25 +146,44 @@ async def test_tasks_that_are_given_up_meanwhile_fail_when_it_is_back(admission,
 
 
 @on_postgresql
-async def test_what_placement_answers_meanwhile_is_not_waited_for_until_the_claim_ends(admission, placement, refused):
+@pytest.mark.parametrize("what", ["enqueue", "dequeue"])  # with something to keep of the answer, and with nothing
+async def test_what_placement_answers_meanwhile_does_not_wait_for_the_end_of_a_claim(
+    admission, placement, refused, monkeypatch, what
+):
     client = await admission.client()
-    dataset = await client.upload()
-    placement.may_answer.clear()
-    await client.create(dataset.dataset_id)
-    outbox = Outbox(admission.server.database)
+    outbox, writes = Outbox(admission.server.database), []
 
-    async def asked():
-        return placement.calls
+    def counting(write):
+        async def counted(self, *arguments):
+            writes.append(write.__name__)
+            await write(self, *arguments)
+
+        return counted
+
+    for write in (Outbox.retry_at, Outbox.delivered):
+        monkeypatch.setattr(Outbox, write.__name__, counting(write))
 
     async def settled():
         return not await outbox.size()
 
-    await until(asked)
-    with capture_logs() as logs:
-        async with refused():
-            placement.may_answer.set()
-            async with asyncio.timeout(10):
-                while not any(line["event"] == "not delivered yet" for line in logs):
-                    await asyncio.sleep(0.02)
-            await asyncio.sleep(0.5)
+    async def asked():
+        return (what, task.task_id) in placement.calls
+
+    task = await client.create()
     await until(settled)
+    placement.may_answer.clear()
+    if what == "enqueue":
+        task = await client.create(task.spec.dataset_id)
+    else:
+        await client.call("CancelTuningTask", messages.CancelTuningTaskRequest(task_id=task.task_id))
+    await until(asked)
+    writes.clear()
+    async with refused():
+        placement.may_answer.set()
+        async with asyncio.timeout(10):
+            while not writes:
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.5)
+    await until(settled)
+    assert writes[0] == ("retry_at" if what == "enqueue" else "delivered")
+    assert len(writes) > 1

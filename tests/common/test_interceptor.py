@@ -56,9 +56,11 @@ async def serving(servicer, monitoring=None):
     server = Server("127.0.0.1:0", ServiceTokenAuthenticator("right"), ALLOWED, [SERVICE], monitoring=monitoring)
     placement_service_pb2_grpc.add_PlacementServiceServicer_to_server(servicer, server.grpc)
     await server.start()
-    async with service_channel(f"127.0.0.1:{server.port}") as channel:
-        yield channel
-    await server.stop(0)
+    try:
+        async with service_channel(f"127.0.0.1:{server.port}") as channel:
+            yield channel
+    finally:
+        await server.stop(0)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 from datetime import UTC, datetime
 
 from alto.v1 import placement_pb2
+from alto_client.operator import without_ended
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from alto_cli.connection import connect, connect_as_operator
@@ -19,7 +20,6 @@ from alto_cli.view.wording import bytes_text, duration_text, percent_text
 from alto_cli.wire_json import as_json, enum_word
 
 CLEAR_SCREEN = "\x1b[2J\x1b[H"
-ENDED = (placement_pb2.PLACEMENT_STATE_FINISHED, placement_pb2.PLACEMENT_STATE_GIVEN_UP)
 
 
 def show_plan(target: OperatorTarget, json_output: bool) -> None:
@@ -42,10 +42,7 @@ def watch_plan(target: OperatorTarget, json_output: bool) -> None:
             if sys.stdout.isatty():
                 print(CLEAR_SCREEN, end="")
             # A watch tells of each task that has ended once more; a chart is of those that have not.
-            going_on = [task for task in plan.tasks if task.state not in ENDED]
-            del plan.tasks[:]
-            plan.tasks.extend(going_on)
-            print_plan(plan)
+            print_plan(without_ended(plan))
 
 
 def print_plan(plan: placement_pb2.Plan) -> None:

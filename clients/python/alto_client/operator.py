@@ -11,8 +11,18 @@ from alto.v1 import placement_service_pb2 as messages
 from alto.v1.placement_service_pb2_grpc import PlacementServiceStub
 
 from alto_client.connection import Connection
+from alto_client.errors import AltoError
 
 WATCH_TIMEOUT_S = 24 * 3600.0
+ENDED = (placement_pb2.PLACEMENT_STATE_FINISHED, placement_pb2.PLACEMENT_STATE_GIVEN_UP)
+
+
+def without_ended(plan: placement_pb2.Plan) -> placement_pb2.Plan:
+    """Return a plan with the tasks alone that have not ended."""
+    going_on = [task for task in plan.tasks if task.state not in ENDED]
+    del plan.tasks[:]
+    plan.tasks.extend(going_on)
+    return plan
 
 
 class OperatorClient:
@@ -30,7 +40,6 @@ class OperatorClient:
         root_certificates: bytes | None = None,
         client_certificate: tuple[bytes, bytes] | None = None,
     ) -> None:
-        self._timeout_s = timeout_s
         self._connection = Connection(
             address,
             service_token,
@@ -48,21 +57,27 @@ class OperatorClient:
 
     def plan(self) -> placement_pb2.Plan:
         """Return the plan. Raises `AltoError`."""
-        # However long it is: a stream has it in as many messages as it takes.
-        with closing(self._plans(self._timeout_s)) as plans:
-            return next(plans)
+        # A stream has it in as many messages as it takes; what ended lately is in its first plan, too.
+        with closing(self._plans(self._connection.timeout_s)) as plans:
+            plan = next(plans, None)
+        if plan is None:
+            raise AltoError("placement ended the stream before the plan was whole")
+        return without_ended(plan)
 
     def watch_plan(self) -> Iterator[placement_pb2.Plan]:
         """Yield the plan, then each new one. A task that ends is in one plan with that state. Raises `AltoError`."""
         return self._plans(WATCH_TIMEOUT_S)
 
     def _plans(self, timeout_s: float) -> Generator[placement_pb2.Plan, None, None]:
-        plan = placement_pb2.Plan()
+        parts = []
         for response in self._connection.stream(self._stub.WatchPlan, messages.WatchPlanRequest(), timeout_s):
-            plan.MergeFrom(response.plan)
+            parts.append(response.plan)
             if not response.continues:
+                plan, *rest = parts
+                for part in rest:
+                    plan.MergeFrom(part)
                 yield plan
-                plan = placement_pb2.Plan()
+                parts = []
 
     def nodes(self) -> list[placement_pb2.Node]:
         """Return the nodes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 from alto_common.database import Database
@@ -53,29 +53,26 @@ class Outbox:
             due_us: int | None = (await connection.execute(query)).scalar_one_or_none()
         return due_us
 
-    async def claim(self, delivery: PendingDelivery, again_us: int) -> bool:
-        """Put the next attempt off to `again_us`; return False when another dispatcher was quicker.
+    async def claim(self, delivery: PendingDelivery, again_us: int) -> PendingDelivery | None:
+        """Put the next attempt off to `again_us`, and return the delivery as it is claimed until then.
 
-        An older message that arrives after a newer one (held, let go, held) would undo it.
+        None when another dispatcher was quicker: an older message that arrives after a newer one (held, let go, held)
+        would undo it.
         """
-        update = (
-            outbox.update()
-            .where(outbox.c.outbox_id == delivery.outbox_id, outbox.c.due_us == delivery.due_us)
-            .values(due_us=again_us, attempts=delivery.attempts + 1)
-        )
+        claimed = replace(delivery, due_us=again_us, attempts=delivery.attempts + 1)
+        update = outbox.update().where(_as_seen(delivery)).values(due_us=again_us, attempts=claimed.attempts)
         async with self._database.transaction() as connection:
-            return (await connection.execute(update)).rowcount == 1
+            return claimed if (await connection.execute(update)).rowcount == 1 else None
 
-    async def retry_at(self, delivery: PendingDelivery, due_us: int) -> None:
-        """Bring the next attempt of a claimed delivery to `due_us`."""
-        update = outbox.update().where(outbox.c.outbox_id == delivery.outbox_id).values(due_us=due_us)
+    async def retry_at(self, claimed: PendingDelivery, due_us: int) -> None:
+        """Bring the next attempt of a claimed delivery to `due_us`, unless another has claimed it since."""
         async with self._database.transaction() as connection:
-            await connection.execute(update)
+            await connection.execute(outbox.update().where(_as_seen(claimed)).values(due_us=due_us))
 
-    async def delivered(self, delivery: PendingDelivery) -> None:
-        """Forget a delivery that was made."""
+    async def delivered(self, claimed: PendingDelivery) -> None:
+        """Forget a delivery that was made, unless another has claimed it since and makes it once more."""
         async with self._database.transaction() as connection:
-            await connection.execute(outbox.delete().where(outbox.c.outbox_id == delivery.outbox_id))
+            await connection.execute(outbox.delete().where(_as_seen(claimed)))
 
     async def size(self) -> int:
         """Return how many deliveries have not been made."""
@@ -87,3 +84,8 @@ class Outbox:
         query = sa.select(outbox.c.outbox_id).where(outbox.c.task_id == task_id).limit(1)
         async with self._database.snapshot() as connection:
             return (await connection.execute(query)).first() is not None
+
+
+def _as_seen(delivery: PendingDelivery) -> sa.ColumnElement[bool]:
+    """Return the condition that nobody has claimed a delivery since it was read, or claimed."""
+    return sa.and_(outbox.c.outbox_id == delivery.outbox_id, outbox.c.due_us == delivery.due_us)

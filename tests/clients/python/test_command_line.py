@@ -295,7 +295,8 @@ class MemoryPlacement(PlacementServiceServicer):
             state=placement_pb2.PLACEMENT_STATE_WAITING,
             queue={"reason": "GPUS_BUSY", "explanation": "Every place that could hold it is in use."},
         )
-        first = placement_pb2.Plan(revision=1, tasks=[task], makespan={"seconds": 60})
+        ended = placement_pb2.PlannedTask(task_id="task-0", state=placement_pb2.PLACEMENT_STATE_FINISHED)
+        first = placement_pb2.Plan(revision=1, tasks=[ended, task], makespan={"seconds": 60})
         for plan in (first, placement_pb2.Plan(revision=2)):
             yield placement_service_pb2.WatchPlanResponse(plan=plan)
 
@@ -336,7 +337,9 @@ def placement(memory_placement, own_home):
 
 def test_the_operators_commands(placement):
     runner = CliRunner()
-    assert "Every place that could hold it" in runner.invoke(app, ["plan"]).stdout
+    shown = runner.invoke(app, ["plan"]).stdout
+    assert "Every place that could hold it" in shown
+    assert "task-0" not in shown
     watched = runner.invoke(app, ["plan", "--watch", "--json"]).stdout.splitlines()
     assert [json.loads(line)["revision"] for line in watched] == [1, 2]
     nodes = runner.invoke(app, ["nodes"])

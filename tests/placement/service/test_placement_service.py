@@ -653,8 +653,9 @@ async def test_the_message_of_a_plan_is_made_beside_the_loop_from_one_moment(stu
 async def test_a_plan_that_no_message_holds_comes_in_several(placement, stub, monkeypatch):
     monkeypatch.setattr(servicer, "PART_BYTES", 200)
     names = [f"task-{index}" for index in range(9)]
-    for name in names:
+    for name in (*names, "ended"):
         await enqueue(stub, name)
+    await stub.DequeueTask(wire.DequeueTaskRequest(task_id="ended"), metadata=METADATA, timeout=10)
     parts = []
     async with asyncio.timeout(10):
         async for response in stub.WatchPlan(wire.WatchPlanRequest(), metadata=METADATA):
@@ -663,7 +664,7 @@ async def test_a_plan_that_no_message_holds_comes_in_several(placement, stub, mo
                 break
     assert len(parts) > 2
     assert {part.plan.revision for part in parts} == {parts[0].plan.revision}
-    assert [task.task_id for part in parts for task in part.plan.tasks] == names
+    assert [task.task_id for part in parts for task in part.plan.tasks] == [*names, "ended"]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await plan_of(stub)
     assert reason_in(caught.value) == "STATE_CONFLICT"
@@ -675,8 +676,11 @@ async def test_a_plan_that_no_message_holds_comes_in_several(placement, stub, mo
             return client.plan()
 
     admissions = PlacementClient(address, "secret")
-    for plan in (await asyncio.to_thread(operators), await anext(admissions.plans())):
-        assert [task.task_id for task in plan.tasks] == names
+    for plan, listed in (
+        (await asyncio.to_thread(operators), names),
+        (await anext(admissions.plans()), [*names, "ended"]),
+    ):
+        assert [task.task_id for task in plan.tasks] == listed
         assert plan.HasField("makespan")
     await admissions.close()
 
@@ -685,14 +689,15 @@ def test_every_part_of_a_long_plan_fits_a_message():
     queue = {"reason": "GPUS_BUSY", "explanation": "Every place that could hold it is in use. " * 4}
     tasks = [placement_pb2.PlannedTask(task_id=f"task-{index:05}", tenant="a", queue=queue) for index in range(30_000)]
     nodes = [placement_pb2.Node(node_id=f"node-{index}", gpu_kind="h100", gpus=8) for index in range(2_000)]
-    plan = placement_pb2.Plan(revision=7, tasks=tasks, nodes=nodes)
+    times = {"time": {"seconds": 9}, "makespan": {"seconds": 60}, "makespan_lower_bound": {"seconds": 50}}
+    plan = placement_pb2.Plan(revision=7, tasks=tasks, nodes=nodes, **times)
     assert plan.ByteSize() > MAX_MESSAGE_BYTES
     merged = placement_pb2.Plan()
     for part in plan_parts(plan, servicer.PART_BYTES):
         assert wire.WatchPlanResponse(plan=part, continues=True).ByteSize() < MAX_MESSAGE_BYTES
         merged.MergeFrom(part)
     assert merged == plan
-    assert list(plan_parts(placement_pb2.Plan(revision=1), 1)) == [placement_pb2.Plan(revision=1)]
+    assert list(plan_parts(plan, plan.ByteSize())) == [plan]
 
 
 async def test_the_last_good_plan_stays_when_none_can_be_made(settings, placement, stub, monkeypatch):
