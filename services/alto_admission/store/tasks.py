@@ -7,6 +7,7 @@ import itertools
 import operator
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -26,6 +27,8 @@ from alto_admission.store.schema import datasets, events, metrics, outbox, task_
 _TRIAL_STATE = [
     field.name for field in fields(Trial) if field.name not in ("task_id", "trial_id", "position", "config")
 ]
+# In the order of their fields: a task may have thousands, and most of what reading one costs would be its names.
+_TRIALS = sa.select(*(trials.c[field.name] for field in fields(Trial)))
 _STANDING = sa.select(*(tasks.c[field.name] for field in fields(Standing)))
 
 
@@ -165,7 +168,7 @@ class TaskStore:
 
     async def trial(self, task_id: str, trial_id: str, tenant: str) -> Trial:
         """Return a trial; raise RESOURCE_NOT_FOUND for one that is not there, or whose task is not this tenant's."""
-        query = sa.select(trials).where(trials.c.task_id == task_id, trials.c.trial_id == trial_id)
+        query = _TRIALS.where(trials.c.task_id == task_id, trials.c.trial_id == trial_id)
         async with self._database.snapshot() as connection:
             await _standing(connection, task_id, tenant)
             row = (await connection.execute(query)).first()
@@ -223,7 +226,7 @@ class TaskStore:
             task = await _get(connection, task_id, tenant, lock=True)
             before = replace(task)
             trials_before = {trial.trial_id: trial for trial in await _trials(connection, task_id)}
-            story = Story(task, [replace(trial) for trial in trials_before.values()], self._clock_us())
+            story = Story(task, [copy(trial) for trial in trials_before.values()], self._clock_us())
             yield story
             story.close()
             await self._add(connection, story)
@@ -328,8 +331,8 @@ def _task(row: sa.Row[Any]) -> Task:
     return Task(**row._mapping)
 
 
-def _trial(row: sa.Row[Any]) -> Trial:
-    return Trial(**row._mapping)
+def _trial(row: Sequence[Any]) -> Trial:
+    return Trial(*row)
 
 
 async def _get(connection: AsyncConnection, task_id: str, tenant: str | None, *, lock: bool = False) -> Task:
@@ -357,7 +360,7 @@ async def _trials(connection: AsyncConnection, task_id: str) -> list[Trial]:
 
 
 def _trials_of(task_id: str) -> sa.Select[Any]:
-    return sa.select(trials).where(trials.c.task_id == task_id).order_by(trials.c.position)
+    return _TRIALS.where(trials.c.task_id == task_id).order_by(trials.c.position)
 
 
 def _content_bytes(table: sa.Table, is_sqlite: bool) -> sa.ColumnElement[int]:
