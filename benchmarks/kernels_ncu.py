@@ -102,10 +102,9 @@ def main() -> None:
     if options.launch:
         launch_each()
         return
-    command = "python " + " ".join(sys.argv)
     result = {
         "benchmark": "kernels_ncu",
-        "command": command,
+        "command": "python " + " ".join(sys.argv),
         "device": torch.cuda.get_device_name(),
         "launches": counted(),
     }

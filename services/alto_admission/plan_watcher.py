@@ -156,8 +156,7 @@ class PlanWatcher:
                     placement_news.recover(story)
 
     async def _take_over(self, task: Standing, planned: placement_pb2.PlannedTask) -> None:
-        status = placement_news.queue_status(planned)
-        if task.state == QUEUED and status is not None:
+        if task.state == QUEUED and (status := placement_news.queue_status(planned)) is not None:
             await self._tasks.queued(task.task_id, planned.epoch, status)
         else:
             async with self._tasks.story(task.task_id) as story:

@@ -56,6 +56,7 @@ SCOPES = {
 }
 # A watcher gets at most this many plans a second, however often the plan changes.
 PLANS_PER_S = 20
+# However long a plan takes to make, the next is begun this long after it.
 MOST_PAUSE_S = 1.0
 # Of a plan in one message; the response around it takes a little, too.
 PART_BYTES = MAX_MESSAGE_BYTES - 64

@@ -55,8 +55,7 @@ def concerns(task: Standing, planned: placement_pb2.PlannedTask) -> bool:
     """Return whether `apply` may change anything: spares locking a task for every plan that comes."""
     if planned.epoch < task.epoch:
         return False
-    status = queue_status(planned)
-    if task.state == QUEUED and status is not None:
+    if task.state == QUEUED and (status := queue_status(planned)) is not None:
         return is_news(task, status)
     match planned.state:
         case placement_pb2.PLACEMENT_STATE_WAITING:

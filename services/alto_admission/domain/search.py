@@ -140,6 +140,7 @@ def _path(space: tuning_pb2.SearchSpace, index: int | None, field: str) -> str:
     """Return where the request has `field` of a configuration: at `index` of the list, in a dimension, or the base."""
     kind = space.WhichOneof("kind")
     if kind == "explicit":
+        # The stubs know HasField with literal names alone.
         if index is not None and space.explicit.configs[index].HasField(field):  # type: ignore[arg-type]
             return f"{FIELD_PREFIX}explicit.configs[{index}].{field}"
         return f"{FIELD_PREFIX}base.{field}"
