@@ -5,8 +5,10 @@ What was acknowledged survives a power cut: SQLite runs in WAL mode with synchro
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -46,6 +48,7 @@ class Database:
         if self.is_sqlite:
             event.listen(self.engine.sync_engine, "connect", _set_sqlite_pragmas)
             event.listen(self.engine.sync_engine, "begin", _begin_sqlite)
+            event.listen(self.engine.sync_engine, "close", _roll_back_sqlite)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -89,11 +92,17 @@ class Database:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[AsyncConnection]:
-        """Open a connection. Raises UNAVAILABLE when all are in use, or the database cannot be reached, or is lost."""
+        """Open a connection. Raises UNAVAILABLE when all are in use, or the database cannot be reached, or is lost.
+
+        Whoever is cancelled hears nothing else.
+        """
         try:
             async with self.engine.connect() as connection:
                 yield connection
-        except (PoolTimeoutError, OperationalError) as error:
+        except SQLAlchemyError as error:
+            if _is_being_cancelled():
+                # Closing a connection that is lost raises this in the place of the cancellation.
+                raise asyncio.CancelledError from error
             if not _is_away(error):
                 raise
             log.warning("the database is away", error=str(error))
@@ -114,11 +123,18 @@ class Database:
         return set(MigrationContext.configure(connection).get_current_heads()) == set(heads)
 
 
-def _is_away(error: PoolTimeoutError | OperationalError) -> bool:
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _is_away(error: SQLAlchemyError) -> bool:
     """Say whether there was no connection, or none any more, or SQLite's one writer; else a statement failed."""
-    if isinstance(error, PoolTimeoutError) or error.connection_invalidated or error.statement is None:
+    if isinstance(error, PoolTimeoutError) or (isinstance(error, DBAPIError) and error.connection_invalidated):
         return True
-    return "database is locked" in str(error.orig)
+    if not isinstance(error, OperationalError):
+        return False
+    return error.statement is None or "database is locked" in str(error.orig)
 
 
 def _set_sqlite_pragmas(connection: Any, _record: Any) -> None:
@@ -135,3 +151,10 @@ def _set_sqlite_pragmas(connection: Any, _record: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     read_only = connection.get_execution_options().get("alto_read_only", False)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+def _roll_back_sqlite(connection: Any, _record: Any) -> None:
+    # One that is closed in the middle of a transaction, since its caller was cancelled, would keep the write lock for
+    # as long as anything, such as the traceback of the cancellation, holds on to a cursor of it.
+    with suppress(sqlite3.Error):
+        connection.rollback()

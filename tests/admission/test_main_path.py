@@ -8,7 +8,7 @@ from alto.v1 import tuning_pb2
 from .reporting import Node
 
 
-async def test_from_upload_to_download(started, database_url, placement, tmp_path):
+async def test_from_upload_to_download(database_url, started, placement, tmp_path):
     admission = await started(database_url=database_url)
     client = await admission.client()
     task = await client.create()

@@ -21,7 +21,7 @@ from .test_placement_link import becomes, planned, until
 
 
 @pytest.fixture
-async def admission(started, database_url, monkeypatch):
+async def admission(database_url, started, monkeypatch):
     """A server on either database whose calls wait hardly at all for a connection."""
     monkeypatch.setattr(database_edge, "CONNECTION_WAIT_S", 0.5)
     return await started(database_url=database_url)

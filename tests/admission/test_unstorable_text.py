@@ -46,7 +46,7 @@ def make_blank(descriptor):
     return message_factory.GetMessageClass(descriptor)()
 
 
-async def test_a_text_with_nul_is_refused_by_its_path(started, database_url):
+async def test_a_text_with_nul_is_refused_by_its_path(database_url, started):
     admission = await started(database_url=database_url)
     client = await admission.client()
     seen = set()
@@ -69,14 +69,14 @@ async def test_a_text_with_nul_is_refused_by_its_path(started, database_url):
     }
 
 
-async def test_a_report_with_nul_is_refused_by_its_path(started, database_url):
+async def test_a_report_with_nul_is_refused_by_its_path(database_url, started):
     admission = await started(database_url=database_url)
     for path, request in with_nul(report_service_pb2.ReportEventsRequest.DESCRIPTOR):
         error = await failure(admission.report([request]))
         assert "NUL" in violations(error)[path], path
 
 
-async def test_validate_only_refuses_what_cannot_be_kept(started, database_url):
+async def test_validate_only_refuses_what_cannot_be_kept(database_url, started):
     admission = await started(database_url=database_url)
     client = await admission.client()
     error = await failure(client.create(validate_only=True, display_name=TEXT))

@@ -1,8 +1,10 @@
 """The database edge, on both engines: migrations, transactions, and what SQLite promises after a power cut."""
 
 import asyncio
+import gc
 import textwrap
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from alto_common.database import Database
@@ -92,6 +94,55 @@ async def test_transactions_that_lock_one_name_follow_one_another(database):
 
     await asyncio.gather(first(), second())
     assert order == ["first", "second"]
+
+
+async def test_a_cancelled_transaction_lets_others_write_wherever_it_was(database):
+    await database.migrate()
+
+    async def write(value):
+        async with database.transaction() as connection:
+            await connection.execute(counter.delete())
+            await connection.execute(counter.insert().values(name="a", value=value))
+            await connection.execute(sa.select(counter))
+
+    turns, ended = 0, False
+    gc.disable()  # what is left behind must not be in the way until it is collected
+    try:
+        while not ended:
+            writing = asyncio.create_task(write(turns))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            writing.cancel()
+            await asyncio.wait([writing])
+            ended = not writing.cancelled()
+            turns += 1
+            async with asyncio.timeout(5):
+                await write(-1)
+    finally:
+        gc.enable()
+    assert turns > 10
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_a_cancellation_is_heard_though_the_connection_is_lost_meanwhile(database, database_url):
+    await database.migrate()
+    reading = sa.select(counter)
+
+    async def read(pids):
+        async with database.snapshot() as connection:
+            await connection.execute(reading)
+            pids.append((await connection.exec_driver_sql("SELECT pg_backend_pid()")).scalar_one())
+            await asyncio.sleep(10)
+
+    with psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True) as operator:
+        pids = []
+        task = asyncio.create_task(read(pids))
+        while not pids:
+            await asyncio.sleep(0.01)
+        operator.execute("SELECT pg_terminate_backend(%s, 10000)", pids)
+        task.cancel()
+        await asyncio.wait([task])
+    assert task.cancelled()
 
 
 async def test_sqlite_keeps_what_it_acknowledged(tmp_path):
