@@ -96,6 +96,34 @@ async def test_transactions_that_lock_one_name_follow_one_another(database):
     assert order == ["first", "second"]
 
 
+class Suspended:
+    """Awaits a coroutine and calls `then` when it waits for the `time`-th time and what it waits for has come."""
+
+    def __init__(self, coroutine, time, then):
+        self._coroutine = coroutine
+        self._left = time
+        self._then = then
+
+    def __await__(self):
+        inner = self._coroutine.__await__()
+        resume, value = inner.send, None
+        while True:
+            try:
+                awaited = resume(value)
+            except StopIteration as end:
+                return end.value
+            self._left -= 1
+            if self._left == 0:
+                if awaited is None:
+                    self._then()
+                else:
+                    awaited.add_done_callback(lambda _: self._then())
+            try:
+                resume, value = inner.send, (yield awaited)
+            except BaseException as error:
+                resume, value = inner.throw, error
+
+
 async def test_a_cancelled_transaction_lets_others_write_wherever_it_was(database):
     await database.migrate()
 
@@ -105,22 +133,22 @@ async def test_a_cancelled_transaction_lets_others_write_wherever_it_was(databas
             await connection.execute(counter.insert().values(name="a", value=value))
             await connection.execute(sa.select(counter))
 
-    turns, ended = 0, False
+    async def write_until(time):
+        await Suspended(write(time), time, asyncio.current_task().cancel)
+
+    time, ended = 0, False
     gc.disable()  # what is left behind must not be in the way until it is collected
     try:
         while not ended:
-            writing = asyncio.create_task(write(turns))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            writing.cancel()
+            time += 1
+            writing = asyncio.create_task(write_until(time))
             await asyncio.wait([writing])
             ended = not writing.cancelled()
-            turns += 1
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(10):
                 await write(-1)
     finally:
         gc.enable()
-    assert turns > 10
+    assert time > 5
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
