@@ -264,7 +264,10 @@ class Running:
 
 @pytest.fixture
 async def started(settings_of, placement):
-    """A function that starts a server; all are stopped at the end."""
+    """A function that starts a server; all are stopped at the end.
+
+    Ask for `database_url` before it: what is asked for first goes last, and servers stop before their database goes.
+    """
     running = []
 
     async def start(**overrides):

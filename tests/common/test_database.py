@@ -154,11 +154,9 @@ async def test_a_cancelled_transaction_lets_others_write_wherever_it_was(databas
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_a_cancellation_is_heard_though_the_connection_is_lost_meanwhile(database, database_url):
     await database.migrate()
-    reading = sa.select(counter)
 
     async def read(pids):
         async with database.snapshot() as connection:
-            await connection.execute(reading)
             pids.append((await connection.exec_driver_sql("SELECT pg_backend_pid()")).scalar_one())
             await asyncio.sleep(10)
 
@@ -167,7 +165,7 @@ async def test_a_cancellation_is_heard_though_the_connection_is_lost_meanwhile(d
         task = asyncio.create_task(read(pids))
         while not pids:
             await asyncio.sleep(0.01)
-        operator.execute("SELECT pg_terminate_backend(%s, 10000)", pids)
+        assert operator.execute("SELECT pg_terminate_backend(%s, 10000)", pids).fetchone() == (True,)
         task.cancel()
         await asyncio.wait([task])
     assert task.cancelled()
