@@ -226,6 +226,7 @@ def milliseconds(steps: dict[str, Step], rounds: int, pause_cycles: int = 0) -> 
 def clock_mhz() -> int:
     """Return the multiprocessors' clock at the end of what was launched last."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(CLOCK_CYCLES)  # the host is ahead by the second: its own pauses are not timed
     before.record()
     torch.cuda._sleep(CLOCK_CYCLES)
     after.record()

@@ -15,7 +15,7 @@ timeout -k 5 180 "${tests[@]}" -n 12 -v tests/kernels/test_cutlass.py tests/kern
 tail -1 "$2/tests.log"
 # racecheck takes ten times as long. Our kernels alone: torch's run in these tests too.
 for check in "memcheck hopper and (odd or unequal or neighbours) or (cuda and values)" \
-  "racecheck hopper and (odd or share_their_work) or (cuda and values)"; do
+  "racecheck hopper-bf16 and not gradients and (odd or share_their_work and both) or (cuda and values)"; do
   tool="${check%% *}"
   timeout -k 5 180 compute-sanitizer --tool "$tool" --kernel-regex kns=_ZN4alto4cuda --error-exitcode 1 \
     "${tests[@]}" tests/kernels/test_cutlass.py tests/kernels/test_norm.py tests/kernels/test_token_nll.py \

@@ -47,9 +47,9 @@ class Case:
             table.set_slot(slot, rank=rank, scale=0.5 + slot, weights=weights, dropout=dropout)
         return table
 
-    def plan(self, table: AdapterTable, training: bool = True) -> TickPlan:
+    def plan(self, table: AdapterTable, training: bool = True, fresh: Sequence[int] = ()) -> TickPlan:
         keys = torch.randint(-(2**31), 2**31, (self.offsets[-1],), generator=torch.Generator().manual_seed(self.seed))
-        return TickPlan(table, self.slots, self.offsets, keys.to(torch.int32), training)
+        return TickPlan(table, self.slots, self.offsets, keys.to(torch.int32), training, fresh)
 
     def rows(self, features: int, seed: int) -> torch.Tensor:
         return torch.randn(self.offsets[-1], features, generator=torch.Generator().manual_seed(seed))

@@ -257,27 +257,56 @@ def test_gradients_of_others_are_not_touched_by_nan(variant: Variant) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[slot, 0], clean.grads[slot, 0], strict=True))
 
 
+# Shapes, slots of the segments, whether the adapter of the third segment leaves out the first layer, fresh gradients.
+SMALL_NEIGHBOURS: dict[str, tuple[Sequence[tuple[int, int]], Sequence[int], bool, Sequence[int]]] = {
+    "one layer": ([(576, 320)], range(6), False, ()),
+    "odd widths": ([(200, 72)], range(6), False, ()),
+    "shared input": ([(576, 320), (576, 72)], range(6), False, ()),
+    "fresh": ([(576, 320)], range(6), False, (0, 2, 3)),
+    "a gap": ([(576, 320)], [0, 1, -1, 3, 4, 5], False, ()),
+    "a layer without it": ([(576, 320), (576, 72)], range(6), True, ()),
+}
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("poisoned", ["x", "dy", "both"])
-def test_small_neighbours_share_their_work_but_no_nan(variant: Variant, dropout: float, poisoned: str) -> None:
-    adapters = {slot: ((8, 16, 24, 16)[slot % 4], dropout, (0,)) for slot in range(6)}
-    case = Case([(576, 320)], adapters, list(adapters), [0, 110, 230, 350, 470, 600, 700])
-    clean = run(variant, case, [0])
-    x, weights, dys = inputs(variant, case, [0])
-    table = variant.table(case)
-    row = case.offsets[2] + 5
-    if poisoned != "dy":
-        x[row, 7:] = float("inf")
-    if poisoned != "x":
-        dys[0][row] = float("nan")
-    lora_linear(x, weights[0], None, case.plan(table), 0).backward(dys[0])
-    found = gradients(case, [0])
-    if poisoned == "x":
-        assert not found[2, 0][1].isfinite().any()
-    else:
-        assert not any(gradient.isfinite().any() for gradient in found[2, 0])
-    for slot in (0, 1, 3, 4, 5):
-        assert all(torch.equal(a, b) for a, b in zip(found[slot, 0], clean.grads[slot, 0], strict=True)), slot
+@pytest.mark.parametrize("name", SMALL_NEIGHBOURS)
+def test_small_neighbours_share_their_work_but_no_nan(
+    variant: Variant, name: str, poisoned: str, dropout: float
+) -> None:
+    shapes, slots, leaves_out, fresh = SMALL_NEIGHBOURS[name]
+    modules = range(len(shapes))
+    adapters = {slot: ((8, 16, 24, 16)[slot % 4], dropout, modules) for slot in range(6)}
+    if leaves_out:
+        adapters[2] = (*adapters[2][:2], modules[1:])
+    case = Case(shapes, adapters, slots, [0, 110, 230, 350, 470, 600, 700])
+    owner, row = slots[2], case.offsets[2] + 5
+
+    def gradients_with(poisoned: str) -> dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]:
+        x, weights, dys = inputs(variant, case, modules)
+        table = variant.table(case)
+        for slot in fresh:
+            for _, _, grad_a, grad_b in case.tensors[slot].values():
+                grad_a.fill_(float("nan"))
+                grad_b.fill_(float("nan"))
+        if poisoned in ("x", "both"):
+            x[row, 7:] = float("inf")
+        if poisoned in ("dy", "both"):
+            for dy in dys:
+                dy[row] = float("nan")
+        ys = lora_linears(x.requires_grad_(), weights, case.plan(table, fresh=fresh), modules)
+        torch.autograd.backward(ys, dys)
+        return gradients(case, modules)
+
+    clean, found = gradients_with("nothing"), gradients_with(poisoned)
+    assert clean.keys() == found.keys()
+    for (slot, module), pair in found.items():
+        if slot == owner:
+            assert not pair[1].isfinite().any()
+            assert poisoned == "x" or not pair[0].isfinite().any()
+        else:
+            assert all(grad.isfinite().all() for grad in pair)
+            assert all(torch.equal(a, b) for a, b in zip(pair, clean[slot, module], strict=True)), (slot, module)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -306,7 +335,7 @@ def test_fresh_gradients_are_overwritten(variant: Variant, dropout: float) -> No
                         tensors[i].fill_(float("nan"))
                     else:
                         tensors[i].zero_()
-        plan = TickPlan(table, case.slots, case.offsets, case.plan(table).row_keys, fresh=fresh)
+        plan = case.plan(table, fresh=fresh)
         torch.autograd.backward(lora_linears(x.requires_grad_(), weights, plan, [0, 1]), dys)
         results.append(gradients(case, [0, 1]))
     for key, pair in results[0].items():
@@ -327,7 +356,7 @@ def test_bf16_gradients_are_the_rounded_fp32_ones(kernels: CudaKernels) -> None:
         for fresh in (range(7), ()):  # a first tick and one after it
             if gradient_dtype == torch.float32:
                 fresh = range(7)  # each tick's part alone
-            plan = TickPlan(table, case.slots, case.offsets, case.plan(table).row_keys, fresh=tuple(fresh))
+            plan = case.plan(table, fresh=tuple(fresh))
             torch.autograd.backward(lora_linears(x.requires_grad_(), weights, plan, [0, 1]), dys)
             ticks.append(gradients(case, [0, 1]))
         found[gradient_dtype] = ticks

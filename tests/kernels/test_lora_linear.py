@@ -284,7 +284,7 @@ def test_fresh_bf16_gradients_are_the_rounded_fp32_ones(backend: str) -> None:
     found = []
     for gradient_dtype in (torch.float32, torch.bfloat16):
         table = MIXED.table(backend, gradient_dtype=gradient_dtype)
-        plan = TickPlan(table, MIXED.slots, MIXED.offsets, MIXED.plan(table).row_keys, fresh=[1, 2, 3])
+        plan = MIXED.plan(table, fresh=[1, 2, 3])
         ys = lora_linears(MIXED.rows(70, 1), frozen(MIXED, (0, 1)), plan, (0, 1))
         torch.autograd.backward(ys, output_gradients(MIXED, (0, 1)))
         found.append([tensor for slot in (1, 2, 3) for four in MIXED.tensors[slot].values() for tensor in four[2:]])
@@ -304,7 +304,7 @@ def test_fresh_gradients_are_overwritten_and_others_added_to(backend: str) -> No
     for tensors in MIXED.tensors[3].values():
         tensors[2].fill_(float("nan"))
         tensors[3].fill_(float("nan"))
-    plan = TickPlan(table, MIXED.slots, MIXED.offsets, MIXED.plan(table).row_keys, fresh=[3])
+    plan = MIXED.plan(table, fresh=[3])
     x = MIXED.rows(70, 1).requires_grad_()
     torch.autograd.backward(lora_linears(x, frozen(MIXED, (0, 1)), plan, (0, 1)), output_gradients(MIXED, (0, 1)))
     for (slot, module), (grad_a, _) in expected.grads.items():

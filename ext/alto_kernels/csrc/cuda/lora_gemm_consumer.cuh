@@ -135,8 +135,10 @@ struct Consumer {
         }
     }
 
+    // All of a warpgroup have seen the stage before it is given back: else a warp that lags would find it filled again.
     __device__ __forceinline__ void skip_step() {
         await_full();
+        warpgroup_barrier(warpgroup);
         release(ring.stage);
         ring.advance();
     }
