@@ -4,12 +4,14 @@ import os
 import secrets
 import tempfile
 import warnings
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 import structlog
 from hypothesis import Phase, settings
+from sqlalchemy import make_url
 
 # Hypothesis takes up to five minutes to shrink what failed, as long as a test may take in all: it would be ended before
 # it could say what it had found. To see a smaller example: pytest --hypothesis-profile=shrink --timeout=0
@@ -58,6 +60,22 @@ def database_url(request, tmp_path):
     yield server_uri.replace("postgresql://", "postgresql+psycopg://").replace("/postgres?", f"/{name}?")
     with psycopg.connect(server_uri, autocommit=True) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def refused(database_url, postgres_uri):
+    """A context in which the database, of PostgreSQL, has no connection and takes none."""
+
+    @asynccontextmanager
+    async def refused():
+        name = make_url(database_url).database
+        with psycopg.connect(postgres_uri, autocommit=True) as operator:
+            operator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            operator.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", [name])
+            yield
+            operator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+    return refused
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from alto_common.artifacts import ArtifactStore
 from alto_common.configuration import DATABASE_CURE, FOLDER_CURE, PORT_CURE, make_writable
 from alto_common.database import Database
 from alto_common.errors import DomainError
+from alto_common.loops import end_loops
 from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import Scope, ServiceTokenAuthenticator
 from alto_common.rpc.server import Server
@@ -180,9 +181,7 @@ class AdmissionServer:
             await server.set_serving(False)
         await asyncio.to_thread(self._monitoring.stop)
         self.hub.close()
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await end_loops(self._loops)
         await asyncio.gather(*(server.stop(self.settings.drain_s) for server in (self.public, self.internal)))
         await self._placement.close()
         self._model_worker.close()

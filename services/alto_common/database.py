@@ -28,6 +28,8 @@ from alto_common.errors import unavailable
 SQLITE_BUSY_TIMEOUT_MS = 30_000
 # Shorter than callers' deadlines: they hear why, and when to try again.
 CONNECTION_WAIT_S = 10.0
+# What a reader that is done waits for a server that is silent.
+LAST_WORD_S = 5.0
 
 log = structlog.get_logger("alto.database")
 
@@ -66,7 +68,13 @@ class Database:
         async with self._connected() as connection:
             if self.is_sqlite:
                 connection = await connection.execution_options(alto_read_only=True)
-            yield connection
+            try:
+                yield connection
+            finally:
+                # Closing would do so too, but in a task of its own that waits for a silent server for ever.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_WORD_S):
+                        await connection.rollback()
 
     async def lock(self, connection: AsyncConnection, name: str) -> None:
         """Let the transactions that lock one name follow one another, each to its end; others are not held up.

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 import structlog
+from alto_common.loops import end_loops
 
 from alto_placement import lifecycle, planner
 from alto_placement.clock import SteadyClock
@@ -43,6 +44,9 @@ _Answer = TypeVar("_Answer")
 
 # Ended tasks stay in memory this long: a watcher that reconnects in time hears of them.
 ENDED_KEPT_S = 3600.0
+
+# What the end of the service waits for a database that is silent.
+LAST_SAVE_S = 5.0
 
 # While tasks have yet to be predicted anew, a plan is made so often.
 CATCH_UP_S = 0.1
@@ -102,12 +106,12 @@ class PlacementEngine:
 
     async def stop(self) -> None:
         """End the loops, the sessions and the watches."""
-        for loop in self._loops:
-            loop.cancel()
-        for loop in self._loops:
-            with suppress(asyncio.CancelledError):
-                await loop
-        await self._learning.save()
+        await end_loops(self._loops)
+        try:
+            async with asyncio.timeout(LAST_SAVE_S):
+                await self._learning.save()
+        except Exception:
+            log.exception("what was learned last could not be kept")
         for link in self._links.values():
             link.close()
         self.is_stopping = True

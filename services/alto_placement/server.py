@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import structlog
 from alto.v1 import placement_service_pb2_grpc
 from alto_common.configuration import DATABASE_CURE, PORT_CURE
 from alto_common.database import Database
+from alto_common.loops import end_loops
 from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import ServiceTokenAuthenticator
 from alto_common.rpc.server import Server
@@ -26,6 +26,7 @@ from alto_placement.settings import PlacementSettings
 from alto_placement.store import MIGRATIONS, PlacementStore
 
 HEALTH_INTERVAL_S = 1.0
+HEALTH_TIMEOUT_S = 5.0
 GRACE_S = 2.0
 # For gc.set_threshold. Looking through all that is kept of 100,000 tasks for garbage stops everything for 0.4 s: it is
 # done a sixteenth as often as by default. The middle generation is looked through while it is small: by default that
@@ -71,9 +72,7 @@ class PlacementServer:
         """End sessions and watches, then serve no more."""
         await asyncio.to_thread(self._monitoring.stop)
         if self._health is not None:
-            self._health.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._health
+            await end_loops([self._health])
         await self.server.set_serving(False)
         await self.engine.stop()
         await self.server.stop(GRACE_S)
@@ -88,7 +87,8 @@ class PlacementServer:
         """SERVING while the database answers with the latest schema and the engine's loops run."""
         while True:
             try:
-                healthy = self.engine.is_alive and await self._database.is_current()
+                async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                    healthy = self.engine.is_alive and await self._database.is_current()
             except Exception:
                 log.exception("the database does not answer")
                 healthy = False

@@ -14,6 +14,7 @@ import grpc
 import structlog
 from alto.v1 import placement_pb2, training_node_service_pb2_grpc
 from alto_common.configuration import FOLDER_CURE, PORT_CURE, make_writable
+from alto_common.loops import end_loops
 from alto_common.monitoring import Monitoring
 from alto_common.rpc.authentication import ServiceTokenAuthenticator
 from alto_common.rpc.channel import service_channel
@@ -111,10 +112,7 @@ class NodeServer:
             await _until(lambda: not node.assignments.held, self._settings.shutdown_grace_s)
             await node.close()
             await _until(lambda: node.assignments.has_left or not session.is_connected, LAST_WORD_S)
-        for loop in self._loops:
-            loop.cancel()
-            with suppress(asyncio.CancelledError):
-                await loop
+        await end_loops(self._loops)
         await self.server.stop(GRACE_S)
         for channel in self._channels:
             await channel.close()

@@ -14,7 +14,6 @@ from alto_common.errors import DomainError
 from alto_common.rpc.status import reason_in
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from sqlalchemy import make_url
 from structlog.testing import capture_logs
 
 from .test_placement_link import becomes, planned, until
@@ -51,22 +50,6 @@ async def test_every_connection_is_in_use(admission):
 
 
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-
-
-@pytest.fixture
-def refused(database_url, postgres_uri):
-    """While open, the database has no connection and takes none."""
-
-    @asynccontextmanager
-    async def refused():
-        name = make_url(database_url).database
-        with psycopg.connect(postgres_uri, autocommit=True) as operator:
-            operator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-            operator.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", [name])
-            yield
-            operator.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-
-    return refused
 
 
 @pytest.fixture

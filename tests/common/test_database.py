@@ -2,11 +2,15 @@
 
 import asyncio
 import gc
+import tempfile
 import textwrap
+from contextlib import suppress
+from pathlib import Path
 
 import psycopg
 import pytest
 import sqlalchemy as sa
+from alto_common import database as database_edge
 from alto_common.database import Database
 
 ENVIRONMENT = """
@@ -169,6 +173,82 @@ async def test_a_cancellation_is_heard_though_the_connection_is_lost_meanwhile(d
         task.cancel()
         await asyncio.wait([task])
     assert task.cancelled()
+
+
+class Between:
+    """A socket of PostgreSQL's that passes everything on to the real one, until it is silenced."""
+
+    def __init__(self, real):
+        self._real = real
+        self._speaks = asyncio.Event()
+        self._speaks.set()
+        self._passing = set()
+
+    async def listen(self, folder):
+        self._server = await asyncio.start_unix_server(self._connect, folder / ".s.PGSQL.5432")
+
+    def silence(self):
+        self._speaks.clear()
+
+    async def close(self):
+        self._server.close()
+        for task in self._passing:
+            task.cancel()
+        await asyncio.gather(*self._passing, return_exceptions=True)
+
+    async def _connect(self, reader, writer):
+        real_reader, real_writer = await asyncio.open_unix_connection(self._real)
+        for one in (self._pass(reader, real_writer), self._pass(real_reader, writer)):
+            self._passing.add(asyncio.create_task(one))
+
+    async def _pass(self, reader, writer):
+        try:
+            while data := await reader.read(1 << 16):
+                await self._speaks.wait()
+                writer.write(data)
+        finally:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+
+@pytest.fixture
+async def between(database_url):
+    between = Between(Path(sa.make_url(database_url).query["host"]) / ".s.PGSQL.5432")
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
+        await between.listen(Path(folder))
+        between.url = sa.make_url(database_url).update_query_dict({"host": folder}).render_as_string(False)
+        yield between
+        await between.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("cancelled", ["nowhere", "between statements", "as it ends"])
+async def test_a_reader_leaves_a_server_that_is_silent(database, between, monkeypatch, cancelled):
+    monkeypatch.setattr(database_edge, "LAST_WORD_S", 3600 if cancelled == "as it ends" else 0.5)
+    await database.migrate()
+    through = Database(between.url, Path())
+    read, ending = asyncio.Event(), asyncio.Event()
+
+    async def reader():
+        async with through.snapshot() as connection:
+            rows = (await connection.execute(sa.select(counter))).all()
+            between.silence()
+            read.set()
+            if cancelled == "between statements":
+                await asyncio.sleep(3600)
+            ending.set()
+        return rows
+
+    reading = asyncio.create_task(reader())
+    if cancelled != "nowhere":
+        await (read if cancelled == "between statements" else ending).wait()
+        await asyncio.sleep(0.1)
+        reading.cancel()
+    async with asyncio.timeout(30):
+        await asyncio.wait([reading])
+    assert reading.cancelled() if cancelled != "nowhere" else reading.result() == []
+    await through.close()
 
 
 async def test_sqlite_keeps_what_it_acknowledged(tmp_path):
