@@ -28,7 +28,7 @@ from alto_common.errors import unavailable
 SQLITE_BUSY_TIMEOUT_MS = 30_000
 # Shorter than callers' deadlines: they hear why, and when to try again.
 CONNECTION_WAIT_S = 10.0
-# What a reader that is done waits for a server that is silent.
+# What a reader that is done waits for a server that is silent, before psycopg is told to give up: 10 s more.
 LAST_WORD_S = 5.0
 
 log = structlog.get_logger("alto.database")

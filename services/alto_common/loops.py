@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 import structlog
 
-# Longer than what a task still has to do: one that is told again while it tidies up leaves the rest undone.
+# As long as a reader takes to leave a database that is silent; a task that is told again tidies up no more.
 AGAIN_S = 15.0
 
 log = structlog.get_logger("alto.loops")
 
 
 async def end_loops(loops: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks and wait until they have ended; what one died of before is logged.
+    """Cancel tasks and wait until they have ended, however long that takes; an error that one ended with is logged.
 
     One that goes on is told again: grpc.aio can lose a cancellation that comes together with a call's status.
     """
@@ -25,5 +25,10 @@ async def end_loops(loops: Iterable[asyncio.Task[None]]) -> None:
         ended, left = await asyncio.wait(left, timeout=AGAIN_S)
         for loop in ended:
             if not loop.cancelled() and (error := loop.exception()) is not None:
-                name = getattr(loop.get_coro(), "__qualname__", loop.get_name())
-                log.error("a loop had died", loop=name, exc_info=error)
+                log.error("a loop ended with an error", loop=_name(loop), exc_info=error)
+        for loop in left:
+            log.warning("a loop goes on though it was cancelled; telling it again", loop=_name(loop))
+
+
+def _name(loop: asyncio.Task[None]) -> str:
+    return str(getattr(loop.get_coro(), "__qualname__", loop.get_name()))

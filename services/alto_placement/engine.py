@@ -45,7 +45,7 @@ _Answer = TypeVar("_Answer")
 # Ended tasks stay in memory this long: a watcher that reconnects in time hears of them.
 ENDED_KEPT_S = 3600.0
 
-# What the end of the service waits for a database that is silent.
+# What the end of the service waits for a database that is silent, before psycopg is told to give up: 10 s more.
 LAST_SAVE_S = 5.0
 
 # While tasks have yet to be predicted anew, a plan is made so often.

@@ -26,7 +26,7 @@ from alto_placement.settings import PlacementSettings
 from alto_placement.store import MIGRATIONS, PlacementStore
 
 HEALTH_INTERVAL_S = 1.0
-HEALTH_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 5.0  # psycopg takes 10 s more to give up a server that is silent
 GRACE_S = 2.0
 # For gc.set_threshold. Looking through all that is kept of 100,000 tasks for garbage stops everything for 0.4 s: it is
 # done a sixteenth as often as by default. The middle generation is looked through while it is small: by default that

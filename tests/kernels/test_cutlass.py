@@ -294,8 +294,9 @@ def test_small_neighbours_share_their_work_but_no_nan(
         if poisoned in ("dy", "both"):
             for dy in dys:
                 dy[row] = float("nan")
-        ys = lora_linears(x.requires_grad_(), weights, case.plan(table, fresh=fresh), modules)
-        torch.autograd.backward(ys, dys)
+        with poisoned_memory():
+            ys = lora_linears(x.requires_grad_(), weights, case.plan(table, fresh=fresh), modules)
+            torch.autograd.backward(ys, dys)
         return gradients(case, modules)
 
     clean, found = gradients_with("nothing"), gradients_with(poisoned)
